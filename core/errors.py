@@ -1,0 +1,13 @@
+"""What loopctl says when it refuses."""
+from difflib import get_close_matches
+
+
+class UsageError(ValueError):
+    """Something asked for cannot be done; raised before anything is trained. The message is one line: who, what, the way out."""
+
+
+def nearest(word, known, what="known"):
+    """The way out of a wrong name: the nearest right one, or all of them."""
+    known = sorted(known)
+    close = get_close_matches(str(word), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"{what}: {', '.join(known)}"

@@ -1,0 +1,86 @@
+"""Find plugins by name without importing them, and make the chosen ones."""
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from loopctl.errors import UsageError, nearest
+from loopctl.options import attribute, import_object, names, one_line, options, parse_options
+
+
+def available() -> dict[str, EntryPoint]:
+    """The installed plugins by name, from the entry points of group `loopctl`. None is imported."""
+    return {entry.name: entry for entry in sorted(entry_points(group="loopctl"), key=lambda entry: entry.name)}
+
+
+def load(name: str) -> type:
+    """Import a plugin class: an installed plugin's name, `package.module:Class` or `path/to/file.py:Class`.
+
+    Raises UsageError where there is none, or where its module does not import.
+    """
+    try:
+        if ".py:" in name:
+            return from_file(name)
+        if ":" in name:
+            return import_object(name)
+        return import_object(entry_point(name).value)
+    except ImportError as error:
+        raise UsageError(f"{name}: {error}") from error
+
+
+def entry_point(name: str) -> EntryPoint:
+    """The entry point of the plugin called `name`."""
+    found = {entry.value: entry for entry in entry_points(group="loopctl", name=name)}
+    if not found:
+        raise UsageError(f"no plugin is called {name!r}; {nearest(name, available(), 'there are')}")
+    if len(found) > 1:
+        raise UsageError(f"{name}: more than one package has a plugin of this name; say which: {names(sorted(found))}")
+    return next(iter(found.values()))
+
+
+def from_file(path: str) -> type:
+    """Import `path/to/file.py:Class`."""
+    file, _, name = path.rpartition(":")
+    if not Path(file).is_file():
+        raise ImportError(f"there is no file {file}")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)     # where dataclasses and typing look up a class's module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:                    # a file may raise anything while it is imported
+        raise ImportError(f"{file} cannot be imported ({type(error).__name__}: {one_line(error)})") from error
+    return attribute(module, name, file)
+
+
+def build(spec: str) -> tuple[str, Any]:
+    """Make the plugin that `name:option=value,...` describes; return its name and the plugin.
+
+    `name` may also be `package.module:Class` or `path/to/file.py:Class`. Raises UsageError.
+    """
+    head, _, rest = spec.partition(":")
+    if "." in head or "/" in head:
+        attr, _, rest = rest.partition(":")
+        head = f"{head}:{attr}"
+    cls = load(head)
+    name = name_of(cls)
+    known = options(cls)
+    values = parse_options(name, rest, known)
+    try:
+        return name, cls(**values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name}: {one_line(error)}") from error
+
+
+def name_of(cls: type) -> str:
+    """The name a plugin class is installed under; if it is not, its own name in snake case."""
+    for name, entry in available().items():
+        if entry.value == f"{cls.__module__}:{cls.__qualname__}":
+            return name
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()

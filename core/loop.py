@@ -1,0 +1,151 @@
+"""The training loop. It says when; plugins say what.
+
+Read it from the top: `fit` prepares a run, `train` goes through epochs, `epoch` through steps, and a step is one update
+of the parameters from the gradients of one or more micro-batches. Every `hook.` is a moment that plugins can join.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from math import inf, prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loopctl.batches import moved
+from loopctl.compose import blame, compose
+from loopctl.errors import UsageError
+from loopctl.hooks import hookimpl
+from loopctl.meters import Meters
+from loopctl.prepare import prepare
+from loopctl.run import Run
+
+
+def fit(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | torch.optim.Optimizer,
+    train: Iterable[Any],
+    valid: Iterable[Any] | None = None,
+    epochs: int = 1,
+    max_steps: int | None = None,
+    eval_every: int | None = None,
+    plugins: Iterable[Any] = (),
+    metrics: dict[str, Callable[[Any, Any], Any]] | None = None,
+    device: str | torch.device | None = None,
+    seed: int | None = None,
+    steps_per_epoch: int | None = None,
+    out: str | Path = ".",
+) -> Run:
+    """Train `model` and return the run: `run.history` has one dict per epoch, `run.stop` why it ended early, or "".
+
+    loss_fn: `loss_fn(output, target)`, the mean over the batch; None where a plugin replaces `compute_loss`.
+    optimizer: a factory of parameter groups, such as `partial(torch.optim.SGD, lr=0.1)`, or an optimizer.
+    train, valid: iterables of (input, target) batches, such as a DataLoader or a list; tensors nest as they like.
+    epochs, max_steps: passes over `train`, and updates; whichever comes first ends the run.
+    eval_every: evaluate every so many steps too, not only at every epoch's end.
+    plugins: instances, or strings as on the command line (`"clip:max_norm=1"`); they act in the order given.
+    metrics: by name, `fn(output, target)` that returns a mean over the batch, or torchmetrics objects.
+    device: where to train; None is where the model is, "auto" is cuda, then mps, then cpu.
+    seed: seeds Python, NumPy and torch before anything else.
+    steps_per_epoch: updates per epoch; needed where `train` has no length.
+    out: the folder that plugins write to.
+
+    Raises UsageError, before anything is trained, where something asked for cannot be done.
+    """
+    run = Run(model, loss_fn, optimizer, train, valid, epochs, max_steps or inf, eval_every, steps_per_epoch, out=Path(out))
+    run.hook = compose(plugins)
+    with blame(run.hook):
+        prepare(run, metrics, device, seed)
+        run.hook.train(run=run)
+    return run
+
+
+@hookimpl(trylast=True)
+def train(run: Run) -> None:
+    run.hook.train_start(run=run)
+    while not run.stop and run.epoch < run.epochs and run.step < run.max_steps:
+        epoch(run)
+    run.hook.train_end(run=run)
+
+
+def epoch(run: Run) -> None:
+    """One pass over the training data, then an evaluation."""
+    hook, meters, begun, judged = run.hook, Meters(run.metric_fns["train"], "train_"), run.attempts, None
+    run.model.train()
+    hook.epoch_start(run=run)
+    groups = hook.group_batches(run=run, batches=moved(run.train, run.device))
+    for run.batches in islice(groups, run.steps_per_epoch):
+        step(run, meters)
+        hook.safe_point(run=run)
+        if run.eval_every and run.attempts % run.eval_every == 0:
+            evaluate(run, meters)
+            judged = run.attempts
+        if run.stop or run.step >= run.max_steps:
+            break
+    if run.attempts == begun:
+        raise UsageError(f"train gave no batches in epoch {run.epoch + 1}; pass a list or a DataLoader, which can be read again")
+    run.epoch += 1
+    if judged != run.attempts:
+        evaluate(run, meters)
+    run.history.append({"epoch": run.epoch, "step": run.step, **run.metrics, "lr": float(run.optimizer.param_groups[0]["lr"])})
+    hook.epoch_end(run=run)
+    hook.safe_point(run=run)
+
+
+def step(run: Run, meters: Meters) -> None:
+    """One update of the parameters, from a list of micro-batches."""
+    hook = run.hook
+    set_rates(run)
+    weights = [hook.batch_weight(run=run, batch=batch) for batch in run.batches]
+    run.weight, run.skipped, looks = sum(weights), False, [meters]
+
+    def closure() -> Tensor:
+        # An optimizer may look at the loss more than once; what the run reports is its first look.
+        return gradients(run, weights, looks.pop() if looks else None)
+
+    hook.before_step(run=run)
+    hook.optimizer_step(run=run, closure=closure)
+    run.attempts += 1
+    run.seen += len(weights)
+    run.step += not run.skipped
+    hook.after_step(run=run)
+
+
+def set_rates(run: Run) -> None:
+    """Set each group's learning rate to its initial one times the factors of all schedules, where there are any."""
+    if run.hook.acting["lr_scale"]:
+        for group in run.optimizer.param_groups:
+            lr = group["initial_lr"] * prod(run.hook.lr_scale(run=run, initial_lr=group["initial_lr"], group=group))
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)       # in place, so that compiled and captured steps see it
+            else:
+                group["lr"] = lr
+
+
+def gradients(run: Run, weights: list[Any], meters: Meters | None) -> Tensor:
+    """Clear the gradients and compute them anew; return the loss. This is the closure of `optimizer.step(closure)`."""
+    hook, total = run.hook, None
+    run.optimizer.zero_grad()
+    for number, (batch, weight) in enumerate(zip(run.batches, weights, strict=True), 1):
+        loss = hook.micro_step(run=run, batch=batch, weight=weight / run.weight, last=number == len(weights))
+        total = loss if total is None else total + loss
+        if meters and meters.functions:
+            meters.observe(run.outputs, batch, weight)
+    if meters:
+        run.loss = total
+        meters.loss.add(total, run.weight)
+    hook.after_backward(run=run)
+    hook.grads_ready(run=run)
+    return total
+
+
+def evaluate(run: Run, meters: Meters) -> None:
+    """Bring fresh metrics to the host, the one moment when the loop waits for the device, and have plugins judge them."""
+    run.metrics |= meters.result() | run.hook.evaluate(run=run)
+    for name, value in run.metrics.items():
+        if isinstance(value, Tensor):
+            run.metrics[name] = value.tolist()
+    run.hook.after_evaluate(run=run)

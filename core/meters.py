@@ -1,0 +1,88 @@
+"""Weighted means that stay on the device: nothing waits for it until somebody asks for the result."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopctl.errors import UsageError
+
+
+class Mean:
+    """The weighted mean of scalars. Adding one appends to a list; 256 at a time are folded into one tensor."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self.weights: list[Any] = []
+        self.total: Any = 0.0
+        self.weight: Any = 0.0
+
+    def add(self, value: Tensor | float, weight: Tensor | float) -> None:
+        self.values.append(value)
+        self.weights.append(weight)
+        if len(self.values) == 256:
+            self.fold()
+
+    def fold(self) -> None:
+        values, weights = column(self.values), column(self.weights)
+        if values.device != weights.device:     # from pinned memory, so that the copy does not wait either
+            weights = (weights.pin_memory() if values.is_cuda else weights).to(values.device, non_blocking=True)
+        self.total = self.total + values @ weights
+        self.weight = self.weight + weights.sum()
+        self.values, self.weights = [], []
+
+    def result(self) -> Tensor:
+        if self.values:
+            self.fold()
+        return self.total / self.weight
+
+
+def column(scalars: list[Any]) -> Tensor:
+    """Scalars as one vector, in float64 where the device has it."""
+    if not isinstance(scalars[0], Tensor):
+        return torch.tensor([float(scalar) for scalar in scalars], dtype=torch.float64)
+    vector = torch.stack(scalars).detach()
+    return vector.float() if vector.device.type == "mps" else vector.double()
+
+
+class Meters:
+    """The loss and the metrics of one pass over data.
+
+    functions: by name, `fn(output, target)` that returns a mean over the batch, or a torchmetrics object.
+    prefix: what goes before each name, `train_` or `val_`.
+    """
+
+    def __init__(self, functions: dict[str, Any], prefix: str) -> None:
+        self.prefix = prefix
+        self.functions = functions
+        self.loss = Mean()
+        self.means: dict[str, Mean] = {}
+        for name, function in functions.items():
+            if keeps_own_state(function):
+                function.reset()
+            else:
+                self.means[name] = Mean()
+
+    @torch.no_grad()
+    def observe(self, outputs: Any, batch: Any, weight: Any) -> None:
+        """Take in the outputs of one micro-batch. Called only where there are functions."""
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise UsageError("metrics take (input, target) batches; for others, replace `evaluate` in a plugin")
+        for name, function in self.functions.items():
+            if name in self.means:
+                self.means[name].add(function(outputs, batch[1]), weight)
+            else:
+                function.update(outputs, batch[1])
+
+    def result(self) -> dict[str, Tensor]:
+        """The means so far by name, on the device."""
+        found = {f"{self.prefix}loss": self.loss.result()}
+        for name, function in self.functions.items():
+            found[self.prefix + name] = self.means[name].result() if name in self.means else function.compute()
+        return found
+
+
+def keeps_own_state(function: Any) -> bool:
+    """Whether a metric is a torchmetrics object, which collects by itself."""
+    return all(hasattr(function, method) for method in ("update", "compute", "reset"))

@@ -1,0 +1,55 @@
+"""Judge a metric: is it better than the best so far?"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isnan
+from typing import TYPE_CHECKING, Any
+
+from loopctl.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from loopctl.run import Run
+
+SMALLER = ("loss", "error", "err", "mse", "mae", "rmse", "perplexity", "ppl", "norm")
+LARGER = ("accuracy", "acc", "auc", "auroc", "f1", "precision", "recall", "iou", "dice", "map", "bleu", "psnr", "r2")
+
+
+@dataclass(eq=False)
+class Monitor:
+    """The best value of a metric so far.
+
+    metric: a name in `run.metrics`; empty is val_loss, or train_loss where nothing is evaluated.
+    mode: min, max, or auto, which knows losses and errors from accuracies by name and asks where it does not.
+    min_delta: what a value must be better by.
+    """
+
+    metric: str = ""
+    mode: str = "auto"
+    min_delta: float = 0.0
+    best: float | None = None
+
+    def start(self, run: Run) -> None:
+        """Raise UsageError where the run will not have the metric. Call it in `train_start`."""
+        self.metric = self.metric or ("val_loss" if "val_loss" in run.metrics else "train_loss")
+        if self.metric not in run.metrics:
+            raise UsageError(f"monitor={self.metric}: the run has no such metric; {nearest(self.metric, run.metrics, 'it has')}")
+        if self.mode == "auto":
+            kind = self.metric.lower().replace("-", "_").rpartition("_")[2]
+            if kind not in SMALLER + LARGER:
+                raise UsageError(f"monitor={self.metric}: which way is better is not plain from the name; say mode=min or mode=max")
+            self.mode = "max" if kind in LARGER else "min"
+
+    def improved(self, run: Run) -> bool:
+        """Whether the metric is better than the best so far; if so, it is the best now. NaN is never better."""
+        value = run.metrics[self.metric]
+        gain = 0 if self.best is None else self.best - value if self.mode == "min" else value - self.best
+        if isnan(value) or (self.best is not None and not gain > self.min_delta):
+            return False
+        self.best = value
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]

@@ -1,0 +1,104 @@
+"""What happens between `fit(...)` and the first step: check what was asked for, then build what is missing."""
+from __future__ import annotations
+
+import random
+from copy import deepcopy
+from math import inf, nan
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from loopctl.errors import UsageError
+from loopctl.meters import keeps_own_state
+from loopctl.run import Run
+
+
+def prepare(run: Run, metrics: dict[str, Any] | None, device: Any, seed: int | None) -> None:
+    """Check `run`, seed, place the model, let plugins change it, and build the optimizer. Raises UsageError."""
+    check(run)
+    if seed is not None:
+        seed_everything(seed)
+    run.device = find_device(device, run.model)
+    run.model.to(run.device)
+    place_metrics(run, metrics or {})
+
+    run.hook.setup(run=run)
+    run.optimizer = make_optimizer(run)
+    run.network = run.model
+    run.hook.wrap_model(run=run)
+
+
+def check(run: Run) -> None:
+    """Refuse numbers and data that no run can have."""
+    if not isinstance(run.model, nn.Module):
+        raise UsageError(f"model is a {type(run.model).__name__}, not a torch.nn.Module")
+    for name, least in (("epochs", 1), ("max_steps", 1), ("eval_every", 1), ("steps_per_epoch", 1)):
+        value = getattr(run, name)
+        if value not in (None, inf) and (not isinstance(value, int) or value < least):
+            raise UsageError(f"{name} is {value!r}; it is a whole number from {least}")
+    for name, data in (("train", run.train), ("valid", run.valid)):
+        if hasattr(data, "__len__") and len(data) == 0:
+            raise UsageError(f"{name} has no batches")
+        if data is not None and not hasattr(data, "__iter__"):
+            raise UsageError(f"{name} is a {type(data).__name__}, not an iterable of batches")
+    if not hasattr(run.train, "__len__") and run.steps_per_epoch is None:
+        raise UsageError("train has no length, so where an epoch ends is unknown; say steps_per_epoch=...")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the random numbers of Python, NumPy and torch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def find_device(device: Any, model: nn.Module | None = None) -> torch.device:
+    """The device to run on. None is where `model` is; "auto" is cuda, then mps, then cpu. Raises UsageError."""
+    if device is None:
+        tensors = [*model.parameters(), *model.buffers()] if model else []
+        return tensors[0].device if tensors else torch.device("cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {device!r} is unknown; there are auto, cpu, mps, cuda and cuda:1") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        has = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        raise UsageError(f"device {str(found)!r} is not here: this machine has {has}; device 'auto' takes what there is")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device 'mps' is not here; device 'auto' takes what there is")
+    return found
+
+
+def place_metrics(run: Run, metrics: dict[str, Any]) -> None:
+    """Give training and evaluation metrics of their own, and name in `run.metrics` what the run will report."""
+    for name, function in metrics.items():
+        if not callable(function):
+            raise UsageError(f"metric {name!r} is a {type(function).__name__}, not a function of (output, target)")
+    for when, data in (("train", run.train), ("val", run.valid)):
+        run.metric_fns[when] = {name: deepcopy(function).to(run.device) if keeps_own_state(function) else function
+                                for name, function in metrics.items()}
+        if data is not None:
+            run.metrics |= {f"{when}_{name}": nan for name in ("loss", *metrics)}
+
+
+def make_optimizer(run: Run) -> torch.optim.Optimizer:
+    """The user's optimizer, or what the user's factory makes of the parameter groups; each group has its `initial_lr`."""
+    if isinstance(run.optimizer, torch.optim.Optimizer):
+        if who := run.hook.acting["param_groups"]:
+            raise UsageError(f"{who[0]} decides the parameter groups, so pass a factory that takes them, such as "
+                             "partial(torch.optim.SGD, lr=0.1), in place of an optimizer that has its own")
+        optimizer = run.optimizer
+    else:
+        groups = run.hook.param_groups(run=run)
+        if not any(group["params"] for group in groups):
+            raise UsageError("nothing is left to train: the model has no parameter with requires_grad")
+        optimizer = run.optimizer(groups)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UsageError(f"optimizer made a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", float(group["lr"]))
+    return optimizer

@@ -1,0 +1,97 @@
+"""The state of one training run, passed to every hook."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import count, islice
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loopctl.lengths import Length, parse_length
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from loopctl.compose import Hooks
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One run: a model, the data, how far it is. Closed: a misspelt attribute raises `AttributeError`."""
+
+    # What was asked for.
+    model: nn.Module                          # always the user's own; `network` may wrap it
+    loss_fn: Callable[..., Tensor] | None
+    optimizer: Any                            # a torch.optim.Optimizer from `train_start` on
+    train: Iterable[Any]
+    valid: Iterable[Any] | None = None
+    epochs: int = 1
+    max_steps: float = inf
+    eval_every: int | None = None
+    steps_per_epoch: int | None = None        # where given; `planned_steps` knows it in any case
+    metric_fns: dict[str, Any] = field(default_factory=dict)
+    out: Path = Path()                        # the folder that plugins write to
+
+    # Set before training.
+    device: torch.device = None               # type: ignore[assignment]
+    network: Callable[..., Any] = None        # type: ignore[assignment]
+    hook: Hooks = None                        # type: ignore[assignment]
+
+    # How far it is.
+    epoch: int = 0                            # epochs completed
+    step: int = 0                             # updates that happened
+    attempts: int = 0                         # updates planned so far: those that happened and those skipped
+    seen: int = 0                             # micro-batches consumed, over all epochs
+    stop: str = ""                            # why to end before the last epoch; empty means go on
+
+    # The step at hand.
+    batches: list[Any] = field(default_factory=list)
+    weight: Any = 0                           # what they count together: samples, unless batch_weight says otherwise
+    loss: Tensor | None = None                # detached, on the device
+    outputs: Any = None
+    skipped: bool = False                     # this step changed no weight
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    _plan: tuple[int, int] | None = None
+
+    @property
+    def progress(self) -> float:
+        """The part of the run that is done, 0 to 1."""
+        return min(1.0, max(self.epochs_done / self.epochs, self.attempts / self.max_steps))
+
+    @property
+    def epochs_done(self) -> float:
+        """Passes over the training data so far, such as 2.25."""
+        return self.seen / self._planned()[1]
+
+    @property
+    def planned_steps(self) -> int:
+        """How many steps the whole run has, if nothing stops it."""
+        return int(min(self.epochs * self._planned()[0], self.max_steps))
+
+    def position(self, by: str) -> int:
+        """Where a schedule stands: whole epochs done (`by="epoch"`), or steps done, skipped ones included (`by="step"`)."""
+        return self.epoch if by == "epoch" else self.attempts
+
+    def length(self, length: Length | None, by: str) -> float:
+        """`length` in epochs or in steps: a plain number is in that unit already, `"5ep"`, `"500st"` and `"10%"` are
+        converted, None is the whole run."""
+        number, unit = parse_length(length)
+        if unit == by:
+            return number
+        per_epoch = self._planned()[0]
+        steps = {"": number if by == "step" else number * per_epoch, "step": number, "epoch": number * per_epoch,
+                 "%": number / 100 * self.planned_steps}[unit]
+        return steps if by == "step" else steps / per_epoch
+
+    def _planned(self) -> tuple[int, int]:
+        """Steps and micro-batches of one epoch, counted by grouping numbers in place of batches."""
+        if self._plan is None:
+            numbers = range(len(self.train)) if hasattr(self.train, "__len__") else count()
+            groups = self.hook.group_batches(run=self, batches=iter(numbers))
+            sizes = [len(group) for group in islice(groups, self.steps_per_epoch)]
+            self._plan = len(sizes), sum(sizes)
+        return self._plan

@@ -1,0 +1,22 @@
+"""Gradient accumulation."""
+from dataclasses import dataclass
+
+from loopctl import grouped, hookimpl
+
+
+@dataclass(eq=False)
+class Accumulate:
+    """Accumulate gradients over several batches before each update: the update of the one big batch, in less memory.
+
+    every: batches per update; what is left at the end of an epoch makes an update of its own
+    """
+
+    every: int = 4
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every is at least 1, not {self.every}")
+
+    @hookimpl
+    def group_batches(self, batches):
+        return grouped(batches, self.every)

@@ -1,0 +1,76 @@
+"""Automatic mixed precision."""
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from loopctl import UsageError, hookimpl
+
+
+@dataclass(eq=False)
+class Amp:
+    """Compute forward passes in half precision, and scale the loss where float16 needs it (torch.autocast, GradScaler).
+
+    dtype: float16 scales the loss and skips a step whose gradients overflow; bfloat16 needs neither; auto is bfloat16,
+        or float16 where the GPU has no bfloat16
+    init_scale: the first factor of the loss, with float16
+    growth_interval: steps without overflow after which the factor doubles, with float16
+    """
+
+    dtype: Literal["auto", "float16", "bfloat16"] = "auto"
+    init_scale: float = 65536.0
+    growth_interval: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.init_scale <= 0 or self.growth_interval < 1:
+            raise ValueError("init_scale is above 0 and growth_interval is at least 1")
+        if self.dtype == "auto":
+            old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+            self.dtype = "float16" if old else "bfloat16"
+        if self.dtype == "bfloat16":        # nothing to scale: leave these hooks to others
+            self.train_start = self.before_step = self.backward = None             # type: ignore[assignment, method-assign]
+            self.after_backward = self.optimizer_step = None                       # type: ignore[assignment, method-assign]
+
+    @hookimpl(wrapper=True)
+    def compute_loss(self, run):
+        with torch.autocast(run.device.type, getattr(torch, self.dtype)):
+            return (yield)
+
+    @hookimpl
+    def train_start(self, run):
+        if isinstance(run.optimizer, torch.optim.LBFGS):
+            raise UsageError("float16 scaling cannot serve LBFGS, which computes gradients several times per step; "
+                             "use dtype=bfloat16")
+        self.scaler = torch.amp.GradScaler(run.device.type, self.init_scale, growth_interval=self.growth_interval)
+
+    @hookimpl
+    def before_step(self):
+        self.unscaled = False
+
+    @hookimpl
+    def backward(self, loss):
+        scaled = self.scaler.scale(loss)
+        scaled.backward()
+        return scaled
+
+    @hookimpl
+    def after_backward(self, run):
+        if self.unscaled:
+            raise UsageError("float16 scaling allows one computation of gradients per step; use dtype=bfloat16")
+        self.scaler.unscale_(run.optimizer)
+        self.unscaled = True
+
+    @hookimpl
+    def optimizer_step(self, run, closure):
+        loss, scale = closure(), self.scaler.get_scale()
+        self.scaler.step(run.optimizer)
+        self.scaler.update()
+        run.skipped = self.scaler.get_scale() < scale      # float16 waits for the device here, as GradScaler itself does
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict() if self.dtype == "float16" else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.scaler.load_state_dict(state)

@@ -1,0 +1,48 @@
+"""Gradient clipping."""
+from dataclasses import dataclass
+from math import nan
+
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+from loopctl import hookimpl
+
+
+@dataclass(eq=False)
+class Clip:
+    """Clip the gradient before each update, by its norm (the default, at 1) or by value.
+
+    The norm before clipping is reported as the metric grad_norm. See torch.nn.utils.clip_grad_norm_ and clip_grad_value_.
+
+    max_norm: largest norm of the whole gradient, all parameters taken as one vector; 1 unless value is given
+    norm_type: the p of the p-norm; inf for the largest component
+    value: clip each component to [-value, value] in place of the norm
+    """
+
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    value: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_norm is not None and self.value is not None:
+            raise ValueError("takes max_norm or value; use two plugins for both")
+        if self.value is None and self.max_norm is None:
+            self.max_norm = 1.0
+        for name in ("max_norm", "norm_type", "value"):
+            if (number := getattr(self, name)) is not None and not number > 0:
+                raise ValueError(f"{name} is above 0, not {number}")
+
+    @hookimpl
+    def setup(self, run):
+        if self.max_norm is not None:
+            run.metrics["grad_norm"] = nan
+
+    @hookimpl
+    def train_start(self, run):
+        self.parameters = list(run.model.parameters())
+
+    @hookimpl
+    def grads_ready(self, run):
+        if self.max_norm is None:
+            clip_grad_value_(self.parameters, self.value)
+        else:
+            run.metrics["grad_norm"] = clip_grad_norm_(self.parameters, self.max_norm, self.norm_type)

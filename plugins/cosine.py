@@ -1,0 +1,29 @@
+"""Cosine annealing."""
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Literal
+
+from loopctl import Length, hookimpl
+
+
+@dataclass(eq=False)
+class Cosine:
+    """Lower the learning rate along half a cosine (torch.optim.lr_scheduler.CosineAnnealingLR; SGDR, arXiv:1608.03983).
+
+    t_max: length of the descent, after which the rate rises again; the whole run if left out
+    eta_min: the lowest rate
+    by: move every epoch, or every step
+    """
+
+    t_max: Length | None = None
+    eta_min: float = 0.0
+    by: Literal["epoch", "step"] = "epoch"
+
+    def __post_init__(self) -> None:
+        if not self.eta_min >= 0:
+            raise ValueError(f"eta_min is at least 0, not {self.eta_min}")
+
+    @hookimpl
+    def lr_scale(self, run, initial_lr):
+        lowest = self.eta_min / initial_lr
+        return lowest + (1 - lowest) * (1 + cos(pi * run.position(self.by) / run.length(self.t_max, self.by))) / 2
