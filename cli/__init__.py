@@ -1,0 +1,178 @@
+"""The command line. Nothing here imports torch; what a command needs, it imports when it runs."""
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from loopctl.errors import UsageError, nearest
+
+DEFAULTS = ("csv", "checkpoint", "progress")       # the plugins that `run` adds by itself
+
+
+class Commands(click.Group):
+    """A group that says what is wrong in one line: usage errors exit with 2, failures with 1."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:   # type: ignore[override]
+        kwargs["standalone_mode"] = False
+        try:
+            sys.exit(super().main(*args, **kwargs) or 0)
+        except click.ClickException as error:
+            click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+            sys.exit(error.exit_code)
+        except UsageError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+        except BrokenPipeError:                      # what reads our output, such as `head`, has seen enough
+            sys.stderr.close()
+            sys.exit(1)
+        except Exception as error:
+            if "--traceback" in sys.argv:
+                raise
+            click.echo(f"error: {failure(error)}; --traceback shows where", err=True)
+            sys.exit(1)
+
+
+def failure(error: BaseException) -> str:
+    """An unexpected error in one line: what it is, and which plugin raised it."""
+    said = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
+    return " ".join(", ".join(said).split())
+
+
+def completes(names: Callable[[], list[str]]) -> Callable[..., list[CompletionItem]]:
+    """Shell completion from `names`, which imports nothing heavy."""
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in names() if name.startswith(incomplete)]
+    return complete
+
+
+def plugin_names() -> list[str]:
+    from loopctl.find import available
+    return list(available())
+
+
+def model_names() -> list[str]:
+    from loopctl.cli import models
+    return models.known()
+
+
+def optimizer_names() -> list[str]:
+    from loopctl.cli import optimizers
+    return optimizers.known()
+
+
+DATA = ["cifar10", "cifar100", "digits", "fake", "fashionmnist", "imagefolder", "imagenet", "mnist"]
+
+
+def from_file(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Take the values of a run.toml as defaults, so that what the command line says wins."""
+    if path is None:
+        return None
+    file = path / "run.toml" if param.name == "resume" else path
+    try:
+        found = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        raise click.UsageError(f"--{param.name}: there is no file {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"--{param.name}: {file} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise click.UsageError(f"--{param.name}: {file} is not TOML: {error}") from None
+    known = {option.name for option in ctx.command.params} - {"config", "resume", "out"}
+    for key, value in found.items():
+        if key not in known:
+            raise click.UsageError(f"--{param.name}: {file} has the key {key!r}, which is none; {nearest(key, known)}")
+        if isinstance(value, dict) or (isinstance(value, list) != (key in ("plugin", "without"))):
+            kind = "a list" if key in ("plugin", "without") else "one value"
+            raise click.UsageError(f"--{param.name}: {file}: {key} takes {kind}, not {value!r}")
+    ctx.default_map = {**(ctx.default_map or {}), **found}
+    return path
+
+
+def composition(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what is trained, and how."""
+    for option in reversed((
+        click.option("--model", default="cnn", show_default=True, metavar="M", shell_complete=completes(model_names),
+                     help="cnn, linear, mlp, vit, any of torchvision's, or package.module:factory."),
+        click.option("--data", default="digits", show_default=True, metavar="D", shell_complete=completes(lambda: DATA),
+                     help=f"{', '.join(DATA)}, or package.module:factory."),
+        click.option("--data-root", default="data", show_default=True, metavar="DIR", help="Where data sets are."),
+        click.option("--download", is_flag=True, help="Get the data set if it is not there."),
+        click.option("--workers", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Processes that load data."),
+        click.option("--optimizer", default="adamw", show_default=True, metavar="O", shell_complete=completes(optimizer_names),
+                     help="Any of torch.optim, such as sgd:momentum=0.9, or package.module:Class."),
+        click.option("--lr", type=float, metavar="F", help="Learning rate.  [default: the optimizer's own]"),
+        click.option("--epochs", type=click.IntRange(1), default=20, show_default=True, metavar="N", help="Passes over the data."),
+        click.option("--max-steps", type=click.IntRange(1), metavar="N", help="End after so many updates."),
+        click.option("--eval-every", type=click.IntRange(1), metavar="N", help="Evaluate every N steps too."),
+        click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Images per batch."),
+        click.option("--plugin", multiple=True, metavar="NAME[:option=value,...]", shell_complete=completes(plugin_names),
+                     help="Add a plugin; may be repeated, and they act in this order. See `loopctl plugins`."),
+        click.option("--without", type=click.Choice(DEFAULTS), multiple=True, help="Leave out a plugin that run adds by itself."),
+        click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:1."),
+        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Seed of all random numbers."),
+        click.option("--deterministic", is_flag=True, help="Only deterministic algorithms."),
+        click.option("--config", type=click.Path(path_type=Path), is_eager=True, callback=from_file, metavar="FILE.toml",
+                     help="Take options from a run's run.toml; those given here win."),
+        click.option("--traceback", is_flag=True, expose_value=False, help="Show Python's traceback of a failure."),
+    )):
+        command = option(command)
+    return command
+
+
+@click.group(cls=Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("loopctl"), prog_name="loopctl")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """A PyTorch training loop made of plugins: the loop says when, plugins say what."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@main.command()
+@composition
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The run's folder.  [default: a new one in runs/]")
+@click.option("--resume", type=click.Path(path_type=Path), is_eager=True, callback=from_file, metavar="DIR",
+              help="Go on with the run in this folder.")
+def run(**settings: Any) -> None:
+    """Train a model. Without options: a small network on images of digits."""
+    from loopctl.cli.run import run
+    run(settings)
+
+
+@main.command()
+@composition
+def explain(**settings: Any) -> None:
+    """Show which plugin acts at which hook, and the plan in numbers, without training."""
+    from loopctl.cli.run import explained
+    click.echo(explained(settings))
+
+
+@main.command()
+@click.argument("name", required=False, shell_complete=completes(plugin_names))
+@click.option("--check", is_flag=True, help="Import each plugin, and mark the broken ones.")
+def plugins(name: str | None, check: bool) -> None:
+    """List the plugins, or show one with its options, its hooks and where it comes from."""
+    from loopctl.cli import plugins
+    if name:
+        click.echo(plugins.page(name))
+    else:
+        listed, broken = plugins.listing(check)
+        click.echo(listed)
+        if broken:
+            raise click.ClickException(f"broken: {', '.join(broken)}")
+
+
+@main.command()
+def hooks() -> None:
+    """Show every moment of training that a plugin can join."""
+    from loopctl import hooks
+    click.echo((hooks.__doc__ or "").rstrip())

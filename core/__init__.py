@@ -10,7 +10,7 @@ from loopctl.hooks import hookimpl
 
 if TYPE_CHECKING:
     from loopctl.batches import grouped
-    from loopctl.explain import explain
+    from loopctl.explanation import explain
     from loopctl.lengths import Length
     from loopctl.loop import fit
     from loopctl.monitor import Monitor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Length", "Monitor", "Run", "UsageError", "available", "explain", "fit", "grouped", "hookimpl", "load"]
 
 # What needs torch is imported when it is first used, so that `loopctl --help` answers at once.
-LATER = {"Length": "lengths", "Monitor": "monitor", "Run": "run", "explain": "explain", "fit": "loop", "grouped": "batches"}
+LATER = {"Length": "lengths", "Monitor": "monitor", "Run": "run", "explain": "explanation", "fit": "loop", "grouped": "batches"}
 
 
 def __getattr__(name: str) -> Any:

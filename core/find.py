@@ -64,10 +64,7 @@ def build(spec: str) -> tuple[str, Any]:
 
     `name` may also be `package.module:Class` or `path/to/file.py:Class`. Raises UsageError.
     """
-    head, _, rest = spec.partition(":")
-    if "." in head or "/" in head:
-        attr, _, rest = rest.partition(":")
-        head = f"{head}:{attr}"
+    head, rest = split(spec)
     cls = load(head)
     name = name_of(cls)
     known = options(cls)
@@ -76,6 +73,15 @@ def build(spec: str) -> tuple[str, Any]:
         return name, cls(**values)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}: {one_line(error)}") from error
+
+
+def split(spec: str) -> tuple[str, str]:
+    """A spec's class, as `load` takes it, and its options."""
+    head, _, rest = spec.partition(":")
+    if "." in head or "/" in head:
+        attr, _, rest = rest.partition(":")
+        head = f"{head}:{attr}"
+    return head, rest
 
 
 def name_of(cls: type) -> str:

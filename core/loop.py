@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import islice
-from math import inf, prod
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from loopctl.batches import moved
+from loopctl.checkpoint import restore
 from loopctl.compose import blame, compose
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 from loopctl.meters import Meters
 from loopctl.prepare import prepare
+from loopctl.rates import set_rates
 from loopctl.run import Run
 
 
@@ -36,6 +38,7 @@ def fit(
     metrics: dict[str, Callable[[Any, Any], Any]] | None = None,
     device: str | torch.device | None = None,
     seed: int | None = None,
+    resume: str | Path | None = None,
     steps_per_epoch: int | None = None,
     out: str | Path = ".",
 ) -> Run:
@@ -50,12 +53,14 @@ def fit(
     metrics: by name, `fn(output, target)` that returns a mean over the batch, or torchmetrics objects.
     device: where to train; None is where the model is, "auto" is cuda, then mps, then cpu.
     seed: seeds Python, NumPy and torch before anything else.
+    resume: a checkpoint, or a folder that has one, from which to go on.
     steps_per_epoch: updates per epoch; needed where `train` has no length.
     out: the folder that plugins write to.
 
     Raises UsageError, before anything is trained, where something asked for cannot be done.
     """
-    run = Run(model, loss_fn, optimizer, train, valid, epochs, max_steps or inf, eval_every, steps_per_epoch, out=Path(out))
+    run = Run(model, loss_fn, optimizer, train, valid, epochs, inf if max_steps is None else max_steps, eval_every,
+              steps_per_epoch, out=Path(out), resume=Path(resume) if resume else None)
     run.hook = compose(plugins)
     with blame(run.hook):
         prepare(run, metrics, device, seed)
@@ -66,7 +71,9 @@ def fit(
 @hookimpl(trylast=True)
 def train(run: Run) -> None:
     run.hook.train_start(run=run)
-    while not run.stop and run.epoch < run.epochs and run.step < run.max_steps:
+    if run.resume:
+        restore(run)
+    while not run.over:
         epoch(run)
     run.hook.train_end(run=run)
 
@@ -114,17 +121,6 @@ def step(run: Run, meters: Meters) -> None:
     hook.after_step(run=run)
 
 
-def set_rates(run: Run) -> None:
-    """Set each group's learning rate to its initial one times the factors of all schedules, where there are any."""
-    if run.hook.acting["lr_scale"]:
-        for group in run.optimizer.param_groups:
-            lr = group["initial_lr"] * prod(run.hook.lr_scale(run=run, initial_lr=group["initial_lr"], group=group))
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)       # in place, so that compiled and captured steps see it
-            else:
-                group["lr"] = lr
-
-
 def gradients(run: Run, weights: list[Any], meters: Meters | None) -> Tensor:
     """Clear the gradients and compute them anew; return the loss. This is the closure of `optimizer.step(closure)`."""
     hook, total = run.hook, None
@@ -146,6 +142,6 @@ def evaluate(run: Run, meters: Meters) -> None:
     """Bring fresh metrics to the host, the one moment when the loop waits for the device, and have plugins judge them."""
     run.metrics |= meters.result() | run.hook.evaluate(run=run)
     for name, value in run.metrics.items():
-        if isinstance(value, Tensor):
+        if hasattr(value, "tolist"):
             run.metrics[name] = value.tolist()
     run.hook.after_evaluate(run=run)

@@ -33,6 +33,7 @@ class Run:
     steps_per_epoch: int | None = None        # where given; `planned_steps` knows it in any case
     metric_fns: dict[str, Any] = field(default_factory=dict)
     out: Path = Path()                        # the folder that plugins write to
+    resume: Path | None = None                # the checkpoint it goes on from
 
     # Set before training.
     device: torch.device = None               # type: ignore[assignment]
@@ -58,6 +59,11 @@ class Run:
     _plan: tuple[int, int] | None = None
 
     @property
+    def over(self) -> bool:
+        """Whether the run is at its end: stopped, or all epochs or steps done."""
+        return bool(self.stop) or self.epoch >= self.epochs or self.step >= self.max_steps
+
+    @property
     def progress(self) -> float:
         """The part of the run that is done, 0 to 1."""
         return min(1.0, max(self.epochs_done / self.epochs, self.attempts / self.max_steps))
@@ -65,12 +71,12 @@ class Run:
     @property
     def epochs_done(self) -> float:
         """Passes over the training data so far, such as 2.25."""
-        return self.seen / self._planned()[1]
+        return self.seen / self.plan()[1]
 
     @property
     def planned_steps(self) -> int:
         """How many steps the whole run has, if nothing stops it."""
-        return int(min(self.epochs * self._planned()[0], self.max_steps))
+        return int(min(self.epochs * self.plan()[0], self.max_steps))
 
     def position(self, by: str) -> int:
         """Where a schedule stands: whole epochs done (`by="epoch"`), or steps done, skipped ones included (`by="step"`)."""
@@ -82,13 +88,13 @@ class Run:
         number, unit = parse_length(length)
         if unit == by:
             return number
-        per_epoch = self._planned()[0]
+        per_epoch = self.plan()[0]
         steps = {"": number if by == "step" else number * per_epoch, "step": number, "epoch": number * per_epoch,
                  "%": number / 100 * self.planned_steps}[unit]
         return steps if by == "step" else steps / per_epoch
 
-    def _planned(self) -> tuple[int, int]:
-        """Steps and micro-batches of one epoch, counted by grouping numbers in place of batches."""
+    def plan(self) -> tuple[int, int]:
+        """The steps and the micro-batches of one epoch, counted by grouping numbers in place of batches."""
         if self._plan is None:
             numbers = range(len(self.train)) if hasattr(self.train, "__len__") else count()
             groups = self.hook.group_batches(run=self, batches=iter(numbers))

@@ -19,7 +19,7 @@ class Csv:
     @hookimpl
     def train_start(self, run):
         self.file = run.out / self.path
-        if self.file.exists() and not run.history:
+        if self.file.exists() and not run.resume:
             raise UsageError(f"{self.file} exists and is not overwritten; move it, or say another path")
 
     @hookimpl

@@ -1,0 +1,187 @@
+"""Data sets by name: the digits that come with scikit-learn, torchvision's, or `package.module:factory`.
+
+Each name below is a function; its arguments are the options on the command line. `root` and `download` are the
+command line's own `--data-root` and `--download`.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from loopctl.cli.specs import call, resolve
+from loopctl.errors import UsageError
+from loopctl.options import one_line
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A classification data set: (image, class) samples to train on and to validate on."""
+
+    train: Dataset[Any]
+    valid: Dataset[Any]
+    classes: int
+    shape: tuple[int, int, int]      # channels, height, width
+
+    def loaders(self, batch_size: int, workers: int, device: torch.device) -> tuple[DataLoader[Any], DataLoader[Any]]:
+        """Batches of `train`, shuffled anew each epoch, and of `valid`, in order; in pinned memory for a GPU."""
+        def loader(part: Dataset[Any], shuffle: bool) -> DataLoader[Any]:
+            return DataLoader(part, batch_size, shuffle, num_workers=workers, persistent_workers=workers > 0,
+                              pin_memory=device.type == "cuda")
+        return loader(self.train, True), loader(self.valid, False)
+
+
+def make(spec: str, root: str, download: bool) -> Data:
+    """The data that `spec` says, read from the folder `root`.
+
+    A factory of one's own returns a Data, or a pair (train, valid) of map-style data sets of which the first has
+    `classes`. Raises UsageError where the data is not there, or is empty.
+    """
+    name, factory, options = resolve("data", spec, lambda: NAMES, NAMES.__getitem__)
+    made = call(f"data {name}", factory, options, {"root": root, "download": download})
+    if isinstance(made, tuple | list) and len(made) == 2:
+        made = from_pair(name, *made)
+    if not isinstance(made, Data):
+        raise UsageError(f"data {name} made a {type(made).__name__}; return a pair (train, valid) or a loopctl.cli.data.Data")
+    for part, samples in (("training", made.train), ("validation", made.valid)):
+        if len(samples) == 0:        # type: ignore[arg-type]
+            raise UsageError(f"data {name} has no {part} images")
+    return made
+
+
+def from_pair(name: str, train: Any, valid: Any) -> Data:
+    """A Data of two data sets, whose number of classes and shape are read from the first."""
+    if not (hasattr(train, "__len__") and hasattr(valid, "__len__")):
+        raise UsageError(f"data {name}: both data sets need a length")
+    if not hasattr(train, "classes"):
+        raise UsageError(f"data {name}: the training set has no `classes`; return a loopctl.cli.data.Data, which says how many")
+    if len(train) == 0:
+        raise UsageError(f"data {name} has no training images")
+    return Data(train, valid, len(train.classes), tuple(train[0][0].shape))
+
+
+def digits(channels: int = 1) -> Data:
+    """1,797 handwritten digits of 8x8 pixels (UCI, bundled with scikit-learn); every fifth is for validation."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = (torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.3053) / 0.3761
+    images, targets = images.expand(-1, channels, -1, -1).contiguous(), torch.tensor(found.target)
+    held_out = torch.arange(len(targets)) % 5 == 0
+    return Data(TensorDataset(images[~held_out], targets[~held_out]), TensorDataset(images[held_out], targets[held_out]),
+                10, (channels, 8, 8))
+
+
+def transforms(mean: Any, std: Any, first: Any = (), channels: int = 0) -> Any:
+    """Steps on the picture, then a normalised tensor; `channels` makes grey pictures have so many."""
+    from torchvision.transforms import v2
+
+    grey = [v2.Grayscale(channels)] if channels > 1 else []
+    return v2.Compose([*grey, *first, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+def from_torchvision(name: str, cls: Any, root: str, download: bool, train: Any, valid: Any, shape: tuple[int, int, int]) -> Data:
+    """torchvision's class `cls`, with its own transform for training and for validation."""
+    try:
+        sets = [cls(root, train=part, transform=transform, download=download)
+                for part, transform in ((True, train), (False, valid))]
+    except (RuntimeError, OSError) as error:
+        if download:
+            raise UsageError(f"data {name} could not be downloaded to {root}: {one_line(error)}") from error
+        raise UsageError(f"data {name} is not in {Path(root).absolute()}; add --download to get it, or --data-root DIR") from error
+    return Data(*sets, len(sets[0].classes), shape)
+
+
+def mnist(root: str, download: bool, channels: int = 1) -> Data:
+    """60,000 and 10,000 handwritten digits of 28x28 pixels."""
+    from torchvision.datasets import MNIST
+
+    plain = transforms([0.1307] * channels, [0.3081] * channels, channels=channels)
+    return from_torchvision("mnist", MNIST, root, download, plain, plain, (channels, 28, 28))
+
+
+def fashionmnist(root: str, download: bool, channels: int = 1) -> Data:
+    """60,000 and 10,000 pictures of clothes of 28x28 pixels."""
+    from torchvision.datasets import FashionMNIST
+
+    plain = transforms([0.2860] * channels, [0.3530] * channels, channels=channels)
+    return from_torchvision("fashionmnist", FashionMNIST, root, download, plain, plain, (channels, 28, 28))
+
+
+def cifar10(root: str, download: bool, augment: bool = True) -> Data:
+    """50,000 and 10,000 colour pictures of 32x32 pixels in 10 classes; cropped and mirrored at random while training."""
+    from torchvision.datasets import CIFAR10
+
+    return cifar("cifar10", CIFAR10, root, download, augment, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def cifar100(root: str, download: bool, augment: bool = True) -> Data:
+    """50,000 and 10,000 colour pictures of 32x32 pixels in 100 classes; cropped and mirrored at random while training."""
+    from torchvision.datasets import CIFAR100
+
+    return cifar("cifar100", CIFAR100, root, download, augment, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+def cifar(name: str, cls: Any, root: str, download: bool, augment: bool, mean: Any, std: Any) -> Data:
+    from torchvision.transforms import v2
+
+    crops = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if augment else []
+    return from_torchvision(name, cls, root, download, transforms(mean, std, crops), transforms(mean, std), (3, 32, 32))
+
+
+def imagenet(root: str, size: int = 224, augment: bool = True) -> Data:
+    """ImageNet 2012, 1,000 classes, from its own archives in `root`; see `imagefolder` for the transforms."""
+    from torchvision.datasets import ImageNet
+
+    try:
+        sets = [ImageNet(root, split=split, transform=photograph(size, augment and split == "train"))
+                for split in ("train", "val")]
+    except (RuntimeError, OSError) as error:
+        raise UsageError(f"data imagenet is not in {Path(root).absolute()}: {one_line(error)}; put ILSVRC2012_devkit_t12.tar.gz, "
+                         "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, or say --data-root DIR") from error
+    return Data(sets[0], sets[1], 1000, (3, size, size))
+
+
+def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
+    """Pictures in `root`/train/CLASS and `root`/val/CLASS.
+
+    Training takes a random part of each, mirrored at random; validation the centre, after the shorter side is made
+    256 (for a size of 224). augment=false takes the centre for both.
+    """
+    from torchvision.datasets import ImageFolder
+
+    try:
+        sets = [ImageFolder(str(Path(root, split)), photograph(size, augment and split == "train")) for split in ("train", "val")]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"data imagefolder: {one_line(error)}; it takes pictures in {Path(root).absolute()}/train/CLASS and "
+                         "/val/CLASS, or in another --data-root DIR") from error
+    if sets[0].classes != sets[1].classes:
+        differ = sorted(set(sets[0].classes) ^ set(sets[1].classes))
+        raise UsageError(f"data imagefolder: train and val in {root} have other classes: {', '.join(differ)} is only in one")
+    return Data(sets[0], sets[1], len(sets[0].classes), (3, size, size))
+
+
+def photograph(size: int, augment: bool) -> Any:
+    """The usual transforms of photographs, as ImageNet's."""
+    from torchvision.transforms import v2
+
+    crops = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()] if augment else [v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
+    return transforms((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crops)
+
+
+def fake(size: int = 1000, image: int = 32, classes: int = 10, channels: int = 3) -> Data:
+    """Random pictures with random classes, to try things out; a fifth as many for validation."""
+    from torchvision.datasets import FakeData
+
+    if min(size, image, classes, channels) < 1:
+        raise UsageError("data fake: size, image, classes and channels are at least 1")
+    shape, to_tensor = (channels, image, image), transforms([0.5] * channels, [0.5] * channels)
+    train = FakeData(size, shape, classes, to_tensor)
+    return Data(train, FakeData(max(1, size // 5), shape, classes, to_tensor, random_offset=size), classes, shape)
+
+
+NAMES = {function.__name__: function for function in
+         (digits, mnist, fashionmnist, cifar10, cifar100, imagenet, imagefolder, fake)}

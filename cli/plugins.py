@@ -1,0 +1,92 @@
+"""What `loopctl plugins` shows."""
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from importlib.machinery import PathFinder
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import loopctl.plugins  # noqa: F401  so that its folder is known; it imports none of them
+from loopctl.compose import SPECS
+from loopctl.errors import UsageError
+from loopctl.find import available, load, name_of, split
+from loopctl.options import described, options, shown
+
+
+def listing(check: bool) -> tuple[str, list[str]]:
+    """A line per installed plugin, and the names of those that do not import, where `check` asks for it."""
+    found, broken = available(), []
+    rows = []
+    for name, entry in found.items():
+        line = first_line(entry)
+        if check:
+            try:
+                load(name)
+            except UsageError as error:
+                broken.append(name)
+                line = f"BROKEN  {error}"
+        rows.append((name, line, "" if origin(entry).startswith("loopctl ") else f"  [{origin(entry)}]"))
+    width = max(len(name) for name in found)
+    return "\n".join(f"{name:{width}}  {line}{where}" for name, line, where in rows), broken
+
+
+def page(spec: str) -> str:
+    """One plugin: what it does, its options, its hooks, where it comes from."""
+    head, _ = split(spec)
+    cls = load(head)
+    known = options(cls)
+    text = re.sub(r"\n +", "\n", cls.__doc__ or "").split("\n")
+    names = tuple(f"{name}:" for name in known)
+    about = "\n".join(text[:next((i for i, line in enumerate(text) if line.startswith(names)), len(text))]).strip()
+    entry = available().get(head)
+    lines = [f"{name_of(cls)}: {about}", ""]
+    if known:
+        lines.append("options")
+        width = max(map(len, known))
+        for option in known.values():
+            default = "required" if "MISSING" in repr(option.default) else shown(option.default) or "(empty)"
+            lines.append(f"  {option.name:{width}}  {option.help}")
+            lines.append(f"  {'':{width}}  {described(option.type)}; default {default}")
+        lines.append("")
+    joined = [hook for hook in SPECS if hasattr(getattr(cls, hook, None), "loopctl_impl")]
+    lines.append("hooks    " + ", ".join(f"{hook} (wraps)" if getattr(cls, hook).loopctl_impl["wrapper"] else hook for hook in joined))
+    lines.append(f"from     {origin(entry) + ', ' if entry else ''}{cls.__module__}:{cls.__qualname__}")
+    return "\n".join(lines)
+
+
+def origin(entry: EntryPoint) -> str:
+    """The package that a plugin comes from, and its version."""
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else ""
+
+
+def first_line(entry: EntryPoint) -> str:
+    """The first sentence of a plugin's docstring, read from its source without importing it; empty where that is not found."""
+    file = source(entry.module)
+    if file is None:
+        return ""
+    try:
+        classes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef) and node.name == entry.attr]
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return ""
+    doc = ast.get_docstring(classes[0]) if classes else None
+    return (doc or "").split("\n")[0]
+
+
+def source(module: str) -> Path | None:
+    """The file of a module; of its parent packages only those that are imported already are asked."""
+    path: list[str] | None = None
+    parts = module.split(".")
+    for count, part in enumerate(parts, 1):
+        name = ".".join(parts[:count])
+        if name in sys.modules:
+            path = list(getattr(sys.modules[name], "__path__", []))
+            continue
+        spec = PathFinder.find_spec(part if path is None else name, path)
+        if spec is None or spec.origin is None:
+            return None
+        path = list(spec.submodule_search_locations or [])
+        if count == len(parts):
+            return Path(spec.origin)
+    return None

@@ -1,0 +1,148 @@
+"""What `loopctl run` does."""
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import click
+import tomli_w
+import torch
+from torch import nn
+
+from loopctl import checkpoint, explain, fit, hookimpl
+from loopctl.cli import DEFAULTS, data, models, optimizers
+from loopctl.compose import blame, compose
+from loopctl.errors import UsageError
+from loopctl.find import build, split
+from loopctl.options import spec
+from loopctl.prepare import find_device, prepare, seed_everything
+from loopctl.run import Run
+
+
+def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The part of a batch whose highest score is that of its class."""
+    return (output.argmax(1) == target).float().mean()
+
+
+def assemble(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make what the settings name. Return the arguments of `fit`, and the settings again with nothing left to choose."""
+    specs = list(settings["plugin"])
+    given = {build(text)[0] for text in specs}
+    specs += [f"{name}:unit=images" if name == "progress" else name for name in DEFAULTS
+              if name not in given and name not in settings["without"]]
+    plugins = [build(text)[1] for text in specs]
+    compose(plugins)                          # what does not go together is refused before the data is read
+    device = find_device(settings["device"])
+    factory, lr = optimizers.make(settings["optimizer"], settings["lr"])
+    if settings["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    seed_everything(settings["seed"])
+    found = data.make(settings["data"], settings["data_root"], settings["download"])
+    model = models.make(settings["model"], found)
+    train, valid = found.loaders(settings["batch_size"], settings["workers"], device)
+    arguments = dict(
+        model=model, loss_fn=nn.CrossEntropyLoss(), optimizer=factory, train=train, valid=valid, epochs=settings["epochs"],
+        max_steps=settings["max_steps"], eval_every=settings["eval_every"], plugins=plugins, metrics={"accuracy": accuracy},
+        device=device, seed=settings["seed"])
+    resolved = settings | {
+        "lr": lr, "device": str(device), "plugin": [spec(split(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=True)]}
+    return arguments, resolved
+
+
+def run(settings: dict[str, Any]) -> None:
+    """Train as the settings say, in a folder of the run's own."""
+    out, resume = settings.pop("out"), settings.pop("resume")
+    settings.pop("config")
+    arguments, resolved = assemble(settings)
+    if resume and out:
+        raise UsageError("a resumed run goes on in its own folder; leave out --out")
+    if resume:
+        checkpoint.find(resume)
+    recorder = Recorder(resolved, new=not resume)
+    arguments["plugins"].append(recorder)
+    with folder(resume or out, recorder) as place:
+        try:
+            done = fit(**arguments, resume=resume, out=place)
+        except KeyboardInterrupt:
+            where = f"; what it has written is in {place}" if recorder.started else ""
+            click.echo(f"interrupted{where}", err=True)
+            raise SystemExit(130) from None
+        if not recorder.started:
+            raise UsageError(f"{place}: this run is finished ({done.stop or f'{done.epoch} epochs'}); to go on, ask for more --epochs")
+    checkpoint.save_weights(done.model, place / "weights.safetensors")
+    click.echo(f"stopped early: {done.stop}" if done.stop else f"finished: {done.epoch} epochs, {done.step:,} updates")
+    click.echo(f"run folder: {place}")
+
+
+def explained(settings: dict[str, Any]) -> str:
+    """The composition that the settings make, and its plan in numbers."""
+    settings.pop("config")
+    arguments, _ = assemble(settings)
+    hooks = compose(arguments.pop("plugins"))
+    device, seed, metrics = (arguments.pop(name) for name in ("device", "seed", "metrics"))
+    arguments["max_steps"] = arguments["max_steps"] or float("inf")
+    prepared = Run(**arguments, hook=hooks)
+    with blame(hooks):
+        prepare(prepared, metrics, device, seed)
+        return explain(run=prepared)
+
+
+@dataclass(eq=False)
+class Recorder:
+    """Writes what the run is made of into its folder, once nothing speaks against training any more."""
+
+    settings: dict[str, Any]
+    new: bool
+    started: bool = False
+
+    @hookimpl
+    def epoch_start(self, run):
+        if self.started:
+            return
+        parameters = sum(parameter.numel() for parameter in run.model.parameters())
+        size = [len(loader.dataset) for loader in (run.train, run.valid)]
+        click.echo(f"{self.settings['model']} ({parameters:,} parameters) on {self.settings['data']} "
+                   f"({size[0]:,} + {size[1]:,} images), {self.settings['optimizer']}, {run.device}")
+        known = {key: list(value) if isinstance(value, tuple) else value
+                 for key, value in self.settings.items() if value is not None}
+        text = f"# loopctl {version('loopctl')}, torch {torch.__version__}; repeat with: loopctl run --config {run.out}/run.toml\n"
+        (run.out / "run.toml").write_text(text + tomli_w.dumps(known))
+        if self.new:
+            (run.out / "explain.txt").write_text(explain(run=run) + "\n")
+        self.started = True
+
+
+@contextmanager
+def folder(path: Path | None, recorder: Recorder) -> Iterator[Path]:
+    """The run's own new folder, or the one it goes on in. If nothing was started in a new one, it is taken away again."""
+    place = path or new_name()
+    if recorder.new:
+        missing = [parent for parent in (place, *place.parents) if not parent.exists()]
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise UsageError(f"--out {place} exists and is not overwritten; say another folder, or --resume {place}")
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "run.toml").touch()
+        except OSError as error:
+            raise UsageError(f"--out {place} cannot be written: {error.strerror}; say another folder") from error
+    try:
+        yield place
+    finally:
+        if recorder.new and not recorder.started:
+            shutil.rmtree(missing[-1] if missing else place)
+
+
+def new_name() -> Path:
+    """A folder in runs/ that does not exist yet, named by the time."""
+    name = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    return next(path for number in count(1) if not (path := Path(name if number == 1 else f"{name}_{number}")).exists())

@@ -1,0 +1,43 @@
+"""Show what a composition does before it runs: who acts where, and the plan in numbers."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from loopctl import hooks
+from loopctl.batches import samples
+from loopctl.compose import SPECS, compose
+from loopctl.rates import curve
+from loopctl.run import Run
+
+
+def explain(plugins: Iterable[Any] = (), run: Run | None = None) -> str:
+    """The hook tree with the plugins that act at each hook, in the order they act; of a prepared `run` the plan as well.
+
+    Raises UsageError where the plugins do not go together.
+    """
+    composed = run.hook if run else compose(plugins)
+    lines = []
+    for line in tree():
+        hook = line.split()[0]
+        name = line[:line.index(hook) + len(hook)]
+        lines.append(f"{name:22}{', '.join(composed.acting[hook])}".rstrip())
+    return "\n".join([*lines, "", *plan(run)] if run else lines)
+
+
+def tree() -> list[str]:
+    """The lines of the hook tree: a hook, indented, and what it is for."""
+    return [line for line in (hooks.__doc__ or "").splitlines() if line.split()[:1] and line.split()[0] in SPECS]
+
+
+def plan(run: Run) -> list[str]:
+    """What a prepared run is going to do, in numbers: updates, batch sizes, learning rates."""
+    steps, micro_batches = run.plan()
+    size = getattr(run.train, "batch_size", None) or samples(next(iter(run.train)))
+    lrs = [lr[0] for _, lr in curve(run)]
+    each = f", {micro_batches / steps:.3g} micro-batches each" if micro_batches != steps else ""
+    return [
+        f"updates          {run.planned_steps:,}: {run.epochs} epochs of {steps:,}{each}",
+        f"effective batch  {size * -(-micro_batches // steps):,} samples",
+        f"learning rate    {lrs[0]:.3g} at the start, {max(lrs):.3g} at its peak, {lrs[-1]:.3g} at the end",
+    ]

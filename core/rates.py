@@ -1,0 +1,39 @@
+"""Learning rates: what the schedules say, and setting it."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from torch import Tensor
+
+from loopctl.run import Run
+
+
+def rates(run: Run) -> list[float]:
+    """The learning rate of each parameter group where `run` is now: its initial one times the factors of all schedules."""
+    return [
+        initial_lr and initial_lr * prod(run.hook.lr_scale(run=run, initial_lr=initial_lr, group=group))    # 0 stays 0
+        for group in run.optimizer.param_groups for initial_lr in [group["initial_lr"]]
+    ]
+
+
+def set_rates(run: Run) -> None:
+    """Set the learning rates, where there are schedules; else they are the user's own to change."""
+    if run.hook.acting["lr_scale"]:
+        for group, lr in zip(run.optimizer.param_groups, rates(run), strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)       # in place, so that compiled and captured steps see it
+            else:
+                group["lr"] = lr
+
+
+def curve(run: Run, points: int = 2000) -> Iterator[tuple[int, list[float]]]:
+    """The step and each group's learning rate, at no more than `points` steps of a prepared run; nothing is trained."""
+    per_epoch, micro_batches = run.plan()
+    here = run.epoch, run.attempts, run.seen
+    every = max(1, run.planned_steps // points)
+    for step in sorted({*range(0, run.planned_steps, every), run.planned_steps - 1}):
+        run.epoch, run.attempts = step // per_epoch, step
+        run.seen = round(step / per_epoch * micro_batches)
+        yield step, rates(run)
+    run.epoch, run.attempts, run.seen = here

@@ -1,0 +1,113 @@
+"""What a run shows while it trains."""
+import time
+from dataclasses import dataclass
+
+import torch
+
+from loopctl import hookimpl
+
+
+@dataclass(eq=False)
+class Progress:
+    """Show how far the run is: a live bar on a terminal, a line per epoch elsewhere, and a table of epochs at the end.
+
+    unit: what is counted as speed
+    interval: seconds between two looks at the run, on a terminal
+    """
+
+    unit: str = "samples"
+    interval: float = 0.1
+
+    @hookimpl(wrapper=True)
+    def train(self, run):
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.console = Console()
+        if not self.console.is_terminal:
+            self.console = Console(width=200)          # nobody's window: let no line break
+        self.live = self.console.is_terminal
+        self.bar = Bar(
+            TextColumn("epoch {task.fields[epoch]}"), BarColumn(None), TextColumn("step {task.completed:,}/{task.total:,}"),
+            TextColumn("loss {task.fields[loss]}"), TextColumn("lr {task.fields[lr]}"), TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(compact=True), TextColumn("left"),
+            console=self.console, auto_refresh=False, disable=not self.live, transient=True)
+        self.next = self.counted = 0.0
+        self.loss = Glance()
+        with self.bar:
+            self.task = self.bar.add_task("", total=run.planned_steps, epoch="", loss="", lr="", speed="")
+            result = yield
+        if run.history:
+            self.console.print(table(run.history))
+        return result
+
+    @hookimpl
+    def epoch_start(self, run):
+        self.since, self.counted = time.monotonic(), 0.0
+
+    @hookimpl
+    def after_step(self, run):
+        self.counted += run.weight
+        if self.live and time.monotonic() >= self.next:
+            self.next = time.monotonic() + self.interval
+            self.bar.update(self.task, completed=run.attempts, epoch=f"{run.epoch + 1}/{run.epochs}",
+                            loss=self.loss.at(run.loss), lr=f"{float(run.optimizer.param_groups[0]['lr']):.3g}",
+                            speed=self.speed(), refresh=True)
+
+    @hookimpl
+    def epoch_end(self, run):
+        if not self.live:
+            row = "  ".join(f"{key} {shown(value)}" for key, value in run.history[-1].items() if key != "epoch")
+            self.console.print(f"epoch {run.epoch}/{run.epochs}  {row}  {self.trained}", highlight=False)
+
+    @hookimpl(wrapper=True)
+    def evaluate(self):
+        self.trained = self.speed()                    # before evaluation takes its time
+        return (yield)
+
+    def speed(self) -> str:
+        return f"{float(self.counted) / (time.monotonic() - self.since):,.0f} {self.unit}/s"
+
+
+class Glance:
+    """A scalar's value on the host without waiting for the device: what is shown may be one look old."""
+
+    def __init__(self) -> None:
+        self.text = "..."
+        self.copy: torch.Tensor | None = None
+
+    def at(self, value: torch.Tensor) -> str:
+        if value.device.type != "cuda":
+            return f"{float(value):.4f}"
+        if self.copy is None:
+            self.copy, self.arrived = torch.empty((), dtype=value.dtype, pin_memory=True), torch.cuda.Event()
+        elif not self.arrived.query():
+            return self.text
+        else:
+            self.text = f"{float(self.copy):.4f}"
+        self.copy.copy_(value, non_blocking=True)
+        self.arrived.record()
+        return self.text
+
+
+def shown(value: object) -> str:
+    """A metric in few characters."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+
+
+def table(history: list) -> object:
+    """The epochs as a table; of a long run the first and the last ones."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    found = Table(*columns, box=SIMPLE, pad_edge=False)
+    for column in found.columns:
+        column.justify = "right"
+    rows = history if len(history) <= 30 else [*history[:5], {}, *history[-20:]]
+    for row in rows:
+        found.add_row(*(shown(row.get(column, "")) if row else "..." for column in columns))
+    return found
