@@ -144,16 +144,16 @@ def main(ctx: click.Context) -> None:
               help="Go on with the run in this folder.")
 def run(**settings: Any) -> None:
     """Train a model. Without options: a small network on images of digits."""
-    from loopctl.cli.run import run
-    run(settings)
+    from loopctl.cli import train
+    train.run(settings)
 
 
 @main.command()
 @composition
 def explain(**settings: Any) -> None:
     """Show which plugin acts at which hook, and the plan in numbers, without training."""
-    from loopctl.cli.run import explained
-    click.echo(explained(settings))
+    from loopctl.cli import train
+    click.echo(train.explained(settings))
 
 
 @main.command()
@@ -161,11 +161,11 @@ def explain(**settings: Any) -> None:
 @click.option("--check", is_flag=True, help="Import each plugin, and mark the broken ones.")
 def plugins(name: str | None, check: bool) -> None:
     """List the plugins, or show one with its options, its hooks and where it comes from."""
-    from loopctl.cli import plugins
+    from loopctl.cli import listing
     if name:
-        click.echo(plugins.page(name))
+        click.echo(listing.page(name))
     else:
-        listed, broken = plugins.listing(check)
+        listed, broken = listing.table(check)
         click.echo(listed)
         if broken:
             raise click.ClickException(f"broken: {', '.join(broken)}")

@@ -33,11 +33,12 @@ class Progress:
             TextColumn("loss {task.fields[loss]}"), TextColumn("lr {task.fields[lr]}"), TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(compact=True), TextColumn("left"),
             console=self.console, auto_refresh=False, disable=not self.live, transient=True)
-        self.next = self.counted = 0.0
-        self.loss = Glance()
-        with self.bar:
-            self.task = self.bar.add_task("", total=run.planned_steps, epoch="", loss="", lr="", speed="")
+        self.task = self.bar.add_task("", total=run.planned_steps, epoch="", loss="", lr="", speed="")
+        self.next, self.loss = 0.0, Glance()
+        try:
             result = yield
+        finally:
+            self.bar.stop()
         if run.history:
             self.console.print(table(run.history))
         return result
@@ -51,6 +52,7 @@ class Progress:
         self.counted += run.weight
         if self.live and time.monotonic() >= self.next:
             self.next = time.monotonic() + self.interval
+            self.bar.start()                           # does nothing when it has started
             self.bar.update(self.task, completed=run.attempts, epoch=f"{run.epoch + 1}/{run.epochs}",
                             loss=self.loss.at(run.loss), lr=f"{float(run.optimizer.param_groups[0]['lr']):.3g}",
                             speed=self.speed(), refresh=True)
@@ -95,7 +97,7 @@ def shown(value: object) -> str:
     """A metric in few characters."""
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+    return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
 
 
 def table(history: list) -> object:
@@ -106,7 +108,7 @@ def table(history: list) -> object:
     columns = list(dict.fromkeys(key for row in history for key in row))
     found = Table(*columns, box=SIMPLE, pad_edge=False)
     for column in found.columns:
-        column.justify = "right"
+        column.justify, column.overflow = "right", "fold"
     rows = history if len(history) <= 30 else [*history[:5], {}, *history[-20:]]
     for row in rows:
         found.add_row(*(shown(row.get(column, "")) if row else "..." for column in columns))

@@ -15,7 +15,7 @@ from loopctl.find import available, load, name_of, split
 from loopctl.options import described, options, shown
 
 
-def listing(check: bool) -> tuple[str, list[str]]:
+def table(check: bool) -> tuple[str, list[str]]:
     """A line per installed plugin, and the names of those that do not import, where `check` asks for it."""
     found, broken = available(), []
     rows = []

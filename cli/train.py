@@ -111,8 +111,8 @@ class Recorder:
             return
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         size = [len(loader.dataset) for loader in (run.train, run.valid)]
-        click.echo(f"{self.settings['model']} ({parameters:,} parameters) on {self.settings['data']} "
-                   f"({size[0]:,} + {size[1]:,} images), {self.settings['optimizer']}, {run.device}")
+        print(f"{self.settings['model']} ({parameters:,} parameters) on {self.settings['data']} "
+              f"({size[0]:,} + {size[1]:,} images), {self.settings['optimizer']}, {run.device}")
         known = {key: list(value) if isinstance(value, tuple) else value
                  for key, value in self.settings.items() if value is not None}
         text = f"# loopctl {version('loopctl')}, torch {torch.__version__}; repeat with: loopctl run --config {run.out}/run.toml\n"
