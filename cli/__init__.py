@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
-
 from loopctl.errors import UsageError, nearest
 
 DEFAULTS = ("csv", "checkpoint", "progress")       # the plugins that `run` adds by itself
@@ -19,7 +18,7 @@ DEFAULTS = ("csv", "checkpoint", "progress")       # the plugins that `run` adds
 class Commands(click.Group):
     """A group that says what is wrong in one line: usage errors exit with 2, failures with 1."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:   # type: ignore[override]
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
         try:
             sys.exit(super().main(*args, **kwargs) or 0)

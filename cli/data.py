@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
-
-from loopctl.cli.specs import call, resolve
+from loopctl.cli.specs import at_least_one, call, resolve
 from loopctl.errors import UsageError
 from loopctl.options import one_line
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +66,7 @@ def digits(channels: int = 1) -> Data:
     """1,797 handwritten digits of 8x8 pixels (UCI, bundled with scikit-learn); every fifth is for validation."""
     from sklearn.datasets import load_digits
 
+    at_least_one("data digits", channels=channels)
     found = load_digits()
     images = (torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.3053) / 0.3761
     images, targets = images.expand(-1, channels, -1, -1).contiguous(), torch.tensor(found.target)
@@ -91,7 +91,7 @@ def from_torchvision(name: str, cls: Any, root: str, download: bool, train: Any,
     except (RuntimeError, OSError) as error:
         if download:
             raise UsageError(f"data {name} could not be downloaded to {root}: {one_line(error)}") from error
-        raise UsageError(f"data {name} is not in {Path(root).absolute()}; add --download to get it, or --data-root DIR") from error
+        raise UsageError(f"data {name} is not in {Path(root).absolute()}, or not whole; add --download to get it, or --data-root DIR") from error
     return Data(*sets, len(sets[0].classes), shape)
 
 
@@ -99,6 +99,7 @@ def mnist(root: str, download: bool, channels: int = 1) -> Data:
     """60,000 and 10,000 handwritten digits of 28x28 pixels."""
     from torchvision.datasets import MNIST
 
+    at_least_one("data mnist", channels=channels)
     plain = transforms([0.1307] * channels, [0.3081] * channels, channels=channels)
     return from_torchvision("mnist", MNIST, root, download, plain, plain, (channels, 28, 28))
 
@@ -107,6 +108,7 @@ def fashionmnist(root: str, download: bool, channels: int = 1) -> Data:
     """60,000 and 10,000 pictures of clothes of 28x28 pixels."""
     from torchvision.datasets import FashionMNIST
 
+    at_least_one("data fashionmnist", channels=channels)
     plain = transforms([0.2860] * channels, [0.3530] * channels, channels=channels)
     return from_torchvision("fashionmnist", FashionMNIST, root, download, plain, plain, (channels, 28, 28))
 
@@ -136,12 +138,14 @@ def imagenet(root: str, size: int = 224, augment: bool = True) -> Data:
     """ImageNet 2012, 1,000 classes, from its own archives in `root`; see `imagefolder` for the transforms."""
     from torchvision.datasets import ImageNet
 
+    at_least_one("data imagenet", size=size)
     try:
         sets = [ImageNet(root, split=split, transform=photograph(size, augment and split == "train"))
                 for split in ("train", "val")]
     except (RuntimeError, OSError) as error:
-        raise UsageError(f"data imagenet is not in {Path(root).absolute()}: {one_line(error)}; put ILSVRC2012_devkit_t12.tar.gz, "
-                         "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, or say --data-root DIR") from error
+        raise UsageError(f"data imagenet is not in {Path(root).absolute()}; put ILSVRC2012_devkit_t12.tar.gz, "
+                         "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, or say --data-root DIR "
+                         f"({one_line(error)})") from error
     return Data(sets[0], sets[1], 1000, (3, size, size))
 
 
@@ -153,11 +157,16 @@ def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
     """
     from torchvision.datasets import ImageFolder
 
+    at_least_one("data imagefolder", size=size)
+    folders = [Path(root, split).absolute() for split in ("train", "val")]
+    way_out = "it takes pictures in train/CLASS and val/CLASS of --data-root DIR"
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"data imagefolder: there is no folder {folder}; {way_out}")
     try:
-        sets = [ImageFolder(str(Path(root, split)), photograph(size, augment and split == "train")) for split in ("train", "val")]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"data imagefolder: {one_line(error)}; it takes pictures in {Path(root).absolute()}/train/CLASS and "
-                         "/val/CLASS, or in another --data-root DIR") from error
+        sets = [ImageFolder(str(folder), photograph(size, augment and folder.name == "train")) for folder in folders]
+    except FileNotFoundError as error:         # no class, or a class without pictures
+        raise UsageError(f"data imagefolder: {one_line(error)}; {way_out}") from error
     if sets[0].classes != sets[1].classes:
         differ = sorted(set(sets[0].classes) ^ set(sets[1].classes))
         raise UsageError(f"data imagefolder: train and val in {root} have other classes: {', '.join(differ)} is only in one")
@@ -176,8 +185,7 @@ def fake(size: int = 1000, image: int = 32, classes: int = 10, channels: int = 3
     """Random pictures with random classes, to try things out; a fifth as many for validation."""
     from torchvision.datasets import FakeData
 
-    if min(size, image, classes, channels) < 1:
-        raise UsageError("data fake: size, image, classes and channels are at least 1")
+    at_least_one("data fake", size=size, image=image, classes=classes, channels=channels)
     shape, to_tensor = (channels, image, image), transforms([0.5] * channels, [0.5] * channels)
     train = FakeData(size, shape, classes, to_tensor)
     return Data(train, FakeData(max(1, size // 5), shape, classes, to_tensor, random_offset=size), classes, shape)

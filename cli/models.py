@@ -4,14 +4,13 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from loopctl.cli.specs import call, names_in_source, resolve
+from loopctl.cli.specs import at_least_one, call, names_in_source, resolve
 from loopctl.errors import UsageError
 from loopctl.options import one_line
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from loopctl.cli.data import Data
+    from torch import nn
 
 SMALL = ("cnn", "linear", "mlp", "vit")
 
@@ -51,7 +50,6 @@ def make(spec: str, data: Data) -> nn.Module:
 def try_out(name: str, model: nn.Module, data: Data) -> None:
     """Show `model` one image, so that what does not fit is known before training."""
     import torch
-
     from loopctl.modes import evaluating
 
     shape = "x".join(map(str, data.shape))
@@ -79,6 +77,7 @@ def mlp(num_classes: int, in_channels: int, image_size: int, width: int = 128, d
     """Two hidden layers on the pixels."""
     from torch import nn
 
+    at_least_one("model mlp", width=width)
     return nn.Sequential(
         nn.Flatten(), nn.Linear(in_channels * image_size**2, width), nn.ReLU(), nn.Dropout(dropout),
         nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, num_classes))
@@ -91,6 +90,7 @@ def cnn(num_classes: int, in_channels: int, width: int = 32, dropout: float = 0.
     def convolution(channels: int, filters: int) -> list[nn.Module]:
         return [nn.Conv2d(channels, filters, 3, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
 
+    at_least_one("model cnn", width=width)
     return nn.Sequential(
         *convolution(in_channels, width), *convolution(width, width), nn.MaxPool2d(2),
         *convolution(width, 2 * width), *convolution(2 * width, 2 * width),
@@ -103,7 +103,11 @@ def vit(num_classes: int, in_channels: int, image_size: int, patch_size: int | N
     from torch import nn
     from torchvision.models import VisionTransformer
 
-    patch_size = patch_size or (2 if image_size < 28 else 4)
+    if patch_size is None:
+        patch_size = 2 if image_size < 28 else 4
+    at_least_one("model vit", patch_size=patch_size, width=width, depth=depth, heads=heads)
+    if image_size % patch_size:
+        raise UsageError(f"model vit: patch_size={patch_size} does not divide the side of the images, {image_size} pixels")
     model: Any = VisionTransformer(image_size, patch_size, depth, heads, width, 2 * width, dropout, num_classes=num_classes)
     if in_channels != 3:
         model.conv_proj = nn.Conv2d(in_channels, width, patch_size, patch_size)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -13,7 +12,7 @@ from loopctl.options import one_line
 
 def known() -> list[str]:
     """The names, without importing torch."""
-    classes = names_in_source("torch", "optim", r"^class (\w+)\(Optimizer\)")
+    classes = names_in_source("torch", "optim", r"^class (\w+)\((?:Optimizer|Adam)\)")
     return sorted({name.lower() for name in classes if not name.startswith("_")})
 
 
@@ -26,7 +25,7 @@ def make(spec: str, lr: float | None) -> tuple[Callable[[list[dict[str, Any]]], 
 
     classes = {name.lower(): cls for name, cls in vars(torch.optim).items()
                if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer}
-    name, cls, options = resolve("optimizer", spec, classes.keys, classes.__getitem__)
+    name, cls, options = resolve("optimizer", spec, lambda: sorted(classes), classes.__getitem__)
     if lr is not None and "lr" in options:
         raise UsageError(f"optimizer {name}: lr is given twice, as --lr and as an option; leave one out")
     own = "lr" in options
@@ -34,8 +33,14 @@ def make(spec: str, lr: float | None) -> tuple[Callable[[list[dict[str, Any]]], 
     rate = options.get("lr", 0)
     if not (isinstance(rate, int | float) and isfinite(rate) and rate >= 0):
         raise UsageError(f"lr is {rate}; a learning rate is a number from 0, such as 1e-3")
-    try:
-        tried = cls([torch.zeros(1, 1, requires_grad=True)], **options)       # so that a wrong option is known now
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UsageError(f"optimizer {name}: {one_line(error)}") from error
-    return partial(cls, **options), None if own else tried.defaults.get("lr")
+
+    def factory(params: Any) -> Any:
+        try:
+            return cls(params, **options)
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise UsageError(f"optimizer {name}: {one_line(error)}") from error
+
+    tried = factory([torch.zeros(1, 1, requires_grad=True)])       # so that a wrong option is known now
+    if not isinstance(tried, torch.optim.Optimizer):
+        raise UsageError(f"optimizer {name} made a {type(tried).__name__}, not a torch.optim.Optimizer")
+    return factory, None if own else tried.defaults.get("lr")

@@ -1,4 +1,7 @@
-"""What the command line names, a model, a data set or an optimizer: `name:option=value` or `package.module:factory:option=value`."""
+"""What the command line names, a model, a data set or an optimizer: `name:option=value`, or one's own.
+
+One's own is `package.module:factory:option=value` or `path/to/file.py:factory:option=value`.
+"""
 from __future__ import annotations
 
 import inspect
@@ -9,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from loopctl.errors import UsageError, nearest
-from loopctl.options import Option, import_object, one_line, parse_options
+from loopctl.find import load
+from loopctl.options import Option, one_line, parse_options
+
+# What an option is read as where its argument is annotated so; by how it is written, for annotations may be text.
+TYPES: dict[str, Any] = {inspect.formatannotation(hint): hint for kind in (int, float, bool, str) for hint in (kind, kind | None)}
 
 
 def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Callable[[str], Callable[..., Any]],
@@ -19,16 +26,18 @@ def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Calla
     known: the names there are. get: the factory of one of them. Raises UsageError for a name or an option that is none.
     """
     head, _, text = spec.partition(":")
-    if "." in head:
-        attr, _, text = text.partition(":")
-        head = f"{head}:{attr}"
+    names = list(known())
+    attr, _, rest = text.partition(":")
+    if "." in head or (attr.isidentifier() and head not in names):
+        if not attr:
+            raise UsageError(f"{kind} {head}: say which class or function of it, as in {head}:name")
+        head, text = f"{head}:{attr}", rest
         try:
-            factory = import_object(head)
-        except ImportError as error:
-            raise UsageError(f"{kind} {head}: {error}") from error
-    elif head not in (names := sorted(known())):
-        near = nearest(head, names, "there are") if len(names) < 20 else nearest(head, names, "see `loopctl run --help`; such as")
-        raise UsageError(f"no {kind} is called {head!r}; {near}, or package.module:name")
+            factory: Any = load(head)
+        except UsageError as error:
+            raise UsageError(f"{kind} {error}") from error
+    elif head not in names:
+        raise UsageError(f"no {kind} is called {head!r}; {choices(head, names)}")
     else:
         factory = get(head)
     if not callable(factory):
@@ -36,19 +45,36 @@ def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Calla
     return head, factory, arguments(f"{kind} {head}", factory, text)
 
 
+def choices(word: str, names: list[str]) -> str:
+    """The way out of a wrong name: the nearest right one, or those there are, of many the first."""
+    few = names if len(names) <= 20 else [*names[:6], f"{len(names) - 6} more"]
+    near = nearest(word, names)
+    return near if near.endswith("?") else f"there are {', '.join(few)}, or package.module:name"
+
+
 def arguments(who: str, factory: Callable[..., Any], text: str) -> dict[str, Any]:
-    """The options in `text`, each an argument of `factory`, as numbers, truth values or text."""
+    """The options in `text`, each an argument of `factory`, of its annotated type or else of what it looks like."""
     parameters = inspect.signature(factory).parameters.values()
     named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    known = {name: Option(name, Any, p.default, "") for name, p in named.items()}
+    known = {name: Option(name, TYPES.get(inspect.formatannotation(p.annotation).strip("'"), Any), p.default, "") for name, p in named.items()}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         known |= {name: Option(name, Any, None, "") for name in re.findall(r"(?:^|,)\s*(\w+)\s*=", text)}
     values = parse_options(who, text, known)
     for name, value in values.items():
-        if isinstance(value, str) and isinstance(known[name].default, int | float):
-            kind = "true or false" if isinstance(known[name].default, bool) else "a number"
-            raise UsageError(f"{who}: {name} takes {kind}, not {value!r}")
+        default = known[name].default
+        if isinstance(value, str) and isinstance(default, int | float):
+            raise UsageError(f"{who}: {name} takes a number, not {value!r}")
+        if isinstance(default, tuple) and not isinstance(value, tuple):
+            as_in = ",".join(map(str, default))
+            raise UsageError(f"{who}: {name} takes {len(default)} values, as in {name}={as_in}, not {value!r}")
     return values
+
+
+def at_least_one(who: str, **values: int) -> None:
+    """Raise UsageError where one of the values is below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise UsageError(f"{who}: {name} is at least 1, not {value}")
 
 
 def call(who: str, factory: Callable[..., Any], options: dict[str, Any], offered: dict[str, Any]) -> Any:

@@ -15,8 +15,6 @@ from typing import Any
 import click
 import tomli_w
 import torch
-from torch import nn
-
 from loopctl import checkpoint, explain, fit, hookimpl
 from loopctl.cli import DEFAULTS, data, models, optimizers
 from loopctl.compose import blame, compose
@@ -25,6 +23,7 @@ from loopctl.find import build, split
 from loopctl.options import spec
 from loopctl.prepare import find_device, prepare, seed_everything
 from loopctl.run import Run
+from torch import nn
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -57,6 +57,14 @@ def tensors(batch: Any) -> Iterator[torch.Tensor]:
             yield from tensors(part)
 
 
+def known_length(batches: Any) -> int | None:
+    """How many batches there are, or None: a DataLoader may have a length and refuse to tell it."""
+    try:
+        return len(batches)
+    except TypeError:
+        return None
+
+
 def grouped(batches: Iterable[Any], every: int) -> Iterator[list[Any]]:
     """Lists of `every` batches; the last holds what is left."""
     batches = iter(batches)

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_model
-from torch import nn
-
 from loopctl.errors import UsageError
 from loopctl.run import Run
+from safetensors.torch import save_model
+from torch import nn
 
 POSITION = ("epoch", "step", "attempts", "seen", "stop", "metrics", "history")
 
@@ -84,10 +83,11 @@ def stateful(run: Run) -> list[tuple[str, Any]]:
 
 def random_state() -> dict[str, Any]:
     """The state of the random numbers of Python, NumPy and torch, on every device."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    numbers: Any = np.random.get_state()
+    kind, keys, *rest = numbers
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),   # type: ignore[union-attr]
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -9,13 +9,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pluggy
-
 from loopctl import hooks
 from loopctl.errors import UsageError, nearest
 from loopctl.find import build, name_of
 from loopctl.options import check, names
 
-SPECS: dict[str, Callable[..., Any]] = {name: spec for name, spec in vars(hooks).items() if hasattr(spec, "loopctl_spec")}
+SPECS: dict[str, Any] = {name: spec for name, spec in vars(hooks).items() if hasattr(spec, "loopctl_spec")}
 ARGUMENTS = {name: spec.__code__.co_varnames[:spec.__code__.co_argcount] for name, spec in SPECS.items()}
 
 
@@ -36,7 +35,7 @@ def compose(plugins: Iterable[Any]) -> Hooks:
     Raises UsageError for whatever cannot work: unknown names and options, hooks that do not exist, two plugins that
     replace the same hook.
     """
-    from loopctl import defaults, loop     # here, for they import torch and this module
+    from loopctl import defaults, loop  # here, for they import torch and this module
 
     chosen = named(plugins)
     manager = pluggy.PluginManager("loopctl")
@@ -88,7 +87,7 @@ def check_plugin(name: str, plugin: Any, manager: pluggy.PluginManager) -> None:
     for attr in sorted(marked - set(SPECS)):
         raise UsageError(f"{name}: no hook is called {attr!r}; {nearest(attr, SPECS)}")
     for attr in sorted(set(SPECS) & set(dir(type(plugin))) - marked):
-        raise UsageError(f"{name}: {attr} has the name of a hook but is not marked; write @hookimpl above it, or rename it")
+        raise UsageError(f"{name}: {attr} is named as a hook but not marked; write @hookimpl above it, or rename it")
     for attr in sorted(marked):
         if manager.parse_hookimpl_opts(plugin, attr) is None:
             continue                                       # shadowed on the instance: not wanted in this configuration
@@ -108,7 +107,7 @@ def compiled(hook: str, impls: list[Any], chosen: dict[str, Any]) -> Callable[..
     that returns None has still replaced the hook.
     """
     spec, arguments = SPECS[hook], ", ".join(ARGUMENTS[hook])
-    first = spec.loopctl_spec["firstresult"]               # type: ignore[attr-defined]
+    first = spec.loopctl_spec["firstresult"]
     wrappers = [impl for impl in impls if impl.wrapper]
     plain = [impl for impl in impls if not impl.wrapper]
     if first:
@@ -118,16 +117,18 @@ def compiled(hook: str, impls: list[Any], chosen: dict[str, Any]) -> Callable[..
         plain = plain[:1]
 
     calls = [f"f{i}({', '.join(impl.argnames)})" for i, impl in enumerate(plain)]
+    collects = not first and spec.__annotations__["return"] != "None"        # such as lr_scale
     if first and calls:
         body = f"return {calls[0]}"
-    elif spec.__annotations__["return"] != "None":         # a hook that collects, such as lr_scale
+    elif collects:
         body = f"return [value for value in ({''.join(call + ', ' for call in calls)}) if value is not None]"
     else:
         body = "; ".join(calls) or "pass"
-    if first and len(plain) == 1 and list(plain[0].argnames) == list(ARGUMENTS[hook]):
+    if len(plain) == 1 and tuple(plain[0].argnames) == ARGUMENTS[hook] and not collects:
         function = plain[0].function
     else:
-        function = define(f"def {hook}({arguments}): {body}", {f"f{i}": impl.function for i, impl in enumerate(plain)})
+        scope = {f"f{i}": impl.function for i, impl in enumerate(plain)}
+        function = define(f"def {hook}({arguments}): {body}", scope)
     for wrapper in reversed(wrappers):                     # the plugin given first is the outermost
         function = wrapped(hook, arguments, wrapper, function)
     return function

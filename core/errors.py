@@ -3,7 +3,7 @@ from difflib import get_close_matches
 
 
 class UsageError(ValueError):
-    """Something asked for cannot be done; raised before anything is trained. The message is one line: who, what, the way out."""
+    """Something asked for cannot be done. The message is one line: the culprit, the fact, the way out."""
 
 
 def nearest(word, known, what="known"):

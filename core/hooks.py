@@ -36,9 +36,8 @@ from typing import TYPE_CHECKING, Any
 from pluggy import HookimplMarker, HookspecMarker
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from loopctl.run import Run
+    from torch import Tensor
 
 hookspec = HookspecMarker("loopctl")
 hookimpl = HookimplMarker("loopctl")
@@ -49,7 +48,10 @@ hookimpl = HookimplMarker("loopctl")
 
 @hookspec
 def setup(run: Run) -> None:
-    """The model may change here: freeze parts, swap layers. A plugin that reports a metric names it: `run.metrics[name] = nan`."""
+    """The model may change here: freeze parts, swap layers.
+
+    A plugin that will report a metric names it here, `run.metrics[name] = nan`, so that others know it exists.
+    """
 
 
 @hookspec(firstresult=True)
@@ -59,7 +61,7 @@ def param_groups(run: Run) -> list[dict[str, Any]]:
 
 @hookspec
 def wrap_model(run: Run) -> None:
-    """Set `run.network`, what forward calls, to a compiled or replicated `run.network`. `run.model` stays the user's."""
+    """Set `run.network`, what forward calls, to a compiled or replicated one. `run.model` stays the user's own."""
 
 
 @hookspec(firstresult=True)
@@ -106,7 +108,7 @@ def before_step(run: Run) -> None:
 
 @hookspec(firstresult=True)
 def optimizer_step(run: Run, closure: Callable[[], Tensor]) -> Tensor:
-    """Update the parameters and return the loss. `closure()` clears and computes the gradients, as often as it is called.
+    """Update the parameters and return the loss. `closure()` clears and computes the gradients, as often as called.
 
     A replacement that did not update sets `run.skipped = True`.
     """

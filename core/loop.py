@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from loopctl.batches import moved
 from loopctl.checkpoint import restore
 from loopctl.compose import blame, compose
@@ -23,6 +21,7 @@ from loopctl.meters import Meters
 from loopctl.prepare import prepare
 from loopctl.rates import set_rates
 from loopctl.run import Run
+from torch import Tensor, nn
 
 
 def fit(
@@ -84,8 +83,8 @@ def epoch(run: Run) -> None:
     run.model.train()
     hook.epoch_start(run=run)
     groups = hook.group_batches(run=run, batches=moved(run.train, run.device))
-    for run.batches in islice(groups, run.steps_per_epoch):
-        step(run, meters)
+    for batches in islice(groups, run.steps_per_epoch):
+        step(run, batches, meters)
         hook.safe_point(run=run)
         if run.eval_every and run.attempts % run.eval_every == 0:
             evaluate(run, meters)
@@ -93,20 +92,21 @@ def epoch(run: Run) -> None:
         if run.stop or run.step >= run.max_steps:
             break
     if run.attempts == begun:
-        raise UsageError(f"train gave no batches in epoch {run.epoch + 1}; pass a list or a DataLoader, which can be read again")
+        raise UsageError(f"train gave no batches in epoch {run.epoch + 1}; pass what can be read again, a list or a DataLoader")
     run.epoch += 1
     if judged != run.attempts:
         evaluate(run, meters)
-    run.history.append({"epoch": run.epoch, "step": run.step, **run.metrics, "lr": float(run.optimizer.param_groups[0]["lr"])})
+    lr = float(run.optimizer.param_groups[0]["lr"])
+    run.history.append({"epoch": run.epoch, "step": run.step, **run.metrics, "lr": lr})
     hook.epoch_end(run=run)
     hook.safe_point(run=run)
 
 
-def step(run: Run, meters: Meters) -> None:
+def step(run: Run, batches: list[Any], meters: Meters) -> None:
     """One update of the parameters, from a list of micro-batches."""
-    hook = run.hook
+    hook, run.batches = run.hook, batches
     set_rates(run)
-    weights = [hook.batch_weight(run=run, batch=batch) for batch in run.batches]
+    weights = [hook.batch_weight(run=run, batch=batch) for batch in batches]
     run.weight, run.skipped, looks = sum(weights), False, [meters]
 
     def closure() -> Tensor:
@@ -123,23 +123,24 @@ def step(run: Run, meters: Meters) -> None:
 
 def gradients(run: Run, weights: list[Any], meters: Meters | None) -> Tensor:
     """Clear the gradients and compute them anew; return the loss. This is the closure of `optimizer.step(closure)`."""
-    hook, total = run.hook, None
+    hook, losses = run.hook, []
     run.optimizer.zero_grad()
     for number, (batch, weight) in enumerate(zip(run.batches, weights, strict=True), 1):
-        loss = hook.micro_step(run=run, batch=batch, weight=weight / run.weight, last=number == len(weights))
-        total = loss if total is None else total + loss
+        share, last = weight / run.weight, number == len(weights)
+        losses.append(hook.micro_step(run=run, batch=batch, weight=share, last=last))
         if meters and meters.functions:
             meters.observe(run.outputs, batch, weight)
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     if meters:
-        run.loss = total
-        meters.loss.add(total, run.weight)
+        run.loss = loss
+        meters.loss.add(loss, run.weight)
     hook.after_backward(run=run)
     hook.grads_ready(run=run)
-    return total
+    return loss
 
 
 def evaluate(run: Run, meters: Meters) -> None:
-    """Bring fresh metrics to the host, the one moment when the loop waits for the device, and have plugins judge them."""
+    """Bring fresh metrics to the host, which is when the loop waits for the device, and have plugins judge them."""
     run.metrics |= meters.result() | run.hook.evaluate(run=run)
     for name, value in run.metrics.items():
         if hasattr(value, "tolist"):

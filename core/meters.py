@@ -4,9 +4,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from loopctl.errors import UsageError
+from torch import Tensor
 
 
 class Mean:

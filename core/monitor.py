@@ -32,11 +32,12 @@ class Monitor:
         """Raise UsageError where the run will not have the metric. Call it in `train_start`."""
         self.metric = self.metric or ("val_loss" if "val_loss" in run.metrics else "train_loss")
         if self.metric not in run.metrics:
-            raise UsageError(f"monitor={self.metric}: the run has no such metric; {nearest(self.metric, run.metrics, 'it has')}")
+            has = nearest(self.metric, run.metrics, "it has")
+            raise UsageError(f"monitor={self.metric}: the run has no such metric; {has}")
         if self.mode == "auto":
             kind = self.metric.lower().replace("-", "_").rpartition("_")[2]
             if kind not in SMALLER + LARGER:
-                raise UsageError(f"monitor={self.metric}: which way is better is not plain from the name; say mode=min or mode=max")
+                raise UsageError(f"monitor={self.metric}: its name does not tell which way is better; say mode=min or max")
             self.mode = "max" if kind in LARGER else "min"
 
     def improved(self, run: Run) -> bool:

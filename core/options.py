@@ -24,17 +24,18 @@ class Option:
 
 
 def options(cls: type) -> dict[str, Option]:
-    """The options of a plugin class by name; the help is the docstring's line `name: help` and what is indented under it."""
+    """The options of a plugin class by name; an option's help is the docstring's line `name: help`, and its continuation."""
     if not dataclasses.is_dataclass(cls):
         return {}
     hints = get_type_hints(cls, include_extras=True)
     found = {}
     for field in dataclasses.fields(cls):
         if field.init:
-            made = field.default_factory is not dataclasses.MISSING
-            default = field.default_factory() if made else field.default   # type: ignore[misc]
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
             line = re.search(rf"^ *{field.name}: (.+(?:\n {{6,}}.+)*)", cls.__doc__ or "", re.MULTILINE)
-            found[field.name] = Option(field.name, hints[field.name], default, " ".join(line[1].split()) if line else "")
+            text = " ".join(line[1].split()) if line else ""
+            found[field.name] = Option(field.name, hints[field.name], default, text)
     return found
 
 
@@ -71,6 +72,9 @@ def read(who: str, text: str, hint: Any) -> Any:
         raise UsageError(f"{who} {said}") from error
 
 
+WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
 def convert(text: str, hint: Any) -> Any:
     """Convert `text` to the type `hint`, or raise ValueError."""
     origin, args = get_origin(hint), get_args(hint)
@@ -92,8 +96,7 @@ def convert(text: str, hint: Any) -> Any:
     if origin is Literal:
         return {str(arg): arg for arg in args}[text] if text in map(str, args) else parse_fail()
     if hint is bool:
-        word = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-        return word[text.lower()] if text.lower() in word else parse_fail()
+        return WORDS[text.lower()] if text.lower() in WORDS else parse_fail()
     if origin in (list, tuple):
         return origin(convert(item.strip(), args[0]) for item in text.split(","))
     if origin is dict:
@@ -171,7 +174,8 @@ def described(hint: Any) -> str:
         return "pairs, name=value"
     if hint is Callable or origin is Callable or origin is type:
         return "an import path, package.module:name"
-    return {int: "a whole number", float: "a number", bool: "true|false", str: "text", Path: "a path"}.get(hint, "a value")
+    plain = {int: "a whole number", float: "a number", bool: "true|false", str: "text", Path: "a path"}
+    return plain.get(hint, "a value")
 
 
 def shown(value: Any) -> str:

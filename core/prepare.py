@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-
+from loopctl.batches import known_length
 from loopctl.errors import UsageError
 from loopctl.meters import keeps_own_state
 from loopctl.run import Run
+from torch import nn
 
 
 def prepare(run: Run, metrics: dict[str, Any] | None, device: Any, seed: int | None) -> None:
@@ -39,11 +39,11 @@ def check(run: Run) -> None:
         if value not in (None, inf) and (not isinstance(value, int) or value < least):
             raise UsageError(f"{name} is {value!r}; it is a whole number from {least}")
     for name, data in (("train", run.train), ("valid", run.valid)):
-        if hasattr(data, "__len__") and len(data) == 0:
+        if data is not None and known_length(data) == 0:
             raise UsageError(f"{name} has no batches")
         if data is not None and not hasattr(data, "__iter__"):
             raise UsageError(f"{name} is a {type(data).__name__}, not an iterable of batches")
-    if not hasattr(run.train, "__len__") and run.steps_per_epoch is None:
+    if known_length(run.train) is None and run.steps_per_epoch is None:
         raise UsageError("train has no length, so where an epoch ends is unknown; say steps_per_epoch=...")
 
 
@@ -67,7 +67,7 @@ def find_device(device: Any, model: nn.Module | None = None) -> torch.device:
         raise UsageError(f"device {device!r} is unknown; there are auto, cpu, mps, cuda and cuda:1") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         has = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
-        raise UsageError(f"device {str(found)!r} is not here: this machine has {has}; device 'auto' takes what there is")
+        raise UsageError(f"device {str(found)!r} is not here: this machine has {has}; 'auto' takes what there is")
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("device 'mps' is not here; device 'auto' takes what there is")
     return found
@@ -86,7 +86,7 @@ def place_metrics(run: Run, metrics: dict[str, Any]) -> None:
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
-    """The user's optimizer, or what the user's factory makes of the parameter groups; each group has its `initial_lr`."""
+    """The user's optimizer, or what the user's factory makes of the parameter groups; each has its `initial_lr`."""
     if isinstance(run.optimizer, torch.optim.Optimizer):
         if who := run.hook.acting["param_groups"]:
             raise UsageError(f"{who[0]} decides the parameter groups, so pass a factory that takes them, such as "

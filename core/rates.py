@@ -4,9 +4,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
-from torch import Tensor
-
 from loopctl.run import Run
+from torch import Tensor
 
 
 def rates(run: Run) -> list[float]:

@@ -8,13 +8,13 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loopctl.batches import known_length
 from loopctl.lengths import Length, parse_length
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
-
     from loopctl.compose import Hooks
+    from torch import Tensor, nn
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +79,7 @@ class Run:
         return int(min(self.epochs * self.plan()[0], self.max_steps))
 
     def position(self, by: str) -> int:
-        """Where a schedule stands: whole epochs done (`by="epoch"`), or steps done, skipped ones included (`by="step"`)."""
+        """Where a schedule stands: epochs done (`by="epoch"`), or steps done, skipped ones included (`by="step"`)."""
         return self.epoch if by == "epoch" else self.attempts
 
     def length(self, length: Length | None, by: str) -> float:
@@ -96,8 +96,9 @@ class Run:
     def plan(self) -> tuple[int, int]:
         """The steps and the micro-batches of one epoch, counted by grouping numbers in place of batches."""
         if self._plan is None:
-            numbers = range(len(self.train)) if hasattr(self.train, "__len__") else count()
-            groups = self.hook.group_batches(run=self, batches=iter(numbers))
+            length = known_length(self.train)
+            numbers = count() if length is None else iter(range(length))
+            groups = self.hook.group_batches(run=self, batches=numbers)
             sizes = [len(group) for group in islice(groups, self.steps_per_epoch)]
             self._plan = len(sizes), sum(sizes)
         return self._plan

@@ -6,7 +6,7 @@ from loopctl import grouped, hookimpl
 
 @dataclass(eq=False)
 class Accumulate:
-    """Accumulate gradients over several batches before each update: the update of the one big batch, in less memory.
+    """Accumulate gradients over several batches: the update of one big batch, in less memory.
 
     every: batches per update; what is left at the end of an epoch makes an update of its own
     """

@@ -3,13 +3,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-
 from loopctl import UsageError, hookimpl
 
 
 @dataclass(eq=False)
 class Amp:
-    """Compute forward passes in half precision, and scale the loss where float16 needs it (torch.autocast, GradScaler).
+    """Compute forward passes in half precision, and scale the loss where that needs it.
+
+    It is torch.autocast and torch.amp.GradScaler; see Mixed Precision Training, arXiv:1710.03740.
 
     dtype: float16 scales the loss and skips a step whose gradients overflow; bfloat16 needs neither; auto is bfloat16,
         or float16 where the GPU has no bfloat16

@@ -7,7 +7,9 @@ from loopctl import Monitor, UsageError, checkpoint, hookimpl
 
 @dataclass(eq=False)
 class Checkpoint:
-    """Save the best weights as best.safetensors, and the whole state of the run as last.pt, from which it can go on.
+    """Save the best weights, and the whole state of the run, from which it can go on.
+
+    They are best.safetensors and last.pt. A run goes on from the end of the epoch that last.pt holds.
 
     monitor: the metric that tells which weights are best; val_loss if left out, or train_loss where nothing is evaluated
     mode: whether smaller or larger is better; auto knows losses and errors from accuracies by name

@@ -2,9 +2,8 @@
 from dataclasses import dataclass
 from math import nan
 
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
-
 from loopctl import hookimpl
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 
 @dataclass(eq=False)
@@ -43,6 +42,6 @@ class Clip:
     @hookimpl
     def grads_ready(self, run):
         if self.max_norm is None:
-            clip_grad_value_(self.parameters, self.value)
+            clip_grad_value_(self.parameters, self.value)   # type: ignore[arg-type]
         else:
             run.metrics["grad_norm"] = clip_grad_norm_(self.parameters, self.max_norm, self.norm_type)

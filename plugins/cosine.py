@@ -8,7 +8,9 @@ from loopctl import Length, hookimpl
 
 @dataclass(eq=False)
 class Cosine:
-    """Lower the learning rate along half a cosine (torch.optim.lr_scheduler.CosineAnnealingLR; SGDR, arXiv:1608.03983).
+    """Lower the learning rate along half a cosine.
+
+    It is torch.optim.lr_scheduler.CosineAnnealingLR; from SGDR, arXiv:1608.03983.
 
     t_max: length of the descent, after which the rate rises again; the whole run if left out
     eta_min: the lowest rate

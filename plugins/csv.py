@@ -9,7 +9,7 @@ from loopctl import UsageError, hookimpl
 
 @dataclass(eq=False)
 class Csv:
-    """Write a row per epoch: the loss and metrics of training and validation, the learning rate, what plugins measured.
+    """Write a row per epoch: losses, metrics, the learning rate, what plugins measured.
 
     path: the file, relative to the run's folder; it must not exist yet
     """

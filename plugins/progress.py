@@ -3,13 +3,12 @@ import time
 from dataclasses import dataclass
 
 import torch
-
 from loopctl import hookimpl
 
 
 @dataclass(eq=False)
 class Progress:
-    """Show how far the run is: a live bar on a terminal, a line per epoch elsewhere, and a table of epochs at the end.
+    """Show how far the run is: a live bar, or a line per epoch, and a table at the end.
 
     unit: what is counted as speed
     interval: seconds between two looks at the run, on a terminal

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
-
 from loopctl import hookimpl
 from loopctl.batches import tensors
+from torch import nn
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Summary:
-    """Print each layer's output shape and parameters, and the sizes in memory, as torchsummary does (sksq96/pytorch-summary).
+    """Print each layer's output shape and parameters, and sizes in memory: the report of torchsummary.
 
-    There is no forward pass for it: it looks on at the first micro-batch and prints after the first step, so the run is
-    what it would be without. An MB is 2**20 bytes. Activations are the outputs of the innermost layers, once, not doubled
-    for their gradients as in torchsummary; of a compiled model's layers the shapes are not seen.
+    There is no forward pass for it: it looks on at the first micro-batch and prints after the first step, so the run
+    is what it would be without. An MB is 2**20 bytes. Activations are the outputs of the innermost layers, not doubled
+    for their gradients as in torchsummary (github.com/sksq96/pytorch-summary). A model that is compiled
+    compiles once more for the second step.
 
     depth: levels of the module tree to show, 1 for the model's direct parts; what is deeper is counted in its parent
     """
@@ -45,7 +45,7 @@ class Summary:
     def before_step(self, run):
         # Not in train_start, where a plugin may copy the model: the copy would keep the hooks for ever.
         if not self.printed:
-            before = run.outputs                    # every micro-batch sets its own, so the first ends when these are gone
+            before = run.outputs                    # each micro-batch sets its own: the first ends when these are gone
             self.layers = self.watching.enter_context(watch(run.model, lambda: run.outputs is before))
 
     @hookimpl
@@ -58,7 +58,7 @@ class Summary:
 
 @dataclass
 class Layer:
-    """One module, and what was seen of it. What is shared counts where it comes first, so that a column's sum is true."""
+    """One module, and what was seen of it. What is shared counts where it comes first, so that sums are true."""
 
     name: str               # its path in the model; "" is the model itself
     depth: int              # 0 is the model itself
@@ -89,17 +89,17 @@ def watch(model: nn.Module, when: Callable[[], bool] = lambda: True) -> Iterator
     calls: dict[nn.Module, list[Call]] = defaultdict(list)
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        # What the compiler traced here would stay in its graph when the hooks are gone.
-        if not torch.compiler.is_compiling() and when():
+        if when():
             calls[module].append(Call(shape(output), size([args, kwargs]), size(output)))
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in model.modules()]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in model.modules()
+               if not isinstance(module, torch.jit.ScriptModule)]       # which refuses hooks
     found: list[Layer] = []
     try:
         yield found
     finally:
         for handle in handles:
-            handle.remove()
+            pass
     found += layers(model, calls)
 
 
@@ -117,15 +117,15 @@ def layers(model: nn.Module, calls: dict[nn.Module, list[Call]]) -> Iterator[Lay
             yield replace(layer, again=True, shared=first[module])
             continue
         first[module] = name
-        held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        held = [tensor for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+                if not nn.parameter.is_lazy(tensor)]                     # which has no size until it runs
         own = [tensor for tensor in held if first.setdefault(tensor, name) == name]
         layer.shared = ", ".join(dict.fromkeys(first[tensor] or "model" for tensor in held if first[tensor] != name))
         for tensor in own:
-            count = 0 if nn.parameter.is_lazy(tensor) else tensor.numel()        # lazy: it has no shape until it runs
+            layer.size += size(tensor)
             if isinstance(tensor, nn.Parameter):
-                layer.parameters += count
-                layer.trainable += count * tensor.requires_grad
-            layer.size += count * tensor.element_size()
+                layer.parameters += tensor.numel()
+                layer.trainable += tensor.numel() * tensor.requires_grad
         layer.inputs = sum(call.inputs for call in seen)
         if not any(part in calls for part in module.modules() if part is not module):
             layer.activations = sum(call.outputs for call in seen)
@@ -139,7 +139,7 @@ def size(value: Any) -> int:
 
 def shape(value: Any) -> str:
     """The shape of the first tensor in `value`, and how many more there are."""
-    shapes = [str([*tensor.shape]) for tensor in tensors(value)]
+    shapes = ["nested" if tensor.is_nested else str([*tensor.shape]) for tensor in tensors(value)]
     return f"{shapes[0]} and {len(shapes) - 1} more" if len(shapes) > 1 else "".join(shapes) or "no tensor"
 
 
@@ -198,4 +198,4 @@ def show(report: Table) -> None:
     console = Console(width=None if sys.stdout.isatty() else 1000)
     with console.capture() as text:
         console.print(report)
-    print(text.get(), end="")       # through sys.stdout, which a live progress bar replaces to be told of what is printed
+    print(text.get(), end="")       # through sys.stdout, which a live progress bar replaces to stay below the rest

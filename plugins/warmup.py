@@ -7,7 +7,9 @@ from loopctl import Length, hookimpl
 
 @dataclass(eq=False)
 class Warmup:
-    """Raise the learning rate linearly at the start, up to what the other schedules say (torch's LinearLR to a factor of 1).
+    """Raise the learning rate linearly at the start, to what the other schedules say.
+
+    It is torch.optim.lr_scheduler.LinearLR with an end_factor of 1, and multiplies with every other schedule.
 
     length: how long the rise takes
     start_factor: the part of the rate that the first step has, above 0 and at most 1

@@ -1,0 +1,420 @@
+"""Data sets by name, each read from tiny files in its own format on disk, and the loaders of their batches."""
+import gzip
+import hashlib
+import io
+import pickle
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from loopctl.cli import data
+from loopctl.cli.data import Data
+from loopctl.errors import UsageError
+from PIL import Image
+from torch.utils.data import RandomSampler, SequentialSampler, TensorDataset
+
+CPU = torch.device("cpu")
+
+
+def pixels(count, *shape):
+    return np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def normalised(picture, mean, std):
+    """By hand: bytes to 0..1, less the mean, over the deviation. `picture` is height x width x channels."""
+    values = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1) / 255
+    return (values - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+# Digits
+
+
+def test_digits_are_split_in_a_fixed_way_without_overlap():
+    from sklearn.datasets import load_digits
+
+    found = data.make("digits", "nowhere", download=False)
+    again = data.make("digits", "elsewhere", download=False)
+    assert (len(found.train), len(found.valid), found.classes, found.shape) == (1437, 360, 10, (1, 8, 8))
+    assert torch.equal(found.train.tensors[0], again.train.tensors[0])
+
+    raw = load_digits()
+    picture, target = found.valid[1]                     # every fifth, so the second is number 5
+    torch.testing.assert_close(picture[0], torch.tensor((raw.images[5] / 16 - 0.3053) / 0.3761, dtype=torch.float32))
+    assert target == raw.target[5]
+    # Together the parts are all there is, each once: what is in one is not in the other.
+    whole = torch.cat([found.train.tensors[0], found.valid.tensors[0]]).flatten(1) * 0.3761 + 0.3053
+    assert sorted(map(tuple, (whole * 16).round().int().tolist())) == sorted(map(tuple, raw.data.astype(int).tolist()))
+
+
+def test_digits_are_normalised_and_of_every_class_in_both_parts():
+    found = data.make("digits", "nowhere", download=False)
+    images, targets = found.train.tensors
+    assert abs(images.mean()) < 0.01
+    assert abs(images.std() - 1) < 0.01
+    assert images.dtype == torch.float32
+    assert set(targets.tolist()) == set(found.valid.tensors[1].tolist()) == set(range(10))
+
+
+def test_digits_can_have_the_three_channels_that_other_models_take():
+    grey, colour = (data.make(spec, "nowhere", download=False) for spec in ("digits", "digits:channels=3"))
+    assert colour.shape == (3, 8, 8) == tuple(colour.train[0][0].shape)
+    for channel in range(3):
+        assert torch.equal(colour.train[7][0][channel], grey.train[7][0][0])
+
+
+# MNIST and FashionMNIST: idx files in ROOT/CLASS/raw
+
+
+def idx(array):
+    """An idx file: two zeros, the type (8, bytes), the number of dimensions, their sizes, then the values."""
+    return bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
+
+
+@pytest.fixture(params=[("mnist", "MNIST", 0.1307, 0.3081), ("fashionmnist", "FashionMNIST", 0.2860, 0.3530)],
+                ids=lambda param: param[0])
+def grey(request, tmp_path):
+    """One of the two sets with 12 and 4 pictures: its name, mean and deviation, and the pictures."""
+    name, folder, mean, std = request.param
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    pictures = {"train": pixels(12, 28, 28), "t10k": pixels(4, 28, 28)[::-1].copy()}
+    for part, found in pictures.items():
+        targets = np.arange(len(found), dtype=np.uint8) % 10
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(found))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(targets))
+    return name, mean, std, pictures
+
+
+def test_grey_sets_are_read_from_idx_files(grey, tmp_path):
+    name, mean, std, pictures = grey
+    found = data.make(name, str(tmp_path), download=False)
+    assert (len(found.train), len(found.valid), found.classes, found.shape) == (12, 4, 10, (1, 28, 28))
+    for part, raw in ((found.train, pictures["train"]), (found.valid, pictures["t10k"])):
+        picture, target = part[3]
+        torch.testing.assert_close(picture, normalised(raw[3][..., None], [mean], [std]))
+        assert target == 3
+
+
+def test_grey_sets_can_have_three_channels(grey, tmp_path):
+    name, mean, std, pictures = grey
+    found = data.make(f"{name}:channels=3", str(tmp_path), download=False)
+    picture = found.train[2][0]
+    assert found.shape == (3, 28, 28) == tuple(picture.shape)
+    torch.testing.assert_close(picture, normalised(np.repeat(pictures["train"][2][..., None], 3, 2), [mean] * 3, [std] * 3))
+
+
+# CIFAR: pickled batches in ROOT/cifar-10-batches-py and ROOT/cifar-100-python
+
+
+CIFAR_MEAN = {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4865, 0.4409)}
+CIFAR_STD = {"cifar10": (0.2470, 0.2435, 0.2616), "cifar100": (0.2673, 0.2564, 0.2762)}
+
+
+@pytest.fixture(params=["cifar10", "cifar100"])
+def cifar(request, tmp_path, monkeypatch):
+    """One of the two sets with a few pictures; torchvision checks the sums of the files, so it is told theirs."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    name = request.param
+    cls, classes, key, parts = {
+        "cifar10": (CIFAR10, 10, "labels", ([f"data_batch_{number}" for number in range(1, 6)], ["test_batch"])),
+        "cifar100": (CIFAR100, 100, "fine_labels", (["train"], ["test"])),
+    }[name]
+    folder = tmp_path / cls.base_folder
+    folder.mkdir()
+
+    def write(file, content):
+        packed = pickle.dumps(content)
+        (folder / file).write_bytes(packed)
+        return [file, hashlib.md5(packed).hexdigest()]
+
+    flat, sums = pixels(12, 3072), []                    # the rows of the files: red, then green, then blue
+    pictures = flat.reshape(12, 3, 32, 32).transpose(0, 2, 3, 1)
+    split = np.array_split(np.arange(10), len(parts[0]))
+    for files, rows in ((parts[0], split), (parts[1], [np.arange(10, 12)])):
+        sums.append([write(file, {"data": flat[row], key: (row % classes).tolist()}) for file, row in zip(files, rows, strict=True)])
+    meta = write(cls.meta["filename"], {cls.meta["key"]: [f"class {number}" for number in range(classes)]})
+    monkeypatch.setattr(cls, "train_list", sums[0])
+    monkeypatch.setattr(cls, "test_list", sums[1])
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": meta[1]})
+    return name, classes, pictures
+
+
+def test_cifar_is_read_from_its_batches(cifar, tmp_path):
+    name, classes, pictures = cifar
+    found = data.make(f"{name}:augment=false", str(tmp_path), download=False)
+    assert (len(found.train), len(found.valid), found.classes, found.shape) == (10, 2, classes, (3, 32, 32))
+    for part, number, row in ((found.train, 7, 7), (found.valid, 1, 11)):
+        picture, target = part[number]
+        torch.testing.assert_close(picture, normalised(pictures[row], CIFAR_MEAN[name], CIFAR_STD[name]))
+        assert target == row % classes
+
+
+def test_cifar_is_augmented_in_training_alone_and_by_default(cifar, tmp_path):
+    name, _, pictures = cifar
+    torch.manual_seed(0)
+    found = data.make(name, str(tmp_path), download=False)
+    looks = [found.train[7][0] for _ in range(20)]
+    assert len({tuple(look.flatten().tolist()) for look in looks}) > 10
+    assert {tuple(look.shape) for look in looks} == {(3, 32, 32)}
+    for _ in range(5):
+        torch.testing.assert_close(found.valid[1][0], normalised(pictures[11], CIFAR_MEAN[name], CIFAR_STD[name]))
+
+
+def test_the_augmentation_of_cifar_is_a_crop_of_the_padded_picture_or_its_mirror(cifar, tmp_path):
+    name, _, pictures = cifar
+    torch.manual_seed(0)
+    found = data.make(name, str(tmp_path), download=False)
+    padded = np.pad(pictures[7], ((4, 4), (4, 4), (0, 0)))
+    crops = {(top, left): normalised(padded[top:top + 32, left:left + 32], CIFAR_MEAN[name], CIFAR_STD[name])
+             for top in range(9) for left in range(9)}
+    seen = set()
+    for _ in range(30):
+        look = found.train[7][0]
+        where = [(place, flipped) for place, crop in crops.items() for flipped in (False, True)
+                 if torch.allclose(look, crop.flip(2) if flipped else crop, atol=1e-5)]
+        assert len(where) == 1
+        seen.add(where[0][1])
+    assert seen == {False, True}
+
+
+# ImageFolder: ROOT/train/CLASS and ROOT/val/CLASS
+
+
+PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def photos(folder, classes, count, size):
+    """Write pictures as PNG, which keeps every bit; return them by class."""
+    written = {}
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        written[name] = pixels(count + number, *size, 3)[number:]
+        for index, picture in enumerate(written[name]):
+            Image.fromarray(picture).save(folder / name / f"{index}.png")
+    return written
+
+
+def test_imagefolder_takes_the_centre_for_validation_and_random_parts_for_training(tmp_path):
+    photos(tmp_path / "train", ["cat", "dog", "eel"], 3, (40, 30))
+    written = photos(tmp_path / "val", ["cat", "dog", "eel"], 2, (20, 20))
+    found = data.make("imagefolder:size=20", str(tmp_path), download=False)
+    assert (len(found.train), len(found.valid), found.classes, found.shape) == (9, 6, 3, (3, 20, 20))
+    assert [found.valid[number][1] for number in range(6)] == [0, 0, 1, 1, 2, 2]
+    # size=20: the shorter side is made 22, so that the centre of 20 is what remains of a border of 1.
+    picture = Image.fromarray(written["dog"][1]).resize((22, 22), Image.Resampling.BILINEAR).crop((1, 1, 21, 21))
+    torch.testing.assert_close(found.valid[3][0], normalised(np.asarray(picture), PHOTO_MEAN, PHOTO_STD))
+    torch.manual_seed(0)
+    assert len({tuple(found.train[0][0].flatten().tolist()) for _ in range(10)}) == 10
+    assert tuple(found.train[0][0].shape) == (3, 20, 20)
+
+
+def test_imagefolder_without_augmentation_takes_the_centre_for_training_too(tmp_path):
+    for part in ("train", "val"):
+        photos(tmp_path / part, ["cat", "dog"], 2, (24, 24))
+    found = data.make("imagefolder:size=20,augment=false", str(tmp_path), download=False)
+    for _ in range(3):
+        assert torch.equal(found.train[0][0], found.valid[0][0])
+
+
+def test_imagefolder_scales_by_256_over_224_as_usual(tmp_path):
+    for part in ("train", "val"):
+        written = photos(tmp_path / part, ["cat"], 1, (256, 256))
+    found = data.make("imagefolder", str(tmp_path), download=False)
+    assert found.shape == (3, 224, 224)
+    centre = normalised(written["cat"][0][16:240, 16:240], PHOTO_MEAN, PHOTO_STD)
+    torch.testing.assert_close(found.valid[0][0], centre)
+
+
+def test_imagefolder_refuses_parts_that_do_not_fit(tmp_path):
+    with pytest.raises(UsageError, match=r"there is no folder .*train; it takes pictures in train/CLASS and val/CLASS"):
+        data.make("imagefolder", str(tmp_path), download=False)
+    photos(tmp_path / "train", ["cat", "dog"], 1, (4, 4))
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UsageError, match="Couldn't find any class folder in .*val"):
+        data.make("imagefolder", str(tmp_path), download=False)
+    photos(tmp_path / "val", ["cat", "eel"], 1, (4, 4))
+    with pytest.raises(UsageError, match="other classes: dog, eel"):
+        data.make("imagefolder", str(tmp_path), download=False)
+
+
+# ImageNet: the archives ILSVRC2012_*
+
+
+def add(archive, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def packed(files, mode="w"):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as archive:
+        for name, content in files.items():
+            add(archive, name, content)
+    return stream.getvalue()
+
+
+def jpeg(value):
+    stream = io.BytesIO()
+    Image.new("RGB", (24, 24), (value, value, value)).save(stream, "JPEG", quality=100, subsampling=0)
+    return stream.getvalue()
+
+
+@pytest.mark.filterwarnings("default:Python 3.14 will, by default, filter:DeprecationWarning")    # torchvision extracts so
+def test_imagenet_is_read_from_its_own_archives(tmp_path, monkeypatch):
+    from scipy.io import savemat
+    from torchvision.datasets import imagenet
+
+    wnids = ["n01440764", "n01443537"]
+    synsets = np.array([(1, wnids[0], "tench, Tinca tinca", 0), (2, wnids[1], "goldfish", 0), (3, "n00000000", "fish", 2)],
+                       dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)])
+    more = [(name, object) for name in ("gloss", "children", "wordnet_height", "num_train_images")]
+    wide = np.array([(*row[:3], "a gloss", row[3], 0, 0, 1) for row in synsets.tolist()],
+                    dtype=[*synsets.dtype.descr[:3], more[0], ("num_children", object), *more[1:]])
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": wide.reshape(-1, 1)})
+    files = {
+        "ILSVRC2012_devkit_t12.tar.gz": gzip.compress(packed({
+            "ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
+            "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": b"2\n1\n"})),
+        "ILSVRC2012_img_train.tar": packed({
+            f"{wnid}.tar": packed({f"{wnid}_{number}.JPEG": jpeg(100 * label + number) for number in range(3)})
+            for label, wnid in enumerate(wnids)}),
+        "ILSVRC2012_img_val.tar": packed({f"ILSVRC2012_val_0000000{number}.JPEG": jpeg(200 + number) for number in (1, 2)}),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(imagenet, "ARCHIVE_META", {
+        part: (name, hashlib.md5(files[name]).hexdigest()) for part, (name, _) in imagenet.ARCHIVE_META.items()})
+
+    found = data.make("imagenet:size=21,augment=false", str(tmp_path), download=False)
+    assert (len(found.train), len(found.valid), found.classes, found.shape) == (6, 2, 1000, (3, 21, 21))
+    assert [found.train[number][1] for number in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert found.train.classes[0] == ("tench", "Tinca tinca")
+    grey = np.full((21, 21, 3), 102, dtype=np.uint8)
+    torch.testing.assert_close(found.train[5][0], normalised(grey, PHOTO_MEAN, PHOTO_STD))
+    # The ground truth says that the first validation picture, 201, is a goldfish and the second a tench.
+    assert [found.valid[number][1] for number in range(2)] == [0, 1]
+    torch.testing.assert_close(found.valid[1][0], normalised(np.full_like(grey, 201), PHOTO_MEAN, PHOTO_STD))
+
+
+# Random pictures, and data of one's own
+
+
+def test_fake_data_is_what_its_options_say():
+    found = data.make("fake:size=10,image=8,classes=3,channels=2", "nowhere", download=False)
+    assert (len(found.train), len(found.valid), found.classes, found.shape) == (10, 2, 3, (2, 8, 8))
+    assert tuple(found.train[0][0].shape) == (2, 8, 8)
+    assert {int(target) for _, target in found.train} <= {0, 1, 2}
+    assert torch.equal(found.train[4][0], found.train[4][0])
+    assert not torch.equal(found.train[0][0], found.valid[0][0])
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write a module that tests can name by import path; it is forgotten afterwards."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+
+    def write(text):
+        (tmp_path / "written_for_data.py").write_text(
+            "import torch\nfrom torch.utils.data import TensorDataset\nfrom loopctl.cli.data import Data\n\n"
+            "class Named(TensorDataset):\n    classes = ['a', 'b', 'c']\n\n"
+            "def part(count, of=Named):\n    return of(torch.zeros(count, 2, 4, 4), torch.arange(count) % 3)\n\n"
+            f"def made(root, extra=1):\n    {text}\n")
+        return "written_for_data:made"
+    return write
+
+
+def test_a_factory_of_ones_own_may_return_a_pair(module):
+    found = data.make(f"{module('return part(5), part(2)')}:extra=3", "nowhere", download=False)
+    assert (len(found.train), len(found.valid), found.classes, found.shape) == (5, 2, 3, (2, 4, 4))
+
+
+def test_a_factory_of_ones_own_may_return_a_data_and_is_given_the_root(module):
+    name = module("return Data(part(len(root)), part(extra), 3, (2, 4, 4))")
+    found = data.make(f"{name}:extra=4", "nowhere", download=False)
+    assert (len(found.train), len(found.valid)) == (len("nowhere"), 4)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("return part(0), part(2)", "has no training images"),
+    ("return part(2), part(0)", "has no validation images"),
+    ("return Data(part(0), part(2), 3, (2, 4, 4))", "has no training images"),
+    ("return part(2, TensorDataset), part(2)", "the training set has no `classes`"),
+    ("return part(2), iter([])", "both data sets need a length"),
+    ("return None", "made a NoneType; return a pair"),
+    ("raise ValueError('out\\nof disk')", "written_for_data:made: out of disk"),
+])
+def test_what_is_no_data_is_refused_in_one_line(module, text, words):
+    with pytest.raises(UsageError, match=words) as caught:
+        data.make(module(text), "nowhere", download=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashionmnist", "cifar10", "cifar100"])
+def test_what_is_not_there_is_said_with_the_folder_and_the_way_to_get_it(name, tmp_path):
+    with pytest.raises(UsageError, match=f"data {name} is not in {tmp_path}.*; add --download to get it, or --data-root DIR"):
+        data.make(name, str(tmp_path), download=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("spec", "words"), [
+    ("digits:channels=0", "data digits: channels is at least 1, not 0"),
+    ("mnist:channels=1.5", "data mnist: channels takes a whole number, not '1.5'"),
+    ("cifar10:augment=perhaps", r"data cifar10: augment takes true\|false, not 'perhaps'"),
+    ("fake:classes=0", "data fake: classes is at least 1, not 0"),
+    ("imagefolder:size=0", "data imagefolder: size is at least 1, not 0"),
+])
+def test_a_wrong_option_is_refused_with_what_it_takes(spec, words, tmp_path):
+    with pytest.raises(UsageError, match=words):
+        data.make(spec, str(tmp_path), download=False)
+
+
+# Loaders
+
+
+def numbered(count):
+    return TensorDataset(torch.arange(count).float().reshape(-1, 1, 1, 1), torch.zeros(count, dtype=torch.long))
+
+
+@pytest.fixture
+def small():
+    return Data(numbered(50), numbered(20), 10, (1, 1, 1))
+
+
+def order(loader):
+    return [int(value) for images, _ in loader for value in images.flatten()]
+
+
+def test_training_is_shuffled_anew_each_epoch_and_validation_never(small):
+    torch.manual_seed(0)
+    train, valid = small.loaders(8, 0, CPU)
+    first, second = order(train), order(train)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert first != list(range(50))
+    assert order(valid) == order(valid) == list(range(20))
+    assert isinstance(train.sampler, RandomSampler)
+    assert isinstance(valid.sampler, SequentialSampler)
+
+
+def test_the_last_batch_holds_what_is_left(small):
+    train, valid = small.loaders(8, 0, CPU)
+    assert [len(target) for _, target in train] == [8] * 6 + [2]
+    assert [len(target) for _, target in valid] == [8, 8, 4]
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("mps", False), ("cuda", True), ("cuda:1", True)])
+def test_memory_is_pinned_for_cuda_alone(small, device, pinned):
+    assert [loader.pin_memory for loader in small.loaders(8, 0, torch.device(device))] == [pinned, pinned]
+
+
+def test_workers_load_the_same_and_stay_between_epochs(small):
+    train, valid = small.loaders(8, 1, CPU)
+    assert (train.num_workers, train.persistent_workers) == (1, True)
+    assert order(valid) == list(range(20))
+    assert [loader.persistent_workers for loader in small.loaders(8, 0, CPU)] == [False, False]

@@ -1,0 +1,109 @@
+"""Optimizers by name: torch's own classes, and one's own by import path."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from loopctl.cli import optimizers
+from loopctl.errors import UsageError
+
+CLASSES = {cls.__name__.lower(): cls for cls in vars(torch.optim).values()
+           if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer}
+
+
+def groups():
+    return [{"params": [torch.zeros(2, 2, requires_grad=True)]}]
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_each_class_of_torch_is_found_by_its_name(name):
+    factory, lr = optimizers.make(name, None)
+    made = factory(groups())
+    assert type(made) is CLASSES[name]
+    assert lr == made.defaults.get("lr")
+
+
+def test_the_factory_takes_parameter_groups_as_torch_does():
+    factory, _ = optimizers.make("sgd:momentum=0.5", 0.1)
+    made = factory([*groups(), {**groups()[0], "lr": 0.01}])
+    assert [(group["lr"], group["momentum"]) for group in made.param_groups] == [(0.1, 0.5), (0.01, 0.5)]
+
+
+@pytest.mark.parametrize(("spec", "expected"), [
+    ("sgd:momentum=0.9,nesterov=true", {"momentum": 0.9, "nesterov": True}),
+    ("sgd:momentum=1e-1,nesterov=no", {"momentum": 0.1, "nesterov": False}),
+    ("adamw:betas=0.9,0.95", {"betas": (0.9, 0.95)}),
+    ("adamw:betas=0.9,0.95,eps=1e-6,amsgrad=true", {"betas": (0.9, 0.95), "eps": 1e-6, "amsgrad": True}),
+    ("adamw:foreach=false,fused=none", {"foreach": False, "fused": None}),
+    ("lbfgs:max_iter=5,line_search_fn=strong_wolfe", {"max_iter": 5, "line_search_fn": "strong_wolfe"}),
+])
+def test_options_are_of_the_type_their_argument_has(spec, expected):
+    defaults = optimizers.make(spec, None)[0](groups()).defaults
+    assert {name: defaults[name] for name in expected} == expected
+    assert [type(defaults[name]) for name in expected] == [type(value) for value in expected.values()]
+
+
+def test_the_command_lines_lr_wins_over_the_classs_own():
+    factory, lr = optimizers.make("adamw", 0.25)
+    assert lr == 0.25
+    assert factory(groups()).param_groups[0]["lr"] == 0.25
+
+
+def test_without_lr_the_classs_own_is_used_and_reported():
+    factory, lr = optimizers.make("adamw", None)
+    assert lr == factory(groups()).param_groups[0]["lr"] == torch.optim.AdamW(groups()).defaults["lr"]
+
+
+def test_an_lr_among_the_options_is_used_and_not_said_a_second_time():
+    factory, lr = optimizers.make("sgd:lr=0.5", None)
+    assert lr is None
+    assert factory(groups()).param_groups[0]["lr"] == 0.5
+
+
+def test_zero_is_a_learning_rate():
+    assert optimizers.make("sgd", 0.0)[0](groups()).param_groups[0]["lr"] == 0
+
+
+def test_a_class_by_import_path():
+    factory, lr = optimizers.make("torch.optim:SGD:momentum=0.9", 0.1)
+    made = factory(groups())
+    assert type(made) is torch.optim.SGD
+    assert (made.defaults["momentum"], made.defaults["lr"], lr) == (0.9, 0.1, 0.1)
+
+
+def test_a_class_in_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import torch\nclass Slow(torch.optim.SGD):\n    pass\n")
+    made = optimizers.make(f"{file}:Slow:momentum=0.5", 0.1)[0](groups())
+    assert (type(made).__name__, made.defaults["momentum"]) == ("Slow", 0.5)
+
+
+@pytest.mark.parametrize(("spec", "lr", "words"), [
+    ("adamm", None, "no optimizer is called 'adamm'; did you mean 'adam'?"),
+    ("qqq", None, "there are adadelta, adafactor, .*, or package.module:name"),
+    ("sgd:momentm=0.9", None, "optimizer sgd: no option 'momentm'; did you mean 'momentum'?"),
+    ("sgd:momentum=-1", None, "optimizer sgd: Invalid momentum value: -1"),
+    ("sgd:nesterov=true", None, "optimizer sgd: Nesterov momentum requires a momentum"),
+    ("adamw:betas=0.9", None, "optimizer adamw: betas takes 2 values, as in betas=0.9,0.999, not 0.9"),
+    ("adamw:betas=0.9,2", None, "optimizer adamw: Invalid beta parameter at index 1"),
+    ("lbfgs:max_iter=2.5", None, "optimizer lbfgs: max_iter takes a whole number, not '2.5'"),
+    ("sgd:lr=0.1", 0.2, "lr is given twice"),
+    ("sgd", float("nan"), "lr is nan; a learning rate is a number from 0"),
+    ("torch.nn:Flatten", None, "optimizer torch.nn:Flatten made a Flatten, not a torch.optim.Optimizer"),
+    ("torch.optim", None, "say which class or function of it, as in torch.optim:name"),
+])
+def test_what_cannot_be_made_is_refused_at_once(spec, lr, words):
+    with pytest.raises(UsageError, match=words.replace("?", r"\?").replace("(", r"\(")):
+        optimizers.make(spec, lr)
+
+
+def test_parameters_that_the_class_does_not_take_are_refused_by_name():
+    factory, _ = optimizers.make("muon", None)
+    with pytest.raises(UsageError, match="optimizer muon: .*2D"):
+        factory([{"params": [torch.zeros(3, requires_grad=True)]}])
+
+
+def test_the_names_for_completion_are_the_real_classes_found_without_importing_torch():
+    code = "import sys; from loopctl.cli import optimizer_names; print(*optimizer_names()); assert 'torch' not in sys.modules"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert found == sorted(CLASSES)

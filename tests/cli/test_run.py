@@ -1,0 +1,175 @@
+"""The command line from end to end."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from functools import partial
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from torch import nn
+
+from loopctl import fit
+from loopctl.cli import data, main, models
+from loopctl.cli.train import accuracy
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Call `loopctl` in a folder of its own; returns the result."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, status=0):
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == status, result.output
+        return result
+    return call
+
+
+def weights(folder):
+    return load_file(folder / "weights.safetensors")
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_default_run_learns_to_read_digits(run, tmp_path):
+    result = run("run", "--plugin", "amp", "--plugin", "cosine")
+    (folder,) = (tmp_path / "runs").iterdir()
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 21
+    assert float(dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))["val_accuracy"]) >= 0.98
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
+        "run.toml", "metrics.csv", "explain.txt", "weights.safetensors", "checkpoints/last.pt", "checkpoints/best.safetensors"}
+    assert "finished: 20 epochs, 460 updates" in result.stdout
+    assert f"run folder: runs/{folder.name}" in result.stdout
+    assert result.stderr == ""
+
+
+def test_a_config_repeats_a_run_to_the_last_digit(run, tmp_path):
+    run("run", "--epochs", 3, "--plugin", "amp", "--plugin", "warmup:length=1ep", "--plugin", "clip:max_norm=0.5", "--plugin",
+        "accumulate:every=3", "--model", "cnn:width=8,dropout=0.1", "--optimizer", "sgd:momentum=0.9", "--lr", 0.05, "--seed", 7,
+        "--eval-every", 4, "--out", "a")
+    run("run", "--config", "a/run.toml", "--out", "b")
+    assert (tmp_path / "a" / "metrics.csv").read_text() == (tmp_path / "b" / "metrics.csv").read_text()
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    one, other = (tomllib.loads((tmp_path / name / "run.toml").read_text()) for name in "ab")
+    assert one == other
+    run("run", "--config", "a/run.toml", "--out", "c", "--seed", 8)
+    assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_python_gives_the_same_numbers_as_the_command(run, tmp_path):
+    plugins = ["amp:dtype=bfloat16", "accumulate:every=2", "clip:max_norm=1", "warmup:length=1ep", "cosine"]
+    run("run", "--epochs", 3, "--model", "cnn:width=8", "--seed", 3, "--out", "a", "--without", "progress",
+        *[part for plugin in plugins for part in ("--plugin", plugin)])
+    from loopctl.plugins.accumulate import Accumulate
+    from loopctl.plugins.amp import Amp
+    from loopctl.plugins.clip import Clip
+    from loopctl.plugins.cosine import Cosine
+    from loopctl.plugins.warmup import Warmup
+    instances = [Amp(dtype="bfloat16"), Accumulate(every=2), Clip(max_norm=1.0), Warmup(length="1ep"), Cosine()]
+    for composition in (plugins, instances):
+        torch.manual_seed(3)
+        digits = data.digits()
+        model = models.make("cnn:width=8", digits)
+        train, valid = digits.loaders(64, 0, torch.device("cpu"))
+        done = fit(model, nn.CrossEntropyLoss(), partial(torch.optim.AdamW, lr=1e-3), train, valid, epochs=3, plugins=composition,
+                   metrics={"accuracy": accuracy}, seed=3)
+        assert equal(dict(model.state_dict()), weights(tmp_path / "a"))
+        rows = (tmp_path / "a" / "metrics.csv").read_text().splitlines()[1:]
+        assert [list(map(str, row.values())) for row in done.history] == [row.split(",") for row in rows]
+
+
+def test_the_usual_plugins_can_be_left_out_or_changed(run, tmp_path):
+    result = run("run", "--epochs", 1, "--model", "linear", "--without", "csv", "--without", "checkpoint", "--without", "progress",
+                 "--out", "a")
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"run.toml", "explain.txt", "weights.safetensors"}
+    assert "val_loss" not in result.stdout
+    run("run", "--epochs", 1, "--model", "linear", "--plugin", "csv:path=log.csv", "--out", "b")
+    assert (tmp_path / "b" / "log.csv").exists()
+    assert not (tmp_path / "b" / "metrics.csv").exists()
+    run("run", "--config", "a/run.toml", "--out", "c")
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {path.name for path in (tmp_path / "a").iterdir()}
+
+
+def test_two_runs_at_once_have_two_folders(run, tmp_path):
+    for _ in range(3):
+        run("run", "--epochs", 1, "--model", "linear")
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_why_it_stopped_is_the_last_but_one_line(run):
+    result = run("run", "--model", "linear", "--plugin", "early_stopping:patience=2,min_delta=5")
+    assert re.match(r"stopped early: val_loss has not improved on \S+ for 2 evaluations", result.stdout.splitlines()[-2])
+
+
+def test_a_run_goes_on(run, tmp_path):
+    run("run", "--epochs", 2, "--model", "cnn:width=8", "--out", "a", "--plugin", "amp")
+    run("run", "--epochs", 4, "--model", "cnn:width=8", "--out", "whole", "--plugin", "amp")
+    run("run", "--resume", "a", "--epochs", 4)
+    assert (tmp_path / "a" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "whole"))
+    before = (tmp_path / "a" / "weights.safetensors").read_bytes()
+    result = run("run", "--resume", "a", status=2)
+    assert result.stderr.strip() == "error: a: this run is finished (4 epochs); to go on, ask for more --epochs"
+    assert (tmp_path / "a" / "weights.safetensors").read_bytes() == before
+
+
+def test_explain_shows_who_acts_and_the_plan(run):
+    text = run("explain", "--plugin", "warmup", "--plugin", "accumulate:every=2", "--plugin", "cosine", "--epochs", 10).stdout
+    assert re.search(r"^    lr_scale +warmup, cosine$", text, re.MULTILINE)
+    assert re.search(r"^    group_batches +accumulate$", text, re.MULTILINE)
+    assert "updates          120: 10 epochs of 12, 1.92 micro-batches each" in text
+    assert "effective batch  128 samples" in text
+    assert "learning rate    0.000333 at the start, 0.001 at its peak, 2.45e-05 at the end" in text
+
+
+def test_the_page_of_a_plugin_says_all_there_is(run):
+    page = run("plugins", "clip").stdout
+    for words in ("clip: Clip the gradient", "max_norm", "a number; default none", "hooks    setup, train_start, grads_ready",
+                  "loopctl.plugins.clip:Clip"):
+        assert words in page
+    assert "compute_loss (wraps)" in run("plugins", "amp").stdout
+
+
+def test_the_list_of_plugins_has_a_line_for_each(run):
+    from loopctl import available
+    lines = run("plugins").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(available())
+    assert all(len(line.split()) > 3 for line in lines)
+    assert run("plugins", "--check").stdout.splitlines() == lines
+
+
+def test_hooks_are_the_tree(run):
+    from loopctl import hooks
+    assert run("hooks").stdout.strip() == hooks.__doc__.strip()
+
+
+def test_ctrl_c_says_where_the_run_is_and_leaves_what_it_wrote(tmp_path):
+    command = [sys.executable, "-m", "loopctl", "run", "--epochs", "500", "--model", "linear", "--out", "a"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "a" / "metrics.csv"
+    for _ in range(600):
+        if log.exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "interrupted; what it has written is in a"
+    assert log.exists()
+    assert (tmp_path / "a" / "run.toml").read_text()
+
+
+def test_completion_of_names():
+    environment = {**os.environ, "_LOOPCTL_COMPLETE": "bash_complete", "COMP_WORDS": "loopctl run --plugin c", "COMP_CWORD": "3"}
+    command = [sys.executable, "-c", "from loopctl.cli import main; main(prog_name='loopctl')"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["plain,checkpoint", "plain,clip", "plain,cosine", "plain,csv"]

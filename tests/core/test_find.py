@@ -1,0 +1,86 @@
+"""Plugins are found without importing them, and come from three kinds of places."""
+import subprocess
+import sys
+
+import pytest
+
+from loopctl import UsageError, available, load
+from loopctl.find import build, entry_point, name_of, split
+
+PLUGIN = """
+from dataclasses import dataclass
+from loopctl import hookimpl
+
+@dataclass(eq=False)
+class MyPlugin:
+    rate: "float | None" = 1.0
+
+    @hookimpl
+    def before_step(self):
+        pass
+"""
+
+
+def test_finding_and_listing_import_no_plugin_and_no_torch():
+    code = ("import sys, loopctl, loopctl.cli; loopctl.available(); "
+            "from loopctl.cli import listing; listing.table(False); "
+            "bad = [m for m in sys.modules if m == 'torch' or m.startswith('loopctl.plugins.')]; sys.exit(str(bad) if bad else 0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_name_a_path_and_a_file(tmp_path, monkeypatch):
+    (tmp_path / "pkg_one").mkdir()
+    (tmp_path / "pkg_one" / "mod.py").write_text(PLUGIN)
+    (tmp_path / "pkg_one" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load("clip").__name__ == "Clip"
+    name, plugin = build("pkg_one.mod:MyPlugin:rate=3")
+    assert (name, plugin.rate) == ("my_plugin", 3.0)
+    name, plugin = build(f"{tmp_path}/pkg_one/mod.py:MyPlugin:rate=none")
+    assert (name, plugin.rate) == ("my_plugin", None)
+
+
+@pytest.mark.parametrize(("spec", "parts"), [
+    ("clip", ("clip", "")), ("clip:a=1,b=2", ("clip", "a=1,b=2")), ("a.b:C", ("a.b:C", "")), ("a.b:C:x=1", ("a.b:C", "x=1")),
+    ("dir/f.py:C:x=a:b", ("dir/f.py:C", "x=a:b")), ("lambda:lr_lambda=a.b:f", ("lambda", "lr_lambda=a.b:f")),
+])
+def test_a_spec_is_a_class_and_its_options(spec, parts):
+    assert split(spec) == parts
+
+
+def test_names():
+    class EarlyStop2Much:
+        pass
+
+    assert name_of(load("early_stopping")) == "early_stopping"
+    assert name_of(EarlyStop2Much) == "early_stop2_much"
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("clp", "no plugin is called 'clp'; did you mean 'clip'"),
+    ("zzzz", "there are: accumulate, amp"),
+    ("no_such_package.x:C", "no_such_package.x:C: no_such_package.x cannot be imported"),
+    ("json.decoder:JSONDecodr", "json.decoder has no 'JSONDecodr'; did you mean 'JSONDecoder'"),
+    ("nowhere/file.py:C", "there is no file nowhere/file.py"),
+])
+def test_what_is_not_there(name, message):
+    with pytest.raises(UsageError, match=message):
+        load(name)
+
+
+def test_a_file_that_does_not_import(tmp_path):
+    (tmp_path / "bad.py").write_text("import no_such_thing")
+    with pytest.raises(UsageError, match=r"bad.py cannot be imported \(ModuleNotFoundError: No module named 'no_such_thing'\)"):
+        load(f"{tmp_path}/bad.py:C")
+
+
+def test_one_name_from_two_packages_is_refused(tmp_path, monkeypatch):
+    info = tmp_path / "other-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[loopctl]\nclip = other:Clip\nmine = other:Mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "mine" in available()
+    with pytest.raises(UsageError, match="clip: more than one package has a plugin of this name"):
+        entry_point("clip")

@@ -1,0 +1,93 @@
+"""accumulate: k micro-batches make the gradient of the one big batch."""
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from loopctl import fit, hookimpl
+
+cross_entropy = nn.CrossEntropyLoss()
+FACTORIES = [partial(torch.optim.SGD, lr=0.1, momentum=0.9), partial(torch.optim.Adam, lr=1e-2),
+             partial(torch.optim.LBFGS, lr=0.5, max_iter=4)]
+
+
+def joined(batches, every):
+    """The big batches that groups of `every` make."""
+    groups = [batches[start:start + every] for start in range(0, len(batches), every)]
+    return [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: factory.func.__name__)
+@pytest.mark.parametrize("every", [2, 3, 8, 50])
+def test_uneven_micro_batches_equal_the_one_big_batch(plain, batches, clone, same, factory, every):
+    """1e-12 in float64: the same sums in another order. The last batch is smaller, the last group shorter."""
+    mine, theirs = plain.double(), clone(plain)
+    data = [(input.double(), target) for input, target in batches]
+    run = fit(mine, cross_entropy, factory, data, epochs=2, plugins=[f"accumulate:every={every}"])
+    other = fit(theirs, cross_entropy, factory, joined(data, every), epochs=2)
+    same(mine, theirs, 1e-12)
+    assert run.step == other.step == 2 * -(-len(batches) // every)
+    assert run.history[-1]["train_loss"] == pytest.approx(other.history[-1]["train_loss"], rel=1e-12)
+
+
+def test_bit_for_bit_the_loop_by_hand(net, batches, clone, same, sgd):
+    other = clone(net)
+    fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["accumulate:every=3"], seed=1)
+    torch.manual_seed(1)
+    optimizer = sgd(other.parameters())
+    other.train()
+    for _ in range(2):
+        for start in range(0, len(batches), 3):
+            group = batches[start:start + 3]
+            total = sum(len(target) for _, target in group)
+            optimizer.zero_grad()
+            for input, target in group:
+                (cross_entropy(other(input), target) * (len(target) / total)).backward()
+            optimizer.step()
+    same(net, other)
+
+
+def test_weights_other_than_samples(plain, batches, clone, same, sgd):
+    """Tokens, say: a plugin decides what a micro-batch counts, here a tensor on the device."""
+
+    class Tokens:
+        @hookimpl
+        def batch_weight(self, batch):
+            return (batch[1] == 0).sum()
+
+    other = clone(plain)
+    run = fit(plain, cross_entropy, sgd, batches, plugins=["accumulate:every=4", Tokens()])
+    optimizer, losses, weights = sgd(other.parameters()), [], []
+    for start in (0, 4):
+        group = batches[start:start + 4]
+        counts = [(target == 0).sum() for _, target in group]
+        optimizer.zero_grad()
+        for (input, target), count in zip(group, counts, strict=True):
+            loss = cross_entropy(other(input), target) * (count / sum(counts))
+            loss.backward()
+            losses.append(loss.item())
+        weights += [sum(counts).item()] * 4
+        optimizer.step()
+    same(plain, other)
+    mean = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / (weights[0] + weights[4])
+    assert run.history[0]["train_loss"] == pytest.approx(mean, rel=1e-6)     # shares were rounded to float32 in the sum
+
+
+def test_run_knows_the_micro_batches(plain, batches, sgd):
+    sizes = []
+
+    class Look:
+        @hookimpl
+        def before_step(self, run):
+            sizes.append((len(run.batches), run.weight, run.seen))
+
+        @hookimpl
+        def micro_step(self, run, batch, weight, last):
+            sizes.append((round(weight, 3), last))
+            loss = run.hook.compute_loss(run=run, batch=batch) * weight
+            return run.hook.backward(run=run, loss=loss).detach()
+
+    fit(plain, cross_entropy, sgd, batches, plugins=["accumulate:every=5", Look()])
+    assert sizes == [(5, 40, 0), *[(0.2, False)] * 4, (0.2, True),
+                     (3, 19, 5), (round(8 / 19, 3), False), (round(8 / 19, 3), False), (round(3 / 19, 3), True)]

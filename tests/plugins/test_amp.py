@@ -1,0 +1,158 @@
+"""amp against torch.autocast and GradScaler used by hand."""
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from loopctl import UsageError, fit, hookimpl
+from loopctl.plugins.amp import Amp
+
+cross_entropy = nn.CrossEntropyLoss()
+
+
+def by_hand(model, optimizer, batches, epochs, dtype, max_norm=None, init_scale=65536.0):
+    """The loop of torch's own amp recipe; returns how many steps the scaler skipped."""
+    scaler = torch.amp.GradScaler("cpu", init_scale, enabled=dtype == torch.float16)
+    skipped = 0
+    for _ in range(epochs):
+        model.train()
+        for input, target in batches:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype):
+                loss = cross_entropy(model(input), target)
+            scaler.scale(loss).backward()
+            if max_norm:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            skipped += scaler.get_scale() < scale
+    return skipped
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_bit_for_bit_the_recipe(net, batches, clone, same, sgd, dtype, max_norm):
+    other = clone(net)
+    clip = [f"clip:max_norm={max_norm}"] if max_norm else []
+    fit(net, cross_entropy, sgd, batches, epochs=3, plugins=[f"amp:dtype={dtype}", *clip], seed=1)
+    torch.manual_seed(1)
+    by_hand(other, sgd(other.parameters()), batches, 3, getattr(torch, dtype), max_norm)
+    same(net, other)
+
+
+def test_an_overflow_changes_no_weight_and_no_step_count(plain, batches, clone, same, sgd):
+    """A scale of 2^40 overflows float16 until it has halved often enough; the weights stay, the count too."""
+    before, seen = clone(plain), []
+
+    class Look:
+        @hookimpl
+        def after_step(self, run):
+            if run.skipped:
+                same(run.model, before)
+            seen.append((run.skipped, run.step))
+
+    other = clone(plain)
+    init_scale = 2.0**40
+    run = fit(plain, cross_entropy, sgd, batches, epochs=4, plugins=[Amp("float16", init_scale), Look()])
+    skipped = by_hand(other, sgd(other.parameters()), batches, 4, torch.float16, init_scale=init_scale)
+    assert 5 < skipped < 32
+    assert run.step == 32 - skipped
+    assert run.attempts == 32
+    assert seen[0] == (True, 0)
+    assert seen[-1] == (False, run.step)
+    same(plain, other)
+
+
+def test_schedules_follow_data_over_skipped_steps(plain, batches, sgd):
+    run = fit(plain, cross_entropy, sgd, batches, epochs=4, plugins=[Amp("float16", 2.0**40), "cosine:by=step"])
+    again = fit(plain, cross_entropy, sgd, batches, epochs=4, plugins=["cosine:by=step"])
+    assert [row["lr"] for row in run.history] == [row["lr"] for row in again.history]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_amp_and_clip_in_either_order(net, batches, clone, same, sgd, dtype):
+    other = clone(net)
+    plugins = [f"amp:dtype={dtype}", "clip:max_norm=0.1"]
+    fit(net, cross_entropy, sgd, batches, epochs=2, plugins=plugins, seed=1)
+    fit(other, cross_entropy, sgd, batches, epochs=2, plugins=plugins[::-1], seed=1)
+    same(net, other)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_accumulated_and_clipped_by_hand(plain, batches, clone, same, sgd, dtype):
+    """The featured composition: the loss of each micro-batch weighs its samples, the clip sees the true gradient."""
+    other, kind = clone(plain), getattr(torch, dtype)
+    fit(plain, cross_entropy, sgd, batches, epochs=2, plugins=["accumulate:every=3", f"amp:dtype={dtype}", "clip:max_norm=0.1"])
+    optimizer, scaler = sgd(other.parameters()), torch.amp.GradScaler("cpu", enabled=dtype == "float16")
+    for _ in range(2):
+        for start in range(0, len(batches), 3):
+            group = batches[start:start + 3]
+            total = sum(len(target) for _, target in group)
+            optimizer.zero_grad()
+            for input, target in group:
+                with torch.autocast("cpu", kind):
+                    loss = cross_entropy(other(input), target)
+                scaler.scale(loss * (len(target) / total)).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+    same(plain, other)
+
+
+def test_evaluation_is_in_half_precision_too(net, batches, valid, sgd):
+    kinds = []
+
+    class Look:
+        @hookimpl
+        def after_evaluate(self, run):
+            kinds.append(run.outputs.dtype)
+
+    fit(net, cross_entropy, sgd, batches, valid, plugins=["amp:dtype=bfloat16", Look()])
+    assert kinds == [torch.bfloat16]
+
+
+def test_float16_refuses_lbfgs_and_bfloat16_takes_it(plain, batches):
+    lbfgs = partial(torch.optim.LBFGS, lr=0.1, max_iter=3)
+    with pytest.raises(UsageError, match=r"^amp: float16 scaling cannot serve LBFGS.*use dtype=bfloat16"):
+        fit(plain, cross_entropy, lbfgs, batches, plugins=["amp:dtype=float16"])
+    assert fit(plain, cross_entropy, lbfgs, batches, plugins=["amp:dtype=bfloat16"]).step == 8
+
+
+def test_float16_refuses_a_second_computation_of_gradients(plain, batches, sgd):
+    class Twice:
+        @hookimpl(wrapper=True)
+        def optimizer_step(self, closure):
+            closure()
+            return (yield)
+
+    with pytest.raises(UsageError, match="amp: float16 scaling allows one computation of gradients per step"):
+        fit(plain, cross_entropy, sgd, batches, plugins=["amp:dtype=float16", Twice()])
+
+
+def test_auto_is_one_of_the_two():
+    assert Amp().dtype in ("float16", "bfloat16")
+    assert Amp().dtype == "bfloat16" or torch.cuda.is_available()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_on_cuda_bit_for_bit_the_recipe(plain, batches, clone, same, sgd, dtype):
+    other = clone(plain).cuda()
+    run = fit(plain, cross_entropy, sgd, batches, epochs=3, plugins=[f"amp:dtype={dtype}", "clip:max_norm=0.1"], device="cuda")
+    optimizer, scaler = sgd(other.parameters()), torch.amp.GradScaler("cuda", enabled=dtype == "float16")
+    for _ in range(3):
+        for input, target in batches:
+            optimizer.zero_grad()
+            with torch.autocast("cuda", getattr(torch, dtype)):
+                loss = cross_entropy(other(input.cuda()), target.cuda())
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+    same(run.model, other)

@@ -1,0 +1,80 @@
+"""What holds across the whole house: walls, lists that must agree, what may not be imported."""
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import loopctl
+
+ROOT = Path(__file__).parents[1]
+PLUGINS = sorted(path.stem for path in (ROOT / "plugins").glob("*.py") if path.stem != "__init__")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def imports(path):
+    """The modules a file imports, as (module, names)."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, []
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module, [alias.name for alias in node.names]
+
+
+def test_files_entry_points_and_the_table_in_the_docs_agree():
+    entries = PYPROJECT["project"]["entry-points"]["loopctl"]
+    assert sorted(entries) == PLUGINS
+    for name, value in entries.items():
+        assert value == f"loopctl.plugins.{name}:{''.join(part.title() for part in name.split('_'))}"
+    rows = re.findall(r"^\| `(\w+)` ", (ROOT / "docs" / "plugins.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == PLUGINS
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_a_plugin_imports_from_loopctl_only_what_everybody_may(name):
+    for module, names in imports(ROOT / "plugins" / f"{name}.py"):
+        assert not module.startswith("loopctl."), f"{name} imports {module}"
+        if module == "loopctl":
+            assert set(names) <= {*loopctl.__all__, "checkpoint"}
+
+
+def test_core_imports_no_plugin_and_no_command_line():
+    for path in (ROOT / "core").glob("*.py"):
+        if path.stem != "__main__":
+            assert not [module for module, _ in imports(path) if module.startswith(("loopctl.plugins", "loopctl.cli"))]
+
+
+def test_no_built_in_orders_itself_by_number():
+    for path in (ROOT / "plugins").glob("*.py"):
+        assert "tryfirst" not in path.read_text()
+
+
+def test_the_package_is_never_imported_a_second_time_as_core():
+    assert not {"core", "plugins", "cli"} & set(sys.modules)
+
+
+@pytest.mark.parametrize("command", [["--help"], ["plugins"], ["hooks"], ["run", "--help"], ["--version"]], ids=" ".join)
+def test_what_only_informs_imports_no_torch_and_no_plugin(command):
+    code = ("import sys; from loopctl.cli import main\n"
+            f"try: main({command})\n"
+            "except SystemExit as end: assert not end.code, end.code\n"
+            "bad = [m for m in sys.modules if m in ('torch', 'rich') or m.startswith('loopctl.plugins.')]\n"
+            "sys.exit(f'imports {bad}' if bad else 0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_everything_public_is_there():
+    for name in loopctl.__all__:
+        assert getattr(loopctl, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = loopctl.nothing
+
+
+def test_the_version_has_its_entry_in_the_changelog():
+    assert f"## {PYPROJECT['project']['version']}" in (ROOT / "docs" / "changelog.md").read_text()
