@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+
 from loopctl.errors import UsageError, nearest
 
 DEFAULTS = ("csv", "checkpoint", "progress")       # the plugins that `run` adds by itself
@@ -96,33 +97,45 @@ def from_file(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     return path
 
 
+def choice(flag: str, names: Callable[[], list[str]] | None = None, **settings: Any) -> Callable[..., Any]:
+    """An option with a default to show, and names to complete."""
+    if settings.get("default") is not None and not settings.get("is_flag"):
+        settings["show_default"] = True
+    return click.option(flag, shell_complete=completes(names) if names else None, **settings)
+
+
+COUNT = click.IntRange(1)
+COMPOSITION = (
+    choice("--model", model_names, default="cnn", metavar="M",
+           help="cnn, linear, mlp, vit, any of torchvision's, or package.module:factory."),
+    choice("--data", lambda: DATA, default="digits", metavar="D",
+           help=f"{', '.join(DATA)}, or package.module:factory."),
+    choice("--data-root", default="data", metavar="DIR", help="Where data sets are."),
+    choice("--download", is_flag=True, help="Get the data set if it is not there."),
+    choice("--workers", default=0, type=click.IntRange(0), metavar="N", help="Processes that load data."),
+    choice("--optimizer", optimizer_names, default="adamw", metavar="O",
+           help="Any of torch.optim, such as sgd:momentum=0.9, or package.module:Class."),
+    choice("--lr", type=float, metavar="F", help="Learning rate.  [default: the optimizer's own]"),
+    choice("--epochs", default=20, type=COUNT, metavar="N", help="Passes over the data."),
+    choice("--max-steps", type=COUNT, metavar="N", help="End after so many updates."),
+    choice("--eval-every", type=COUNT, metavar="N", help="Evaluate every N steps too."),
+    choice("--batch-size", default=64, type=COUNT, metavar="N", help="Images per batch."),
+    choice("--plugin", plugin_names, multiple=True, metavar="NAME[:option=value,...]",
+           help="Add a plugin; may be repeated, and they act in this order. See `loopctl plugins`."),
+    choice("--without", type=click.Choice(DEFAULTS), multiple=True,
+           help="Leave out a plugin that run adds by itself."),
+    choice("--device", default="auto", metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:1."),
+    choice("--seed", default=0, type=click.IntRange(0), metavar="N", help="Seed of all random numbers."),
+    choice("--deterministic", is_flag=True, help="Only deterministic algorithms."),
+    choice("--config", type=click.Path(path_type=Path), is_eager=True, callback=from_file, metavar="FILE.toml",
+           help="Take options from a run's run.toml; those given here win."),
+    choice("--traceback", is_flag=True, expose_value=False, help="Show Python's traceback of a failure."),
+)
+
+
 def composition(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say what is trained, and how."""
-    for option in reversed((
-        click.option("--model", default="cnn", show_default=True, metavar="M", shell_complete=completes(model_names),
-                     help="cnn, linear, mlp, vit, any of torchvision's, or package.module:factory."),
-        click.option("--data", default="digits", show_default=True, metavar="D", shell_complete=completes(lambda: DATA),
-                     help=f"{', '.join(DATA)}, or package.module:factory."),
-        click.option("--data-root", default="data", show_default=True, metavar="DIR", help="Where data sets are."),
-        click.option("--download", is_flag=True, help="Get the data set if it is not there."),
-        click.option("--workers", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Processes that load data."),
-        click.option("--optimizer", default="adamw", show_default=True, metavar="O", shell_complete=completes(optimizer_names),
-                     help="Any of torch.optim, such as sgd:momentum=0.9, or package.module:Class."),
-        click.option("--lr", type=float, metavar="F", help="Learning rate.  [default: the optimizer's own]"),
-        click.option("--epochs", type=click.IntRange(1), default=20, show_default=True, metavar="N", help="Passes over the data."),
-        click.option("--max-steps", type=click.IntRange(1), metavar="N", help="End after so many updates."),
-        click.option("--eval-every", type=click.IntRange(1), metavar="N", help="Evaluate every N steps too."),
-        click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Images per batch."),
-        click.option("--plugin", multiple=True, metavar="NAME[:option=value,...]", shell_complete=completes(plugin_names),
-                     help="Add a plugin; may be repeated, and they act in this order. See `loopctl plugins`."),
-        click.option("--without", type=click.Choice(DEFAULTS), multiple=True, help="Leave out a plugin that run adds by itself."),
-        click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:1."),
-        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Seed of all random numbers."),
-        click.option("--deterministic", is_flag=True, help="Only deterministic algorithms."),
-        click.option("--config", type=click.Path(path_type=Path), is_eager=True, callback=from_file, metavar="FILE.toml",
-                     help="Take options from a run's run.toml; those given here win."),
-        click.option("--traceback", is_flag=True, expose_value=False, help="Show Python's traceback of a failure."),
-    )):
+    """Add the options that say what is trained, and how."""
+    for option in reversed(COMPOSITION):
         command = option(command)
     return command
 
@@ -138,7 +151,8 @@ def main(ctx: click.Context) -> None:
 
 @main.command()
 @composition
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The run's folder.  [default: a new one in runs/]")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="The run's folder.  [default: a new one in runs/]")
 @click.option("--resume", type=click.Path(path_type=Path), is_eager=True, callback=from_file, metavar="DIR",
               help="Go on with the run in this folder.")
 def run(**settings: Any) -> None:

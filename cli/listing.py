@@ -51,7 +51,8 @@ def page(spec: str) -> str:
             lines.append(f"  {'':{width}}  {described(option.type)}; default {default}")
         lines.append("")
     joined = [hook for hook in SPECS if hasattr(getattr(cls, hook, None), "loopctl_impl")]
-    lines.append("hooks    " + ", ".join(f"{hook} (wraps)" if getattr(cls, hook).loopctl_impl["wrapper"] else hook for hook in joined))
+    wraps = {hook for hook in joined if getattr(cls, hook).loopctl_impl["wrapper"]}
+    lines.append("hooks    " + ", ".join(f"{hook} (wraps)" if hook in wraps else hook for hook in joined))
     lines.append(f"from     {origin(entry) + ', ' if entry else ''}{cls.__module__}:{cls.__qualname__}")
     return "\n".join(lines)
 
@@ -62,16 +63,16 @@ def origin(entry: EntryPoint) -> str:
 
 
 def first_line(entry: EntryPoint) -> str:
-    """The first sentence of a plugin's docstring, read from its source without importing it; empty where that is not found."""
+    """The first line of a plugin's docstring, read from its source without importing it; empty if not found."""
     file = source(entry.module)
     if file is None:
         return ""
     try:
-        classes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef) and node.name == entry.attr]
+        body = ast.parse(file.read_text()).body
     except (OSError, SyntaxError, UnicodeDecodeError):
         return ""
-    doc = ast.get_docstring(classes[0]) if classes else None
-    return (doc or "").split("\n")[0]
+    found = [node for node in body if isinstance(node, ast.ClassDef) and node.name == entry.attr]
+    return ((ast.get_docstring(found[0]) or "") if found else "").split("\n")[0]
 
 
 def source(module: str) -> Path | None:

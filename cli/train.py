@@ -15,6 +15,8 @@ from typing import Any
 import click
 import tomli_w
 import torch
+from torch import nn
+
 from loopctl import checkpoint, explain, fit, hookimpl
 from loopctl.cli import DEFAULTS, data, models, optimizers
 from loopctl.compose import blame, compose
@@ -23,7 +25,6 @@ from loopctl.find import build, split
 from loopctl.options import spec
 from loopctl.prepare import find_device, prepare, seed_everything
 from loopctl.run import Run
-from torch import nn
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -32,7 +33,7 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def assemble(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Make what the settings name. Return the arguments of `fit`, and the settings again with nothing left to choose."""
+    """Make what the settings name. Return the arguments of `fit`, and the settings with nothing left to choose."""
     specs = list(settings["plugin"])
     given = {build(text)[0] for text in specs}
     specs += [f"{name}:unit=images" if name == "progress" else name for name in DEFAULTS
@@ -49,13 +50,12 @@ def assemble(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     found = data.make(settings["data"], settings["data_root"], settings["download"])
     model = models.make(settings["model"], found)
     train, valid = found.loaders(settings["batch_size"], settings["workers"], device)
-    arguments = dict(
-        model=model, loss_fn=nn.CrossEntropyLoss(), optimizer=factory, train=train, valid=valid, epochs=settings["epochs"],
-        max_steps=settings["max_steps"], eval_every=settings["eval_every"], plugins=plugins, metrics={"accuracy": accuracy},
-        device=device, seed=settings["seed"])
-    resolved = settings | {
-        "lr": lr, "device": str(device), "plugin": [spec(split(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=True)]}
-    return arguments, resolved
+    arguments = {
+        "model": model, "loss_fn": nn.CrossEntropyLoss(), "optimizer": factory, "train": train, "valid": valid,
+        "epochs": settings["epochs"], "max_steps": settings["max_steps"], "eval_every": settings["eval_every"],
+        "plugins": plugins, "metrics": {"accuracy": accuracy}, "device": device, "seed": settings["seed"]}
+    written = [spec(split(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=True)]
+    return arguments, settings | {"lr": lr, "device": str(device), "plugin": written}
 
 
 def run(settings: dict[str, Any]) -> None:
@@ -77,7 +77,8 @@ def run(settings: dict[str, Any]) -> None:
             click.echo(f"interrupted{where}", err=True)
             raise SystemExit(130) from None
         if not recorder.started:
-            raise UsageError(f"{place}: this run is finished ({done.stop or f'{done.epoch} epochs'}); to go on, ask for more --epochs")
+            why = done.stop or f"{done.epoch} epochs"
+            raise UsageError(f"{place}: this run is finished ({why}); to go on, ask for more --epochs")
     checkpoint.save_weights(done.model, place / "weights.safetensors")
     click.echo(f"stopped early: {done.stop}" if done.stop else f"finished: {done.epoch} epochs, {done.step:,} updates")
     click.echo(f"run folder: {place}")
@@ -114,8 +115,9 @@ class Recorder:
               f"({size[0]:,} + {size[1]:,} images), {self.settings['optimizer']}, {run.device}")
         known = {key: list(value) if isinstance(value, tuple) else value
                  for key, value in self.settings.items() if value is not None}
-        text = f"# loopctl {version('loopctl')}, torch {torch.__version__}; repeat with: loopctl run --config {run.out}/run.toml\n"
-        (run.out / "run.toml").write_text(text + tomli_w.dumps(known))
+        versions = f"loopctl {version('loopctl')}, torch {torch.__version__}"
+        heading = f"# {versions}\n# loopctl run --config {run.out}/run.toml\n"
+        (run.out / "run.toml").write_text(heading + tomli_w.dumps(known))
         if self.new:
             (run.out / "explain.txt").write_text(explain(run=run) + "\n")
         self.started = True
@@ -123,7 +125,7 @@ class Recorder:
 
 @contextmanager
 def folder(path: Path | None, recorder: Recorder) -> Iterator[Path]:
-    """The run's own new folder, or the one it goes on in. If nothing was started in a new one, it is taken away again."""
+    """The run's own new folder, or the one it goes on in. A new one where nothing was started is taken away again."""
     place = path or new_name()
     if recorder.new:
         missing = [parent for parent in (place, *place.parents) if not parent.exists()]

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from loopctl.errors import UsageError
-from loopctl.run import Run
 from safetensors.torch import save_model
 from torch import nn
+
+from loopctl.errors import UsageError
+from loopctl.run import Run
 
 POSITION = ("epoch", "step", "attempts", "seen", "stop", "metrics", "history")
 

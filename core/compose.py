@@ -1,4 +1,4 @@
-"""Put the chosen plugins to work: name, order and check them, then reduce each hook to the plain calls it stands for."""
+"""Put the chosen plugins to work: name, order and check them, then reduce each hook to plain calls."""
 from __future__ import annotations
 
 import sys
@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pluggy
+
 from loopctl import hooks
 from loopctl.errors import UsageError, nearest
 from loopctl.find import build, name_of

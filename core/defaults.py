@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+
 from loopctl.batches import grouped, moved, samples
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl

@@ -12,7 +12,7 @@ from loopctl.run import Run
 
 
 def explain(plugins: Iterable[Any] = (), run: Run | None = None) -> str:
-    """The hook tree with the plugins that act at each hook, in the order they act; of a prepared `run` the plan as well.
+    """The hook tree with the plugins that act at each hook, in their order; of a prepared `run` the plan too.
 
     Raises UsageError where the plugins do not go together.
     """

@@ -36,8 +36,9 @@ from typing import TYPE_CHECKING, Any
 from pluggy import HookimplMarker, HookspecMarker
 
 if TYPE_CHECKING:
-    from loopctl.run import Run
     from torch import Tensor
+
+    from loopctl.run import Run
 
 hookspec = HookspecMarker("loopctl")
 hookimpl = HookimplMarker("loopctl")
@@ -169,4 +170,4 @@ def epoch_end(run: Run) -> None:
 
 @hookspec
 def train_end(run: Run) -> None:
-    """Training ended by count or by `run.stop`. Not called after an exception: what must always happen wraps `train`."""
+    """Training ended by count or by `run.stop`. Not called after an error: what must always happen wraps `train`."""

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from loopctl.batches import moved
 from loopctl.checkpoint import restore
 from loopctl.compose import blame, compose
@@ -21,7 +23,6 @@ from loopctl.meters import Meters
 from loopctl.prepare import prepare
 from loopctl.rates import set_rates
 from loopctl.run import Run
-from torch import Tensor, nn
 
 
 def fit(
@@ -92,7 +93,7 @@ def epoch(run: Run) -> None:
         if run.stop or run.step >= run.max_steps:
             break
     if run.attempts == begun:
-        raise UsageError(f"train gave no batches in epoch {run.epoch + 1}; pass what can be read again, a list or a DataLoader")
+        raise UsageError(f"train gave no batches in epoch {run.epoch + 1}; pass a list or a DataLoader, no iterator")
     run.epoch += 1
     if judged != run.attempts:
         evaluate(run, meters)

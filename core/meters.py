@@ -4,8 +4,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from loopctl.errors import UsageError
 from torch import Tensor
+
+from loopctl.errors import UsageError
 
 
 class Mean:

@@ -24,7 +24,7 @@ class Option:
 
 
 def options(cls: type) -> dict[str, Option]:
-    """The options of a plugin class by name; an option's help is the docstring's line `name: help`, and its continuation."""
+    """The options of a plugin class by name; its help is the docstring's line `name: help`, and its continuation."""
     if not dataclasses.is_dataclass(cls):
         return {}
     hints = get_type_hints(cls, include_extras=True)

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+
 from loopctl.batches import known_length
 from loopctl.errors import UsageError
 from loopctl.meters import keeps_own_state
 from loopctl.run import Run
-from torch import nn
 
 
 def prepare(run: Run, metrics: dict[str, Any] | None, device: Any, seed: int | None) -> None:

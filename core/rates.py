@@ -4,12 +4,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
-from loopctl.run import Run
 from torch import Tensor
+
+from loopctl.run import Run
 
 
 def rates(run: Run) -> list[float]:
-    """The learning rate of each parameter group where `run` is now: its initial one times the factors of all schedules."""
+    """The learning rate of each parameter group where `run` is now: its initial one times all schedules' factors."""
     return [
         initial_lr and initial_lr * prod(run.hook.lr_scale(run=run, initial_lr=initial_lr, group=group))    # 0 stays 0
         for group in run.optimizer.param_groups for initial_lr in [group["initial_lr"]]

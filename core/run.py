@@ -13,8 +13,9 @@ from loopctl.lengths import Length, parse_length
 
 if TYPE_CHECKING:
     import torch
-    from loopctl.compose import Hooks
     from torch import Tensor, nn
+
+    from loopctl.compose import Hooks
 
 
 @dataclass(slots=True, eq=False)

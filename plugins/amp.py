@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
 from loopctl import UsageError, hookimpl
 
 
@@ -66,7 +67,7 @@ class Amp:
         loss, scale = closure(), self.scaler.get_scale()
         self.scaler.step(run.optimizer)
         self.scaler.update()
-        run.skipped = self.scaler.get_scale() < scale      # float16 waits for the device here, as GradScaler itself does
+        run.skipped = self.scaler.get_scale() < scale      # waits for the device, as GradScaler does
         return loss
 
     def state_dict(self) -> dict[str, Any]:

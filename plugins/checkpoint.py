@@ -11,7 +11,7 @@ class Checkpoint:
 
     They are best.safetensors and last.pt. A run goes on from the end of the epoch that last.pt holds.
 
-    monitor: the metric that tells which weights are best; val_loss if left out, or train_loss where nothing is evaluated
+    monitor: the metric that tells which weights are best; val_loss if left out, or train_loss without validation
     mode: whether smaller or larger is better; auto knows losses and errors from accuracies by name
     every_epochs: how often last.pt is written; at the run's end in any case
     dir: the folder, relative to the run's

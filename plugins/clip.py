@@ -2,15 +2,17 @@
 from dataclasses import dataclass
 from math import nan
 
-from loopctl import hookimpl
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+from loopctl import hookimpl
 
 
 @dataclass(eq=False)
 class Clip:
     """Clip the gradient before each update, by its norm (the default, at 1) or by value.
 
-    The norm before clipping is reported as the metric grad_norm. See torch.nn.utils.clip_grad_norm_ and clip_grad_value_.
+    The norm before clipping is reported as the metric grad_norm. They are clip_grad_norm_ and clip_grad_value_ of
+    torch.nn.utils.
 
     max_norm: largest norm of the whole gradient, all parameters taken as one vector; 1 unless value is given
     norm_type: the p of the p-norm; inf for the largest component

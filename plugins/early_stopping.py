@@ -9,7 +9,7 @@ from loopctl import Monitor, hookimpl
 class EarlyStopping:
     """End the run when a metric has not improved for a while.
 
-    monitor: the metric to judge; val_loss if left out, or train_loss where nothing is evaluated
+    monitor: the metric to judge; val_loss if left out, or train_loss without validation
     mode: whether smaller or larger is better; auto knows losses and errors from accuracies by name
     patience: evaluations without improvement after which the run ends; one per epoch unless eval_every asks for more
     min_delta: what counts as an improvement is better by more than this

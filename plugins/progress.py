@@ -3,6 +3,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+
 from loopctl import hookimpl
 
 
@@ -28,11 +29,11 @@ class Progress:
             self.console = Console(width=200)          # nobody's window: let no line break
         self.live = self.console.is_terminal
         self.bar = Bar(
-            TextColumn("epoch {task.fields[epoch]}"), BarColumn(None), TextColumn("step {task.completed:,}/{task.total:,}"),
-            TextColumn("loss {task.fields[loss]}"), TextColumn("lr {task.fields[lr]}"), TextColumn("{task.fields[speed]}"),
+            TextColumn("epoch {task.fields[epoch]}"), BarColumn(None),
+            TextColumn("step {task.completed:,}/{task.total:,} {task.fields[now]}"),
             TimeRemainingColumn(compact=True), TextColumn("left"),
             console=self.console, auto_refresh=False, disable=not self.live, transient=True)
-        self.task = self.bar.add_task("", total=run.planned_steps, epoch="", loss="", lr="", speed="")
+        self.task = self.bar.add_task("", total=run.planned_steps, epoch="", now="")
         self.next, self.loss = 0.0, Glance()
         try:
             result = yield
@@ -52,9 +53,10 @@ class Progress:
         if self.live and time.monotonic() >= self.next:
             self.next = time.monotonic() + self.interval
             self.bar.start()                           # does nothing when it has started
-            self.bar.update(self.task, completed=run.attempts, epoch=f"{run.epoch + 1}/{run.epochs}",
-                            loss=self.loss.at(run.loss), lr=f"{float(run.optimizer.param_groups[0]['lr']):.3g}",
-                            speed=self.speed(), refresh=True)
+            lr = float(run.optimizer.param_groups[0]["lr"])
+            now = f"loss {self.loss.at(run.loss)} lr {lr:.3g} {self.speed()}"
+            self.bar.update(self.task, completed=run.attempts, epoch=f"{run.epoch + 1}/{run.epochs}", now=now)
+            self.bar.refresh()
 
     @hookimpl
     def epoch_end(self, run):

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from loopctl import hookimpl
-from loopctl.batches import tensors
 from torch import nn
+
+from loopctl import hookimpl, tensors
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Summary:
-    """Print each layer's output shape and parameters, and sizes in memory: the report of torchsummary.
+    """Print each layer's output shape and parameters, and the sizes in memory.
 
     There is no forward pass for it: it looks on at the first micro-batch and prints after the first step, so the run
-    is what it would be without. An MB is 2**20 bytes. Activations are the outputs of the innermost layers, not doubled
-    for their gradients as in torchsummary (github.com/sksq96/pytorch-summary). A model that is compiled
-    compiles once more for the second step.
+    is what it would be without; only torch.compile compiles once more, for the second step. An MB is 2**20 bytes.
+    It is the report of torchsummary (github.com/sksq96/pytorch-summary), except that activations, the outputs of the
+    innermost layers, are not doubled for their gradients.
 
     depth: levels of the module tree to show, 1 for the model's direct parts; what is deeper is counted in its parent
     """
@@ -99,7 +99,7 @@ def watch(model: nn.Module, when: Callable[[], bool] = lambda: True) -> Iterator
         yield found
     finally:
         for handle in handles:
-            pass
+            handle.remove()
     found += layers(model, calls)
 
 
@@ -158,7 +158,9 @@ def table(layers: list[Layer], depth: int | None = None) -> Table:
             shown[-1] = replace(parent, parameters=parent.parameters + layer.parameters,
                                 trainable=parent.trainable + layer.trainable)
     report = Table("Layer", "Type", "Output shape", "Parameters", "State", box=SIMPLE, pad_edge=False)
-    report.columns[3].justify = "right"
+    for column in report.columns:
+        column.overflow = "fold"                    # where the terminal is narrow, cut nothing off
+    report.columns[3].justify, report.columns[3].no_wrap = "right", True
     for layer in shown:
         label = "  " * layer.depth + (layer.name.rpartition(".")[2] or "model")
         report.add_row(Text(label), layer.type, "" if layer.again else layer.shape,

@@ -59,6 +59,13 @@ def test_bit_for_bit_the_loop_by_hand(net, batches, factory, clone, same):
     assert losses.seen == expected
 
 
+def test_a_model_given_in_evaluation_mode_is_trained_in_training_mode(net, batches, valid, clone, same, sgd):
+    other = clone(net)
+    fit(net.eval(), cross_entropy, sgd, batches, valid, epochs=2, seed=1)
+    fit(other, cross_entropy, sgd, batches, valid, epochs=2, seed=1)
+    same(net, other)
+
+
 def test_lbfgs_gets_a_repeatable_closure(plain, batches, clone, same):
     mine, theirs = plain.double(), clone(plain)
     data = [(input.double(), target) for input, target in batches]

@@ -1,13 +1,17 @@
 """The report's numbers against those computed by hand, and that the run does not notice it."""
 import warnings
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
+from torch import nn
+
 from loopctl import UsageError, fit, hookimpl
 from loopctl.plugins.summary import Summary, table, watch
-from torch import nn
 
 MB = 2**20
 
@@ -197,6 +201,24 @@ def test_dict_output_and_several_inputs():
     assert layers[""].inputs == 4 * (5 * 4 + 5 * 3 + 2)
     assert rows["unused"] == ["Linear", "-", "6", "trainable"]
     assert activations(layers) == 4 * 2 * 5 * 2
+
+
+def test_dataclass_output_and_no_tensor():
+    @dataclass
+    class Output:
+        hidden: list[torch.Tensor]
+        loss: torch.Tensor
+        kind: type
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return Output([x, x[0]], x.sum(), Output) if x is not None else None
+
+    layers = seen(Model(), torch.randn(2, 3))
+
+    assert layers[""].shape == "[2, 3] and 2 more"
+    assert activations(layers) == 4 * (6 + 3 + 1)
+    assert seen(Model(), None)[""].shape == "no tensor"
 
 
 def test_parameters_of_a_module_that_has_parts():
@@ -406,3 +428,12 @@ def test_no_column_is_cut_off_where_there_is_no_terminal(capsys, monkeypatch, co
     assert next(line for line in lines if f"{name} " in line).split()[1:] == ["Linear", "used", "again:", "[bold]"]
     assert any(line.split()[:2] == ["[bold]", "Linear"] for line in lines)
     assert len(next(line for line in lines if "Output shape" in line)) > 80
+
+
+def test_a_narrow_terminal_folds_and_cuts_nothing_off():
+    layers = seen(nn.Sequential(nn.Linear(1000, 1000), nn.TransformerEncoderLayer(1000, 2, 16)), torch.randn(2, 1000))
+    console = Console(width=50, file=StringIO())
+    console.print(table(list(layers.values())))
+
+    assert "…" not in console.file.getvalue()
+    assert " 1,001,000 " in console.file.getvalue()
