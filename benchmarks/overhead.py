@@ -11,8 +11,9 @@ from functools import partial
 from statistics import median
 
 import torch
-from loopctl import fit, hookimpl
 from torch import nn
+
+from loopctl import fit, hookimpl
 
 torch.set_num_threads(1)
 BATCHES_PER_EPOCH, EPOCHS = 1000, 5      # several epochs, so that what a run costs once does not count as a step's

@@ -86,13 +86,20 @@ def from_file(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
         raise click.UsageError(f"--{param.name}: {file} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise click.UsageError(f"--{param.name}: {file} is not TOML: {error}") from None
-    known = {option.name for option in ctx.command.params} - {"config", "resume", "out"}
+    not_here = ("config", "resume", "out", "traceback")
+    known = {option.name: option for option in ctx.command.params if option.name not in not_here}
     for key, value in found.items():
         if key not in known:
-            raise click.UsageError(f"--{param.name}: {file} has the key {key!r}, which is none; {nearest(key, known)}")
+            way = "say it on the command line" if key in not_here else nearest(key, known, "there are")
+            raise click.UsageError(f"--{param.name}: {file}: {key!r} is no key of a configuration; {way}")
         if isinstance(value, dict) or (isinstance(value, list) != (key in ("plugin", "without"))):
             kind = "a list" if key in ("plugin", "without") else "one value"
             raise click.UsageError(f"--{param.name}: {file}: {key} takes {kind}, not {value!r}")
+        try:                        # as text, as the command line has it: 1.5 is no number of epochs, true no rate
+            found[key] = [str(item) for item in value] if isinstance(value, list) else str(value)
+            known[key].type_cast_value(ctx, found[key])
+        except click.BadParameter as error:
+            raise click.UsageError(f"--{param.name}: {file}: {key}: {error.message}") from None
     ctx.default_map = {**(ctx.default_map or {}), **found}
     return path
 
@@ -104,7 +111,11 @@ def choice(flag: str, names: Callable[[], list[str]] | None = None, **settings: 
     return click.option(flag, shell_complete=completes(names) if names else None, **settings)
 
 
-COUNT = click.IntRange(1)
+class Whole(click.IntRange):
+    name = "whole number"                      # click says: 'x' is not a valid whole number
+
+
+COUNT = Whole(1)
 COMPOSITION = (
     choice("--model", model_names, default="cnn", metavar="M",
            help="cnn, linear, mlp, vit, any of torchvision's, or package.module:factory."),
@@ -112,7 +123,7 @@ COMPOSITION = (
            help=f"{', '.join(DATA)}, or package.module:factory."),
     choice("--data-root", default="data", metavar="DIR", help="Where data sets are."),
     choice("--download", is_flag=True, help="Get the data set if it is not there."),
-    choice("--workers", default=0, type=click.IntRange(0), metavar="N", help="Processes that load data."),
+    choice("--workers", default=0, type=Whole(0), metavar="N", help="Processes that load data."),
     choice("--optimizer", optimizer_names, default="adamw", metavar="O",
            help="Any of torch.optim, such as sgd:momentum=0.9, or package.module:Class."),
     choice("--lr", type=float, metavar="F", help="Learning rate.  [default: the optimizer's own]"),
@@ -125,7 +136,7 @@ COMPOSITION = (
     choice("--without", type=click.Choice(DEFAULTS), multiple=True,
            help="Leave out a plugin that run adds by itself."),
     choice("--device", default="auto", metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:1."),
-    choice("--seed", default=0, type=click.IntRange(0), metavar="N", help="Seed of all random numbers."),
+    choice("--seed", default=0, type=Whole(0, 2**64 - 1), metavar="N", help="Seed of all random numbers."),
     choice("--deterministic", is_flag=True, help="Only deterministic algorithms."),
     choice("--config", type=click.Path(path_type=Path), is_eager=True, callback=from_file, metavar="FILE.toml",
            help="Take options from a run's run.toml; those given here win."),
@@ -181,7 +192,7 @@ def plugins(name: str | None, check: bool) -> None:
         listed, broken = listing.table(check)
         click.echo(listed)
         if broken:
-            raise click.ClickException(f"broken: {', '.join(broken)}")
+            raise click.ClickException(f"broken plugins: {', '.join(broken)}; their lines above say why")
 
 
 @main.command()

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
 from loopctl.cli.specs import at_least_one, call, resolve
 from loopctl.errors import UsageError
 from loopctl.options import one_line
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,8 @@ def make(spec: str, root: str, download: bool) -> Data:
     if isinstance(made, tuple | list) and len(made) == 2:
         made = from_pair(name, *made)
     if not isinstance(made, Data):
-        raise UsageError(f"data {name} made a {type(made).__name__}; return a pair (train, valid) or a loopctl.cli.data.Data")
+        raise UsageError(f"data {name} made a {type(made).__name__}; "
+                         "return a pair (train, valid) or a loopctl.cli.data.Data")
     for part, samples in (("training", made.train), ("validation", made.valid)):
         if len(samples) == 0:        # type: ignore[arg-type]
             raise UsageError(f"data {name} has no {part} images")
@@ -56,7 +58,8 @@ def from_pair(name: str, train: Any, valid: Any) -> Data:
     if not (hasattr(train, "__len__") and hasattr(valid, "__len__")):
         raise UsageError(f"data {name}: both data sets need a length")
     if not hasattr(train, "classes"):
-        raise UsageError(f"data {name}: the training set has no `classes`; return a loopctl.cli.data.Data, which says how many")
+        raise UsageError(f"data {name}: the training set has no `classes`; "
+                         "return a loopctl.cli.data.Data, which says how many")
     if len(train) == 0:
         raise UsageError(f"data {name} has no training images")
     return Data(train, valid, len(train.classes), tuple(train[0][0].shape))
@@ -71,8 +74,8 @@ def digits(channels: int = 1) -> Data:
     images = (torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.3053) / 0.3761
     images, targets = images.expand(-1, channels, -1, -1).contiguous(), torch.tensor(found.target)
     held_out = torch.arange(len(targets)) % 5 == 0
-    return Data(TensorDataset(images[~held_out], targets[~held_out]), TensorDataset(images[held_out], targets[held_out]),
-                10, (channels, 8, 8))
+    train, valid = (TensorDataset(images[part], targets[part]) for part in (~held_out, held_out))
+    return Data(train, valid, 10, (channels, 8, 8))
 
 
 def transforms(mean: Any, std: Any, first: Any = (), channels: int = 0) -> Any:
@@ -83,7 +86,8 @@ def transforms(mean: Any, std: Any, first: Any = (), channels: int = 0) -> Any:
     return v2.Compose([*grey, *first, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
-def from_torchvision(name: str, cls: Any, root: str, download: bool, train: Any, valid: Any, shape: tuple[int, int, int]) -> Data:
+def from_torchvision(name: str, cls: Any, root: str, download: bool, train: Any, valid: Any,
+                     shape: tuple[int, int, int]) -> Data:
     """torchvision's class `cls`, with its own transform for training and for validation."""
     try:
         sets = [cls(root, train=part, transform=transform, download=download)
@@ -91,8 +95,9 @@ def from_torchvision(name: str, cls: Any, root: str, download: bool, train: Any,
     except (RuntimeError, OSError) as error:
         if download:
             raise UsageError(f"data {name} could not be downloaded to {root}: {one_line(error)}") from error
-        raise UsageError(f"data {name} is not in {Path(root).absolute()}, or not whole; add --download to get it, or --data-root DIR") from error
-    return Data(*sets, len(sets[0].classes), shape)
+        raise UsageError(f"data {name} is not in {Path(root).absolute()}, or not whole; "
+                         "add --download to get it, or --data-root DIR") from error
+    return Data(sets[0], sets[1], len(sets[0].classes), shape)
 
 
 def mnist(root: str, download: bool, channels: int = 1) -> Data:
@@ -114,14 +119,14 @@ def fashionmnist(root: str, download: bool, channels: int = 1) -> Data:
 
 
 def cifar10(root: str, download: bool, augment: bool = True) -> Data:
-    """50,000 and 10,000 colour pictures of 32x32 pixels in 10 classes; cropped and mirrored at random while training."""
+    """50,000 and 10,000 colour pictures of 32x32 pixels in 10 classes; training crops and mirrors at random."""
     from torchvision.datasets import CIFAR10
 
     return cifar("cifar10", CIFAR10, root, download, augment, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
 def cifar100(root: str, download: bool, augment: bool = True) -> Data:
-    """50,000 and 10,000 colour pictures of 32x32 pixels in 100 classes; cropped and mirrored at random while training."""
+    """50,000 and 10,000 colour pictures of 32x32 pixels in 100 classes; training crops and mirrors at random."""
     from torchvision.datasets import CIFAR100
 
     return cifar("cifar100", CIFAR100, root, download, augment, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
@@ -169,7 +174,8 @@ def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
         raise UsageError(f"data imagefolder: {one_line(error)}; {way_out}") from error
     if sets[0].classes != sets[1].classes:
         differ = sorted(set(sets[0].classes) ^ set(sets[1].classes))
-        raise UsageError(f"data imagefolder: train and val in {root} have other classes: {', '.join(differ)} is only in one")
+        raise UsageError(f"data imagefolder: train and val in {root} differ in their classes; "
+                         f"only one has {', '.join(differ)}")
     return Data(sets[0], sets[1], len(sets[0].classes), (3, size, size))
 
 
@@ -177,8 +183,9 @@ def photograph(size: int, augment: bool) -> Any:
     """The usual transforms of photographs, as ImageNet's."""
     from torchvision.transforms import v2
 
-    crops = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()] if augment else [v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
-    return transforms((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crops)
+    random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    centre = [v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
+    return transforms((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), random if augment else centre)
 
 
 def fake(size: int = 1000, image: int = 32, classes: int = 10, channels: int = 3) -> Data:

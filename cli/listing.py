@@ -82,7 +82,10 @@ def source(module: str) -> Path | None:
     for count, part in enumerate(parts, 1):
         name = ".".join(parts[:count])
         if name in sys.modules:
-            path = list(getattr(sys.modules[name], "__path__", []))
+            found = sys.modules[name]
+            if count == len(parts):
+                return Path(found.__file__) if found.__file__ else None
+            path = list(getattr(found, "__path__", []))
             continue
         spec = PathFinder.find_spec(part if path is None else name, path)
         if spec is None or spec.origin is None:

@@ -1,6 +1,7 @@
 """Models by name: a few small ones for small images, torchvision's, or `package.module:factory`."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ from loopctl.errors import UsageError
 from loopctl.options import one_line
 
 if TYPE_CHECKING:
-    from loopctl.cli.data import Data
     from torch import nn
+
+    from loopctl.cli.data import Data
 
 SMALL = ("cnn", "linear", "mlp", "vit")
 
@@ -32,7 +34,7 @@ def make(spec: str, data: Data) -> nn.Module:
     import torchvision
     from torch import nn
 
-    small = {"cnn": cnn, "linear": linear, "mlp": mlp, "vit": vit}
+    small: dict[str, Callable[..., Any]] = {"cnn": cnn, "linear": linear, "mlp": mlp, "vit": vit}
     theirs = torchvision.models.list_models(module=torchvision.models)
     name, factory, options = resolve(
         "model", spec, lambda: [*small, *theirs],
@@ -50,6 +52,7 @@ def make(spec: str, data: Data) -> nn.Module:
 def try_out(name: str, model: nn.Module, data: Data) -> None:
     """Show `model` one image, so that what does not fit is known before training."""
     import torch
+
     from loopctl.modes import evaluating
 
     shape = "x".join(map(str, data.shape))
@@ -107,8 +110,9 @@ def vit(num_classes: int, in_channels: int, image_size: int, patch_size: int | N
         patch_size = 2 if image_size < 28 else 4
     at_least_one("model vit", patch_size=patch_size, width=width, depth=depth, heads=heads)
     if image_size % patch_size:
-        raise UsageError(f"model vit: patch_size={patch_size} does not divide the side of the images, {image_size} pixels")
-    model: Any = VisionTransformer(image_size, patch_size, depth, heads, width, 2 * width, dropout, num_classes=num_classes)
+        raise UsageError(f"model vit: patch_size={patch_size} does not divide the images' side of {image_size} pixels")
+    model: Any = VisionTransformer(image_size, patch_size, depth, heads, width, 2 * width, dropout,
+                                   num_classes=num_classes)
     if in_channels != 3:
         model.conv_proj = nn.Conv2d(in_channels, width, patch_size, patch_size)
     return model

@@ -16,7 +16,8 @@ from loopctl.find import load
 from loopctl.options import Option, one_line, parse_options
 
 # What an option is read as where its argument is annotated so; by how it is written, for annotations may be text.
-TYPES: dict[str, Any] = {inspect.formatannotation(hint): hint for kind in (int, float, bool, str) for hint in (kind, kind | None)}
+TYPES: dict[str, Any] = {inspect.formatannotation(hint): hint
+                         for kind in (int, float, bool, str) for hint in (kind, kind | None)}
 
 
 def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Callable[[str], Callable[..., Any]],
@@ -56,7 +57,8 @@ def arguments(who: str, factory: Callable[..., Any], text: str) -> dict[str, Any
     """The options in `text`, each an argument of `factory`, of its annotated type or else of what it looks like."""
     parameters = inspect.signature(factory).parameters.values()
     named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    known = {name: Option(name, TYPES.get(inspect.formatannotation(p.annotation).strip("'"), Any), p.default, "") for name, p in named.items()}
+    types = {name: TYPES.get(inspect.formatannotation(p.annotation).strip("'"), Any) for name, p in named.items()}
+    known = {name: Option(name, types[name], p.default, "") for name, p in named.items()}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         known |= {name: Option(name, Any, None, "") for name in re.findall(r"(?:^|,)\s*(\w+)\s*=", text)}
     values = parse_options(who, text, known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -126,24 +126,43 @@ class Recorder:
 @contextmanager
 def folder(path: Path | None, recorder: Recorder) -> Iterator[Path]:
     """The run's own new folder, or the one it goes on in. A new one where nothing was started is taken away again."""
-    place = path or new_name()
     if recorder.new:
-        missing = [parent for parent in (place, *place.parents) if not parent.exists()]
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise UsageError(f"--out {place} exists and is not overwritten; say another folder, or --resume {place}")
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "run.toml").touch()
-        except OSError as error:
-            raise UsageError(f"--out {place} cannot be written: {error.strerror}; say another folder") from error
+        place, made = make_folder(path)
+    else:
+        place, made = path or Path(), []
     try:
         yield place
     finally:
         if recorder.new and not recorder.started:
-            shutil.rmtree(missing[-1] if missing else place)
+            for child in place.iterdir():
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+            for parent in made:
+                with suppress(OSError):                  # in runs/, another run may have begun
+                    parent.rmdir()
 
 
-def new_name() -> Path:
-    """A folder in runs/ that does not exist yet, named by the time."""
+def make_folder(path: Path | None) -> tuple[Path, list[Path]]:
+    """Make the folder `path`, or one in runs/ named by the time; return it and what did not exist before, inmost first.
+
+    Raises UsageError where something is in it already, or where it cannot be written.
+    """
+    if path and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        instead = f", or --resume {path}" if path.is_dir() else ""
+        raise UsageError(f"--out {path} exists and is not overwritten; say another folder{instead}")
+    for place in [path] if path else by_time():
+        made = [parent for parent in (place, *place.parents) if not parent.exists()]
+        try:
+            place.mkdir(parents=True, exist_ok=place is path)
+            (place / "run.toml").touch()
+        except FileExistsError:                          # another run, begun in the same second
+            continue
+        except OSError as error:
+            raise UsageError(f"--out {place} cannot be written: {error.strerror}; say another folder") from error
+        return place, made
+    raise UsageError(f"--out {path} cannot be written: it has just become a file; say another folder")
+
+
+def by_time() -> Iterator[Path]:
+    """Names in runs/ for a run that begins now."""
     name = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    return next(path for number in count(1) if not (path := Path(name if number == 1 else f"{name}_{number}")).exists())
+    return (Path(f"{name}_{number}" if number > 1 else name) for number in count(1))

@@ -53,7 +53,7 @@ def find(path: Path) -> Path:
     for file in tried:
         if file.is_file():
             return file
-    raise UsageError(f"resume: there is no checkpoint at {path}, {tried[1]} or {tried[2]}")
+    raise UsageError(f"resume={path}: no checkpoint there; a run's folder has one in checkpoints/last.pt")
 
 
 def save(content: Any, file: Path) -> None:

@@ -10,4 +10,5 @@ def nearest(word, known, what="known"):
     """The way out of a wrong name: the nearest right one, or all of them."""
     known = sorted(known)
     close = get_close_matches(str(word), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"{what}: {', '.join(known)}"
+    few = known if len(known) <= 20 else [*known[:10], f"and {len(known) - 10} more"]
+    return f"did you mean {close[0]!r}?" if close else f"{what}: {', '.join(few)}"

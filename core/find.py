@@ -1,6 +1,7 @@
 """Find plugins by name without importing them, and make the chosen ones."""
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import sys
@@ -47,11 +48,12 @@ def from_file(path: str) -> type:
     file, _, name = path.rpartition(":")
     if not Path(file).is_file():
         raise ImportError(f"there is no file {file}")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    # Its path is its name: a second file of this name, or a file called random.py, is another module.
+    spec = importlib.util.spec_from_file_location(str(Path(file).resolve()), file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)     # where dataclasses and typing look up a class's module
+    sys.modules[spec.name] = module               # where dataclasses and typing look up a class's module
     try:
         spec.loader.exec_module(module)
     except Exception as error:                    # a file may raise anything while it is imported
@@ -66,9 +68,14 @@ def build(spec: str) -> tuple[str, Any]:
     """
     head, rest = split(spec)
     cls = load(head)
+    if not isinstance(cls, type):
+        raise UsageError(f"{head} is a {type(cls).__name__}; name a plugin's class")
     name = name_of(cls)
     known = options(cls)
     values = parse_options(name, rest, known)
+    for option in known.values():
+        if option.default is dataclasses.MISSING and option.name not in values:
+            raise UsageError(f"{name}: {option.name} must be said, as in {name}:{option.name}=...")
     try:
         return name, cls(**values)
     except (TypeError, ValueError) as error:
@@ -78,9 +85,11 @@ def build(spec: str) -> tuple[str, Any]:
 def split(spec: str) -> tuple[str, str]:
     """A spec's class, as `load` takes it, and its options."""
     head, _, rest = spec.partition(":")
-    if "." in head or "/" in head:
-        attr, _, rest = rest.partition(":")
-        head = f"{head}:{attr}"
+    attr, _, more = rest.partition(":")
+    if "." in head or "/" in head or (attr.isidentifier() and head not in available()):
+        if not attr:
+            raise UsageError(f"{head}: say which class of it, as in {head}:Class")
+        head, rest = f"{head}:{attr}", more
     return head, rest
 
 

@@ -37,7 +37,7 @@ class Monitor:
         if self.mode == "auto":
             kind = self.metric.lower().replace("-", "_").rpartition("_")[2]
             if kind not in SMALLER + LARGER:
-                raise UsageError(f"monitor={self.metric}: its name does not say which way is better; add mode=min or max")
+                raise UsageError(f"monitor={self.metric}: which way is better is unclear; add mode=min or mode=max")
             self.mode = "max" if kind in LARGER else "min"
 
     def improved(self, run: Run) -> bool:

@@ -50,6 +50,8 @@ def parse_options(name: str, text: str, known: dict[str, Option]) -> dict[str, A
         key, equals, value = (part.strip() for part in item.partition("="))
         if last and key not in known and (not equals or takes_mapping(known[last].type)):
             values[last] += f",{item}"
+        elif not equals and key in known:
+            raise UsageError(f"{name}: {key} has no value; say {key}=...")
         elif not equals or key not in known:
             has = f"; {nearest(key, known, 'it has')}" if known else "; it has no options"
             raise UsageError(f"{name}: no option {key!r}{has}" if equals else

@@ -13,6 +13,7 @@ from torch import nn
 from loopctl.batches import known_length
 from loopctl.errors import UsageError
 from loopctl.meters import keeps_own_state
+from loopctl.options import one_line
 from loopctl.run import Run
 
 
@@ -69,6 +70,12 @@ def find_device(device: Any, model: nn.Module | None = None) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         has = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
         raise UsageError(f"device {str(found)!r} is not here: this machine has {has}; 'auto' takes what there is")
+    if found.type not in ("cpu", "cuda", "mps"):
+        try:
+            torch.zeros(1, device=found).item()
+        except Exception as error:
+            raise UsageError(f"device {str(found)!r} cannot be used ({type(error).__name__}: {one_line(error)}); "
+                             "'auto' takes what there is") from error
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("device 'mps' is not here; device 'auto' takes what there is")
     return found

@@ -24,8 +24,10 @@ class Amp:
     growth_interval: int = 2000
 
     def __post_init__(self) -> None:
-        if self.init_scale <= 0 or self.growth_interval < 1:
-            raise ValueError("init_scale is above 0 and growth_interval is at least 1")
+        if not self.init_scale > 0:
+            raise ValueError(f"init_scale is above 0, not {self.init_scale}")
+        if self.growth_interval < 1:
+            raise ValueError(f"growth_interval is at least 1, not {self.growth_interval}")
         if self.dtype == "auto":
             old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
             self.dtype = "float16" if old else "bfloat16"

@@ -23,8 +23,10 @@ class EarlyStopping:
     restore_best: bool = False
 
     def __post_init__(self) -> None:
-        if self.patience < 1 or not self.min_delta >= 0:
-            raise ValueError("patience is at least 1 and min_delta at least 0")
+        if self.patience < 1:
+            raise ValueError(f"patience is at least 1, not {self.patience}")
+        if not self.min_delta >= 0:
+            raise ValueError(f"min_delta is at least 0, not {self.min_delta}")
         self.watch = Monitor(self.monitor, self.mode, self.min_delta)
         self.waited = 0
         self.weights: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """What a run shows while it trains."""
 import time
 from dataclasses import dataclass
+from math import nan
 
 import torch
 
@@ -34,7 +35,7 @@ class Progress:
             TimeRemainingColumn(compact=True), TextColumn("left"),
             console=self.console, auto_refresh=False, disable=not self.live, transient=True)
         self.task = self.bar.add_task("", total=run.planned_steps, epoch="", now="")
-        self.next, self.loss = 0.0, Glance()
+        self.next, self.loss, self.count = 0.0, Glance(), Glance()
         try:
             result = yield
         finally:
@@ -45,7 +46,7 @@ class Progress:
 
     @hookimpl
     def epoch_start(self, run):
-        self.since, self.counted = time.monotonic(), 0.0
+        self.since, self.counted = time.monotonic(), 0
 
     @hookimpl
     def after_step(self, run):
@@ -54,7 +55,7 @@ class Progress:
             self.next = time.monotonic() + self.interval
             self.bar.start()                           # does nothing when it has started
             lr = float(run.optimizer.param_groups[0]["lr"])
-            now = f"loss {self.loss.at(run.loss)} lr {lr:.3g} {self.speed()}"
+            now = f"loss {self.loss.at(run.loss):.4f} lr {lr:.3g} {self.speed(self.count.at(self.counted))}"
             self.bar.update(self.task, completed=run.attempts, epoch=f"{run.epoch + 1}/{run.epochs}", now=now)
             self.bar.refresh()
 
@@ -66,32 +67,32 @@ class Progress:
 
     @hookimpl(wrapper=True)
     def evaluate(self):
-        self.trained = self.speed()                    # before evaluation takes its time
+        self.trained = self.speed(float(self.counted))      # now, before evaluation takes its time
         return (yield)
 
-    def speed(self) -> str:
-        return f"{float(self.counted) / (time.monotonic() - self.since):,.0f} {self.unit}/s"
+    def speed(self, count: float) -> str:
+        return f"{count / (time.monotonic() - self.since):,.0f} {self.unit}/s"
 
 
 class Glance:
     """A scalar's value on the host without waiting for the device: what is shown may be one look old."""
 
     def __init__(self) -> None:
-        self.text = "..."
+        self.value = nan
         self.copy: torch.Tensor | None = None
 
-    def at(self, value: torch.Tensor) -> str:
-        if value.device.type != "cuda":
-            return f"{float(value):.4f}"
+    def at(self, value: torch.Tensor | float) -> float:
+        if not isinstance(value, torch.Tensor) or value.device.type != "cuda":
+            return float(value)
         if self.copy is None:
             self.copy, self.arrived = torch.empty((), dtype=value.dtype, pin_memory=True), torch.cuda.Event()
         elif not self.arrived.query():
-            return self.text
+            return self.value
         else:
-            self.text = f"{float(self.copy):.4f}"
+            self.value = float(self.copy)
         self.copy.copy_(value, non_blocking=True)
         self.arrived.record()
-        return self.text
+        return self.value
 
 
 def shown(value: object) -> str:

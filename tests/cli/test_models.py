@@ -6,18 +6,20 @@ from functools import partial
 import pytest
 import torch
 import torchvision
+from torch import nn
+from torch.utils.data import TensorDataset
+
 from loopctl import fit
 from loopctl.cli import data, models
 from loopctl.cli.data import Data
 from loopctl.errors import UsageError
-from torch import nn
-from torch.utils.data import TensorDataset
 
 
 def images(channels, size, classes, samples=8):
     """Data of random images, as small as they come."""
     generator = torch.Generator().manual_seed(0)
-    part = TensorDataset(torch.randn(samples, channels, size, size, generator=generator), torch.arange(samples) % classes)
+    pictures = torch.randn(samples, channels, size, size, generator=generator)
+    part = TensorDataset(pictures, torch.arange(samples) % classes)
     return Data(part, part, classes, (channels, size, size))
 
 
@@ -31,12 +33,12 @@ def outputs(model, found):
 def module(tmp_path, monkeypatch):
     """Write a module that tests can name by import path; it is forgotten afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
 
-    def write(text, name="written_for_models"):
-        (tmp_path / f"{name}.py").write_text("from torch import nn\n\n" + text)
-        return name
-    return write
+    def write(text):
+        (tmp_path / "written_for_models.py").write_text("from torch import nn\n\n" + text)
+        return "written_for_models"
+    yield write
+    sys.modules.pop("written_for_models", None)
 
 
 @pytest.mark.parametrize("name", models.SMALL)
@@ -50,7 +52,8 @@ def test_each_small_model_trains_a_step_and_gives_one_score_per_class(name, chan
     run = fit(model, nn.CrossEntropyLoss(), partial(torch.optim.SGD, lr=0.1), train, valid, max_steps=1)
     assert run.step == 1
     assert outputs(model, found) == (2, classes)
-    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 def test_the_model_is_left_in_training_mode_and_untouched_by_being_tried_out():
@@ -123,7 +126,7 @@ def test_a_factory_that_names_nothing_of_the_data_is_given_nothing(module):
     assert outputs(models.make(f"{name}:net", images(1, 4, 3)), images(1, 4, 3)) == (2, 3)
 
 
-def test_a_class_in_a_package_or_a_file(module, tmp_path):
+def test_a_class_in_a_module_or_a_file(module, tmp_path):
     text = "class Net(nn.Linear):\n    def __init__(self, num_classes):\n        super().__init__(4, num_classes)\n" \
            "    def forward(self, x):\n        return super().forward(x.flatten(1))\n"
     name = module(text)
@@ -135,12 +138,12 @@ def test_a_class_in_a_package_or_a_file(module, tmp_path):
 @pytest.mark.parametrize(("body", "words"), [
     ("return 3", "model .*:net made a int, not a torch.nn.Module"),
     ("return nn.Linear(4, 3)", "cannot take images of 1x2x2: .*the data may have an option for it"),
-    ("return nn.Flatten()", r"a tensor of shape \(1, 4\) for one image, and the data has 3 classes; it must be \(1, 3\)"),
+    ("return nn.Flatten()", r"shape \(1, 4\) for one image, and the data has 3 classes; it must be \(1, 3\)"),
     ("return Two()", "gives a tuple in place of a tensor of scores"),
     ("raise ValueError('no\\nway')", "model .*:net: no way"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(module, body, words):
-    name = module(f"class Two(nn.Module):\n    def forward(self, x):\n        return x, x\n\n\ndef net():\n    {body}\n")
+    name = module(f"class Two(nn.Module):\n    def forward(self, x):\n        return x, x\n\ndef net():\n    {body}\n")
     with pytest.raises(UsageError, match=words) as caught:
         models.make(f"{name}:net", images(1, 2, 3))
     assert "\n" not in str(caught.value)
@@ -151,7 +154,7 @@ def test_what_does_not_fit_is_refused_in_one_line(module, body, words):
     ("cnn:width=1.5", "model cnn: width takes a whole number, not '1.5'"),
     ("mlp:dropout=much", "model mlp: dropout takes a number, not 'much'"),
     ("mlp:width=-1", "model mlp: width is at least 1, not -1"),
-    ("vit:patch_size=3", "model vit: patch_size=3 does not divide the side of the images, 8 pixels"),
+    ("vit:patch_size=3", "model vit: patch_size=3 does not divide the images' side of 8 pixels"),
     ("vit:patch_size=0", "model vit: patch_size is at least 1, not 0"),
     ("resnet81", "did you mean 'resnet18'"),
     ("qqq", "there are cnn, linear, mlp, vit, .* more, or package.module:name"),

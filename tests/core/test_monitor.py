@@ -20,7 +20,7 @@ def test_auto_knows_by_name(metric, mode):
 
 
 def test_auto_asks_where_it_does_not_know():
-    with pytest.raises(UsageError, match="add mode=min or max"):
+    with pytest.raises(UsageError, match="add mode=min or mode=max"):
         Monitor("val_score").start(run(val_score=nan))
     Monitor("val_score", "max").start(run(val_score=nan))
 

@@ -99,7 +99,7 @@ def test_another_run_is_refused(net, plain, batches, sgd, tmp_path):
         fit(plain, cross_entropy, sgd, batches, epochs=2, plugins=["checkpoint"], out=tmp_path, resume=tmp_path)
     with pytest.raises(UsageError, match=r"was saved with the plugins \['checkpoint'\], this run has"):
         fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["checkpoint", "early_stopping"], out=tmp_path, resume=tmp_path)
-    with pytest.raises(UsageError, match="there is no checkpoint"):
+    with pytest.raises(UsageError, match="no checkpoint there"):
         fit(net, cross_entropy, sgd, batches, epochs=2, resume=tmp_path / "nowhere")
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -86,4 +87,17 @@ def test_the_table_of_a_long_run_shows_its_ends():
 
 
 def test_a_glance_at_a_scalar():
-    assert Glance().at(torch.tensor(0.12345)) == "0.1235"
+    assert Glance().at(torch.tensor(0.5)) == Glance().at(0.5) == 0.5
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_glance_does_not_wait_and_arrives():
+    glance = Glance()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        glance.at(torch.full((), 0.5, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert glance.at(torch.full((), 0.7, device="cuda")) == 0.5
