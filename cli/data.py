@@ -13,8 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from loopctl.cli.specs import at_least_one, call, resolve
-from loopctl.errors import UsageError
-from loopctl.options import one_line
+from loopctl.errors import UsageError, one_line
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ import loopctl.plugins  # noqa: F401  so that its folder is known; it imports no
 from loopctl.compose import SPECS
 from loopctl.errors import UsageError
 from loopctl.find import available, load, name_of, split
-from loopctl.options import described, options, shown
+from loopctl.options import options
+from loopctl.values import described, shown
 
 
 def table(check: bool) -> tuple[str, list[str]]:

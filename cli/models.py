@@ -6,8 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loopctl.cli.specs import at_least_one, call, names_in_source, resolve
-from loopctl.errors import UsageError
-from loopctl.options import one_line
+from loopctl.errors import UsageError, one_line
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,8 +6,7 @@ from math import isfinite
 from typing import Any
 
 from loopctl.cli.specs import names_in_source, resolve
-from loopctl.errors import UsageError
-from loopctl.options import one_line
+from loopctl.errors import UsageError, one_line
 
 
 def known() -> list[str]:

@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from loopctl.errors import UsageError, nearest
+from loopctl.errors import UsageError, nearest, one_line
 from loopctl.find import load
-from loopctl.options import Option, one_line, parse_options
+from loopctl.options import Option, parse_options
 
 # What an option is read as where its argument is annotated so; by how it is written, for annotations may be text.
 TYPES: dict[str, Any] = {inspect.formatannotation(hint): hint

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from loopctl import hooks
-from loopctl.errors import UsageError, nearest
+from loopctl.errors import UsageError, names, nearest
 from loopctl.find import build, name_of
-from loopctl.options import check, names
+from loopctl.options import check
 
 SPECS: dict[str, Any] = {name: spec for name, spec in vars(hooks).items() if hasattr(spec, "loopctl_spec")}
 ARGUMENTS = {name: spec.__code__.co_varnames[:spec.__code__.co_argcount] for name, spec in SPECS.items()}

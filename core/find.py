@@ -9,8 +9,9 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from loopctl.errors import UsageError, nearest
-from loopctl.options import attribute, import_object, names, one_line, options, parse_options
+from loopctl.errors import UsageError, names, nearest, one_line
+from loopctl.options import options, parse_options
+from loopctl.values import attribute, import_object
 
 
 def available() -> dict[str, EntryPoint]:

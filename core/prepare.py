@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from loopctl.batches import known_length
-from loopctl.errors import UsageError
+from loopctl.errors import UsageError, one_line
 from loopctl.meters import keeps_own_state
-from loopctl.options import one_line
 from loopctl.run import Run
 
 

@@ -9,7 +9,8 @@ import pytest
 from loopctl import Length, UsageError, available, load
 from loopctl.compose import compose
 from loopctl.find import build
-from loopctl.options import check, described, guess, options, parse_options, shown, spec
+from loopctl.options import check, options, parse_options, spec
+from loopctl.values import described, guess, shown
 
 
 @dataclass(eq=False)
@@ -130,6 +131,17 @@ def test_a_built_in_explains_every_option(name):
     for option in options(cls).values():
         assert option.help, f"{name}: {option.name}"
         assert described(option.type) != "a value", f"{name}: {option.name}"
+
+
+def test_a_plugin_may_take_the_options_of_what_it_names():
+    @dataclass(eq=False)
+    class Adapter:
+        cls: str
+        options: dict = field(default_factory=dict)
+
+    values = parse_options("it", "cls=X,milestones=30,80,gamma=0.1,verbose=false", options(Adapter))
+    assert values == {"cls": "X", "options": {"milestones": (30, 80), "gamma": 0.1, "verbose": False}}
+    assert spec("it", Adapter(**values)) == "it:cls=X,milestones=30,80,gamma=0.1,verbose=false"
 
 
 def test_guesses():
