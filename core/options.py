@@ -52,7 +52,7 @@ def parse_options(name: str, text: str, known: dict[str, Option]) -> dict[str, A
             values[last] += f",{item}"
         elif not equals and key in known:
             raise UsageError(f"{name}: {key} has no value; say {key}=...")
-        elif not equals or key not in known and "options" not in known:
+        elif not equals or (key not in known and "options" not in known):
             has = f"; {nearest(key, known, 'it has')}" if known else "; it has no options"
             raise UsageError(f"{name}: no option {key!r}{has}" if equals else
                              f"{name}: {item!r} is not option=value{has}")
