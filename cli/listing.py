@@ -7,6 +7,7 @@ import sys
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from textwrap import wrap
 
 import loopctl.plugins  # noqa: F401  so that its folder is known; it imports none of them
 from loopctl.compose import SPECS
@@ -48,8 +49,8 @@ def page(spec: str) -> str:
         width = max(map(len, known))
         for option in known.values():
             default = "required" if "MISSING" in repr(option.default) else shown(option.default) or "(empty)"
-            lines.append(f"  {option.name:{width}}  {option.help}")
-            lines.append(f"  {'':{width}}  {described(option.type)}; default {default}")
+            text = [*wrap(option.help, 96 - width), f"{described(option.type)}; default {default}"]
+            lines += [f"  {option.name if line is text[0] else '':{width}}  {line}" for line in text]
         lines.append("")
     joined = [hook for hook in SPECS if hasattr(getattr(cls, hook, None), "loopctl_impl")]
     wraps = {hook for hook in joined if getattr(cls, hook).loopctl_impl["wrapper"]}

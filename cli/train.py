@@ -1,6 +1,7 @@
 """What `loopctl run` does."""
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import tomli_w
 import torch
 from torch import nn
 
@@ -113,11 +113,12 @@ class Recorder:
         size = [len(loader.dataset) for loader in (run.train, run.valid)]
         print(f"{self.settings['model']} ({parameters:,} parameters) on {self.settings['data']} "
               f"({size[0]:,} + {size[1]:,} images), {self.settings['optimizer']}, {run.device}")
-        known = {key: list(value) if isinstance(value, tuple) else value
-                 for key, value in self.settings.items() if value is not None}
         versions = f"loopctl {version('loopctl')}, torch {torch.__version__}"
         heading = f"# {versions}\n# loopctl run --config {run.out}/run.toml\n"
-        (run.out / "run.toml").write_text(heading + tomli_w.dumps(known))
+        # Names, numbers, truth values and lists of them are written in TOML as in JSON.
+        lines = [f"{key} = {json.dumps(value, ensure_ascii=False, indent=4)}\n"
+                 for key, value in sorted(self.settings.items()) if value is not None]
+        (run.out / "run.toml").write_text(heading + "".join(lines))
         if self.new:
             (run.out / "explain.txt").write_text(explain(run=run) + "\n")
         self.started = True
