@@ -181,6 +181,23 @@ def explain(**settings: Any) -> None:
 
 
 @main.command()
+@composition
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Draw a picture too: lr.png, lr.svg.")
+def lr(out: Path | None, **settings: Any) -> None:
+    """Draw the learning rate over a run, without training."""
+    from loopctl.cli import curve
+    click.echo(curve.drawn(settings, out))
+
+
+@main.command()
+@composition
+def summary(**settings: Any) -> None:
+    """Show a model's layers, their shapes, parameters and sizes."""
+    from loopctl.cli import train
+    click.echo(train.summarized(settings))
+
+
+@main.command()
 @click.argument("name", required=False, shell_complete=completes(plugin_names))
 @click.option("--check", is_flag=True, help="Import each plugin, and mark the broken ones.")
 def plugins(name: str | None, check: bool) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from loopctl.cli import DEFAULTS, data, models, optimizers
 from loopctl.compose import blame, compose
 from loopctl.errors import UsageError
 from loopctl.find import build, split
+from loopctl.modes import evaluating
 from loopctl.options import spec
+from loopctl.plugins.summary import table, text, watch
 from loopctl.prepare import find_device, prepare, seed_everything
 from loopctl.run import Run
 
@@ -84,17 +87,31 @@ def run(settings: dict[str, Any]) -> None:
     click.echo(f"run folder: {place}")
 
 
-def explained(settings: dict[str, Any]) -> str:
-    """The composition that the settings make, and its plan in numbers."""
+def prepared(settings: dict[str, Any]) -> Run:
+    """The run that the settings make, with its optimizer built and nothing trained."""
     settings.pop("config")
     arguments, _ = assemble(settings)
     hooks = compose(arguments.pop("plugins"))
     device, seed, metrics = (arguments.pop(name) for name in ("device", "seed", "metrics"))
-    arguments["max_steps"] = arguments["max_steps"] or float("inf")
-    prepared = Run(**arguments, hook=hooks)
+    arguments["max_steps"] = arguments["max_steps"] or inf
+    run = Run(**arguments, hook=hooks)
     with blame(hooks):
-        prepare(prepared, metrics, device, seed)
-        return explain(run=prepared)
+        prepare(run, metrics, device, seed)
+    return run
+
+
+def explained(settings: dict[str, Any]) -> str:
+    """The composition that the settings make, and its plan in numbers."""
+    return explain(run=prepared(settings))
+
+
+def summarized(settings: dict[str, Any]) -> str:
+    """The layers of the model that the settings make, with its shapes for one batch."""
+    run = prepared(settings)
+    images, _ = next(iter(run.train))
+    with evaluating(run.model), torch.no_grad(), watch(run.model) as layers:
+        run.model(images.to(run.device))
+    return text(table(layers))
 
 
 @dataclass(eq=False)

@@ -52,7 +52,7 @@ class Summary:
     def after_step(self):
         if not self.printed:
             self.watching.close()
-            show(table(self.layers, self.depth))
+            print(text(table(self.layers, self.depth)))     # a live progress bar stays below what is printed
             self.printed = True
 
 
@@ -193,11 +193,11 @@ def megabytes(size: int) -> str:
     return f"{size / 2**20:,.3f} MB"
 
 
-def show(report: Table) -> None:
-    """Print to stdout, on a terminal as wide as that is, elsewhere as wide as the report is."""
+def text(report: Table) -> str:
+    """The report as text, on a terminal as wide as that is, elsewhere as wide as the report is."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 1000)
-    with console.capture() as text:
+    with console.capture() as captured:
         console.print(report)
-    print(text.get(), end="")       # through sys.stdout, which a live progress bar replaces to stay below the rest
+    return captured.get().rstrip("\n")

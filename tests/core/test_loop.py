@@ -303,7 +303,7 @@ def test_train_end_is_not_called_after_an_error_and_nothing_stays_on(net, batche
 def test_the_rate_is_left_alone_without_a_schedule(net, batches, sgd):
     class Mine:
         @hookimpl
-        def before_step(self, run):
+        def train_start(self, run):
             run.optimizer.param_groups[0]["lr"] = 0.05
 
     assert fit(net, cross_entropy, sgd, batches, plugins=[Mine()]).history[0]["lr"] == 0.05
