@@ -30,7 +30,8 @@ def chart(values: list[float], length: str, width: int = 72, height: int = 12) -
     lines = ["".join(BLOCKS[min(8, max(0, eighths - 8 * row))] for eighths in filled) for row in range(height)]
     labels = {height - 1: f"{top:.3g}", 0: "0"}
     rows = [f"{labels.get(row, ''):>9} │{lines[row].rstrip()}" for row in reversed(range(height))]
-    return "\n".join([*rows, f"{'':>9} └{'─' * width}", f"{'':>11}start {values[0]:.3g}, end {values[-1]:.3g}; {length}"])
+    end = f"start {values[0]:.3g}, end {values[-1]:.3g}; {length}"
+    return "\n".join([*rows, f"{'':>9} └{'─' * width}", f"{'':>11}{end}"])
 
 
 def picture(epochs: list[float], rates: list[list[float]], out: Path) -> None:
