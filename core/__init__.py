@@ -9,22 +9,35 @@ from loopctl.find import available, load
 from loopctl.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from loopctl.batches import grouped, tensors
+    from loopctl.average import fill, swapped
+    from loopctl.batches import grouped, moved, tensors
     from loopctl.explanation import explain
     from loopctl.lengths import Length
     from loopctl.loop import fit
     from loopctl.monitor import Monitor
+    from loopctl.patterns import matching
+    from loopctl.rates import per_group
     from loopctl.run import Run
 
-__all__ = ["Length", "Monitor", "Run", "UsageError", "available", "explain", "fit", "grouped", "hookimpl", "load",
-           "tensors"]
+__all__ = ["Length", "Monitor", "Run", "UsageError", "available", "explain", "fill", "fit", "grouped", "hookimpl",
+           "load", "matching", "moved", "per_group", "swapped", "tensors"]
 
 # What needs torch is imported when it is first used, so that `loopctl --help` answers at once.
-LATER = {"Length": "lengths", "Monitor": "monitor", "Run": "run", "explain": "explanation", "fit": "loop",
-         "grouped": "batches", "tensors": "batches"}
+LATER = {
+    "average": ("fill", "swapped"),
+    "batches": ("grouped", "moved", "tensors"),
+    "explanation": ("explain",),
+    "lengths": ("Length",),
+    "loop": ("fit",),
+    "monitor": ("Monitor",),
+    "patterns": ("matching",),
+    "rates": ("per_group",),
+    "run": ("Run",),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in LATER:
-        return getattr(import_module(f"loopctl.{LATER[name]}"), name)
+    for module, names in LATER.items():
+        if name in names:
+            return getattr(import_module(f"loopctl.{module}"), name)
     raise AttributeError(f"module 'loopctl' has no attribute {name!r}")

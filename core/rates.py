@@ -3,9 +3,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
+from loopctl.errors import UsageError
 from loopctl.run import Run
 
 
@@ -15,6 +17,16 @@ def rates(run: Run) -> list[float]:
         initial_lr and initial_lr * prod(run.hook.lr_scale(run=run, initial_lr=initial_lr, group=group))    # 0 stays 0
         for group in run.optimizer.param_groups for initial_lr in [group["initial_lr"]]
     ]
+
+
+def per_group(run: Run, group: dict[str, Any], name: str, value: Any) -> Any:
+    """`value`, or its item for one parameter group where it is a list of several."""
+    if not isinstance(value, list | tuple):
+        return value
+    groups = [id(one) for one in run.optimizer.param_groups]
+    if len(value) not in (1, len(groups)):
+        raise UsageError(f"{name} has {len(value)} values; parameter groups: {len(groups)}")
+    return value[groups.index(id(group)) if len(value) > 1 else 0]
 
 
 def set_rates(run: Run) -> None:

@@ -91,7 +91,7 @@ class Run:
             return number
         per_epoch = self.plan()[0]
         steps = {"": number if by == "step" else number * per_epoch, "step": number, "epoch": number * per_epoch,
-                 "%": number / 100 * self.planned_steps}[unit]
+                 "%": number * self.planned_steps / 100}[unit]
         return steps if by == "step" else steps / per_epoch
 
     def plan(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -36,9 +37,9 @@ def convert(text: str, hint: Any) -> Any:
     if hint is bool:
         return WORDS[text.lower()] if text.lower() in WORDS else parse_fail()
     if origin in (list, tuple):
-        return origin(convert(item.strip(), args[0]) for item in text.split(","))
+        return origin(convert(item.strip(), args[0]) for item in text.split(",") if text)
     if origin is dict:
-        pairs = [item.rpartition("=") for item in text.split(",")]
+        pairs = [item.rpartition("=") for item in text.split(",") if text]
         return {key.strip(): convert(value.strip(), args[1]) for key, _, value in pairs}
     if hint in (int, float, str, Path):
         return hint(text)
@@ -74,6 +75,8 @@ def suits(value: Any, hint: Any) -> bool:
         return any(suits(value, arg) for arg in args)
     if origin is Literal:
         return value in args
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple) and all(suits(item, args[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -95,7 +98,9 @@ def described(hint: Any) -> str:
     if origin is Literal:
         return "|".join(map(str, args))
     if origin in (list, tuple):
-        return f"a list of {described(args[0])}s".replace("a a ", "a ").replace("of a ", "of ")
+        words = described(args[0]).removeprefix("an ").removeprefix("a ")
+        noun = re.split(r",| \(", words)[0]
+        return f"a list of {noun}s{words[len(noun):]}"
     if origin is dict:
         return "pairs, name=value"
     if hint is Callable or origin is Callable or origin is type:

@@ -49,6 +49,25 @@ def make_batches(sizes, seed=0):
     return [(torch.randn(size, 6, generator=generator), torch.randint(0, 3, (size,), generator=generator)) for size in sizes]
 
 
+# A spec of each built-in that must have options, or that does something in a short run only with some.
+EXAMPLES = {
+    "accumulate": "every=3", "amp": "dtype=float16", "clip": "max_norm=0.1", "cosine_restarts": "t_0=1",
+    "cyclic": "base_lr=0.01,max_lr=0.1,step_size_up=3", "early_stopping": "patience=1,min_delta=9,restore_best=true",
+    "exponential": "gamma=0.9", "freeze": "patterns=0,until=1ep", "lambda": "lr_lambda=math:exp",
+    "layerwise_lr": "decay=0.5,no_decay=true", "multiplicative": "lr_lambda=math:cos", "multistep": "milestones=1",
+    "onecycle": "max_lr=0.1", "plateau": "patience=0", "step": "step_size=1",
+    "ema": "decay=0.9", "swa": "start=50%",
+    "torch_scheduler": "cls=torch.optim.lr_scheduler:ExponentialLR,gamma=0.9",
+    "trapezoidal": "max_lr=0.2,step_size=25%", "warmup": "length=50%",
+}
+
+
+@pytest.fixture
+def example():
+    """The spec of a built-in by its name."""
+    return lambda name: f"{name}:{EXAMPLES[name]}" if name in EXAMPLES else name
+
+
 @pytest.fixture
 def same():
     """Assert that two models have the same weights and buffers, to the last bit or to `tolerance`."""

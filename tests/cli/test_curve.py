@@ -3,6 +3,7 @@ import re
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from loopctl.cli import main
@@ -32,6 +33,19 @@ def test_the_rate_of_a_composition_in_the_terminal(run, tmp_path):
     highest = rows[0].split("│")[1]
     assert 6 <= len(highest) - len(highest.lstrip()) <= 9            # the peak is a tenth of the way
     assert list(tmp_path.iterdir()) == []                            # nothing was trained
+
+
+def test_row_24_the_rate_over_a_hundred_epochs_drawn(run):
+    """By hand: torch's schedule stepped a hundred times without training, its rates listed."""
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    schedule, rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50), []
+    for _ in range(100):
+        rates += [optimizer.param_groups[0]["lr"]] * 23              # steps of an epoch
+        optimizer.step()
+        schedule.step()
+    drawn = run("lr", "--epochs", "100", "--optimizer", "sgd", "--lr", "0.1", "--plugin", "cosine:t_max=50").stdout
+    assert drawn.rstrip("\n") == chart(rates, "100 epochs, 2,300 steps")
 
 
 def test_the_picture_is_what_its_name_says(run, tmp_path):

@@ -116,9 +116,9 @@ def test_every_value_is_shown_so_that_it_reads_back():
 
 
 @pytest.mark.parametrize("name", sorted(available()))
-def test_a_built_in_reads_back_from_its_spec(name):
+def test_a_built_in_reads_back_from_its_spec(name, example):
     cls = load(name)
-    _, first = build(name)
+    _, first = build(example(name))
     _, again = build(spec(name, first))
     assert {key: getattr(first, key) for key in options(cls)} == {key: getattr(again, key) for key in options(cls)}
 

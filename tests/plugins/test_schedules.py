@@ -1,69 +1,338 @@
 """Each schedule against torch's own class, at every step."""
-from functools import partial
+import random
+from functools import cache, partial
+from importlib import import_module
+from math import cos, log
 
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from loopctl import Run
+from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.compose import compose
-from loopctl.rates import curve
+from loopctl.rates import curve, rates
 
-BATCHES, EPOCHS = 7, 20
-TOTAL = BATCHES * EPOCHS
+BATCHES, EPOCHS = 25, 200
+TOTAL = BATCHES * EPOCHS      # 5,000
 
 
-def ours(*plugins):
-    """The rates of two parameter groups at every step."""
+def full(plugin):
+    """A spec that names the class in place of an installed plugin's name."""
+    name, _, options = plugin.partition(":") if isinstance(plugin, str) else (None, None, None)
+    return f"loopctl.plugins.{name}:{''.join(map(str.title, name.split('_')))}:{options}" if name else plugin
+
+
+def cls(name):
+    """A plugin's class; one module is called lambda, which no import statement can say."""
+    return getattr(import_module(f"loopctl.plugins.{name}"), "".join(map(str.title, name.split("_"))))
+
+
+def two_groups(kind=torch.optim.SGD):
+    """An optimizer of two parameter groups with different rates."""
     weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
-    optimizer = torch.optim.SGD([{"params": weights[0], "lr": 0.1}, {"params": weights[1], "lr": 0.03}])
+    return kind([{"params": weights[0], "lr": 0.1}, {"params": weights[1], "lr": 0.03}])
+
+
+def a_run(*plugins, optimizer=None, batches=BATCHES, epochs=EPOCHS):
+    optimizer = optimizer or two_groups()
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    run = Run(None, None, optimizer, range(BATCHES), epochs=EPOCHS, hook=compose(plugins))
-    return [rates for _, rates in curve(run)]
+    return Run(None, None, optimizer, range(batches), epochs=epochs, hook=compose(map(full, plugins)))
 
 
-def theirs(by, factory):
+@cache
+def ours(*plugins, **options):
+    """The rates of two parameter groups at every step."""
+    return [rates for _, rates in curve(a_run(*plugins, **options), points=TOTAL)]
+
+
+def theirs(by, factory, look=lambda group: group["lr"], kind=torch.optim.SGD):
     """The rates that torch's schedule sets, stepped by hand."""
-    weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
-    optimizer = torch.optim.SGD([{"params": weights[0], "lr": 0.1}, {"params": weights[1], "lr": 0.03}])
-    schedule, rates = factory(optimizer), []
+    optimizer = two_groups(kind)
+    schedule, seen = factory(optimizer), []
     for _ in range(EPOCHS):
         for _ in range(BATCHES):
-            rates.append([group["lr"] for group in optimizer.param_groups])
+            seen.append([look(group) for group in optimizer.param_groups])
             optimizer.step()
             if by == "step":
                 schedule.step()
         if by == "epoch":
             schedule.step()
-    return rates
+    return seen
 
 
-cosine, linear = lr_scheduler.CosineAnnealingLR, lr_scheduler.LinearLR
+def agree(mine, other):
+    # torch computes many rates from the one before and gathers rounding; ours are closed forms.
+    torch.testing.assert_close(torch.tensor(mine, dtype=torch.float64), torch.tensor(other, dtype=torch.float64),
+                               rtol=1e-12, atol=1e-17)
 
 
-@pytest.mark.parametrize(("spec", "by", "factory"), [
+def halving(position):
+    return 0.5 ** (position / 9)
+
+
+def waves(position):
+    return 1 + 0.01 * cos(position)
+
+
+class ClosedCosine(lr_scheduler.CosineAnnealingLR):
+    """By torch's own closed form: over a hundred rises and falls its recursion drifts by more than 1e-12."""
+
+    def get_lr(self):
+        return self._get_closed_form_lr()
+
+
+cosine, restarts, linear, constant = (lr_scheduler.CosineAnnealingLR, lr_scheduler.CosineAnnealingWarmRestarts,
+                                      lr_scheduler.LinearLR, lr_scheduler.ConstantLR)
+step, multistep, exponential, polynomial = (lr_scheduler.StepLR, lr_scheduler.MultiStepLR, lr_scheduler.ExponentialLR,
+                                            lr_scheduler.PolynomialLR)
+function, ratio = lr_scheduler.LambdaLR, lr_scheduler.MultiplicativeLR
+onecycle, cyclic = (partial(kind, cycle_momentum=False) for kind in (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR))
+
+CASES = [
+    ("step:step_size=10,gamma=0.5", "epoch", partial(step, step_size=10, gamma=0.5)),
+    ("step:step_size=10", "epoch", partial(step, step_size=10)),
+    ("step:step_size=30,gamma=0.9,by=step", "step", partial(step, step_size=30, gamma=0.9)),
+    ("step:step_size=250st", "epoch", partial(step, step_size=10)),
+    ("step:step_size=10%", "epoch", partial(step, step_size=20)),
+    ("multistep:milestones=50,80,90", "epoch", partial(multistep, milestones=[50, 80, 90])),
+    ("multistep:milestones=120,30,80,gamma=0.1", "epoch", partial(multistep, milestones=[30, 80, 120], gamma=0.1)),
+    ("multistep:milestones=25%,80ep,80,80,gamma=0.3", "epoch", partial(multistep, milestones=[50, 80, 80, 80], gamma=0.3)),
+    ("multistep:milestones=30,4000,by=step", "step", partial(multistep, milestones=[30, 4000])),
+    ("exponential:gamma=0.9", "epoch", partial(exponential, gamma=0.9)),
+    ("exponential:gamma=0.999,by=step", "step", partial(exponential, gamma=0.999)),
+    ("linear", "epoch", linear),
+    ("linear:start_factor=0.1,end_factor=0.5,total_iters=50", "epoch", partial(linear, start_factor=0.1, end_factor=0.5, total_iters=50)),
+    ("linear:start_factor=1,end_factor=0.01,total_iters=100%,by=step", "step", partial(linear, start_factor=1, end_factor=0.01, total_iters=TOTAL)),
+    ("polynomial", "epoch", lr_scheduler.PolynomialLR),
+    ("polynomial:total_iters=100,power=2", "epoch", partial(polynomial, total_iters=100, power=2)),
+    ("polynomial:total_iters=4000,power=0.9,by=step", "step", partial(polynomial, total_iters=4000, power=0.9)),
     ("cosine", "epoch", partial(cosine, T_max=EPOCHS)),
+    *((f"cosine:t_max={length}", "epoch", partial(cosine, T_max=length)) for length in (10, 50, EPOCHS // 3)),
     ("cosine:t_max=6,eta_min=0.002", "epoch", partial(cosine, T_max=6, eta_min=0.002)),
     ("cosine:by=step", "step", partial(cosine, T_max=TOTAL)),
-    ("cosine:t_max=30,by=step,eta_min=1e-5", "step", partial(cosine, T_max=30, eta_min=1e-5)),
-    ("cosine:t_max=2ep,by=step", "step", partial(cosine, T_max=14)),
-    ("cosine:t_max=10%,by=epoch", "epoch", partial(cosine, T_max=2)),
+    ("cosine:t_max=30,by=step,eta_min=1e-5", "step", partial(ClosedCosine, T_max=30, eta_min=1e-5)),
+    ("cosine:t_max=2ep,by=step", "step", partial(ClosedCosine, T_max=50)),
+    ("cosine:t_max=10%,by=epoch", "epoch", partial(cosine, T_max=20)),
+    ("cosine_restarts:t_0=10,t_mult=2", "epoch", partial(restarts, T_0=10, T_mult=2)),
+    ("cosine_restarts:t_0=7,eta_min=0.001", "epoch", partial(restarts, T_0=7, eta_min=0.001)),
+    ("cosine_restarts:t_0=1ep,t_mult=3,by=step", "step", partial(restarts, T_0=25, T_mult=3)),
+    ("constant", "epoch", constant),
+    ("constant:factor=0.2,total_iters=40,by=step", "step", partial(constant, factor=0.2, total_iters=40)),
+    (cls("lambda")(halving), "epoch", partial(function, lr_lambda=halving)),
+    (cls("lambda")([halving, waves], by="step"), "step", partial(function, lr_lambda=[halving, waves])),
+    (cls("multiplicative")(waves), "epoch", partial(ratio, lr_lambda=waves)),
+    (cls("multiplicative")([waves, lambda position: 0.999], by="step"), "step", partial(ratio, lr_lambda=[waves, lambda position: 0.999])),
+    ("onecycle:max_lr=1.0,cycle_momentum=false", "step", partial(onecycle, max_lr=1.0, total_steps=TOTAL)),
+    ("onecycle:max_lr=0.5,0.2,anneal_strategy=linear,pct_start=0.2,cycle_momentum=false", "step",
+     partial(onecycle, max_lr=[0.5, 0.2], anneal_strategy="linear", pct_start=0.2, epochs=EPOCHS, steps_per_epoch=BATCHES)),
+    ("onecycle:max_lr=0.5,three_phase=true,div_factor=10,final_div_factor=100,cycle_momentum=false", "step",
+     partial(onecycle, max_lr=0.5, three_phase=True, div_factor=10, final_div_factor=100, total_steps=TOTAL)),
+    ("onecycle:max_lr=0.5,by=epoch,three_phase=true,anneal_strategy=linear,cycle_momentum=false", "epoch",
+     partial(onecycle, max_lr=0.5, three_phase=True, anneal_strategy="linear", total_steps=EPOCHS)),
+    ("cyclic:base_lr=0.001,max_lr=0.1,cycle_momentum=false", "step", partial(cyclic, base_lr=0.001, max_lr=0.1)),
+    ("cyclic:base_lr=0.01,0.02,max_lr=0.1,0.2,step_size_up=30,step_size_down=70,mode=triangular2,cycle_momentum=false", "step",
+     partial(cyclic, base_lr=[0.01, 0.02], max_lr=[0.1, 0.2], step_size_up=30, step_size_down=70, mode="triangular2")),
+    ("cyclic:base_lr=0.01,max_lr=0.1,step_size_up=4ep,mode=exp_range,gamma=0.999,cycle_momentum=false", "step",
+     partial(cyclic, base_lr=0.01, max_lr=0.1, step_size_up=100, mode="exp_range", gamma=0.999)),
+    ("cyclic:base_lr=0.01,max_lr=0.1,step_size_up=5,by=epoch,cycle_momentum=false", "epoch",
+     partial(cyclic, base_lr=0.01, max_lr=0.1, step_size_up=5)),
     ("warmup:length=5,by=epoch", "epoch", partial(linear, total_iters=5)),
     ("warmup:length=35,start_factor=0.1", "step", partial(linear, start_factor=0.1, total_iters=35)),
     ("warmup", "step", partial(linear, total_iters=TOTAL * 0.05)),
+]
+TRAPEZOID = "trapezoidal:max_lr=0.4,step_size=300,anneal_start=3000,base_lr=0.01"
+ALL = [plugin for plugin, *_ in CASES] + [TRAPEZOID]
+
+
+def ident(plugin):
+    return plugin if isinstance(plugin, str) else type(plugin).__name__ if hasattr(plugin, "by") else ""
+
+
+@pytest.mark.parametrize(("plugin", "by", "factory"), CASES, ids=ident)
+def test_torch_gives_the_same_rates(plugin, by, factory):
+    agree(ours(plugin), theirs(by, factory))
+
+
+def test_cosine_rises_again_after_t_max():
+    first = [rates[0] for rates in ours("cosine:t_max=50")][::BATCHES]
+    assert first[50] == pytest.approx(0, abs=1e-17)
+    assert first[100] == pytest.approx(0.1)
+    assert first[25] == pytest.approx(first[75])
+
+
+@pytest.mark.parametrize("options", ["", ",by=epoch"])
+@pytest.mark.parametrize("base", [0.01, None])
+def test_trapezoidal_is_what_its_words_say(options, base):
+    size, anneal = (300, 3000) if not options else (30, 120)
+    here = f",base_lr={base}" if base else ""
+
+    def by_hand(position, own):
+        low = own if base is None else base
+        if position < size:
+            return low + (0.4 - low) * position / size
+        if position < anneal:
+            return 0.4
+        if position < anneal + size:
+            return 0.4 - (0.4 - low) * (position - anneal) / size
+        return low
+
+    mine = ours(f"trapezoidal:max_lr=0.4,step_size={size},anneal_start={anneal}{here}{options}")
+    agree(mine, [[by_hand(step if not options else step // BATCHES, own) for own in (0.1, 0.03)] for step in range(TOTAL)])
+
+
+def test_a_trapezoid_ends_with_the_run_unless_told_otherwise():
+    assert ours("trapezoidal:max_lr=0.4,step_size=10%") == ours("trapezoidal:max_lr=0.4,step_size=10%,anneal_start=90%")
+
+
+MOMENTA = [
+    ("onecycle:max_lr=1.0", partial(lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=TOTAL)),
+    ("onecycle:max_lr=1.0,anneal_strategy=linear,base_momentum=0.7,max_momentum=0.9,three_phase=true,pct_start=0.4",
+     partial(lr_scheduler.OneCycleLR, max_lr=1.0, anneal_strategy="linear", base_momentum=0.7, max_momentum=0.9,
+             three_phase=True, pct_start=0.4, total_steps=TOTAL)),
+    ("cyclic:base_lr=0.01,max_lr=0.1", partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1)),
+    ("cyclic:base_lr=0.01,max_lr=0.1,step_size_up=50,step_size_down=20,mode=triangular2,base_momentum=0.5,max_momentum=0.95",
+     partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=50, step_size_down=20, mode="triangular2",
+             base_momentum=0.5, max_momentum=0.95)),
+    ("cyclic:base_lr=0.01,max_lr=0.1,step_size_up=50,mode=exp_range,gamma=0.99",
+     partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=50, mode="exp_range", gamma=0.99)),
+]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, partial(torch.optim.Adam, betas=(0.9, 0.77)), torch.optim.RMSprop],
+                         ids=["SGD", "Adam", "RMSprop"])
+@pytest.mark.parametrize(("plugin", "factory"), MOMENTA, ids=ident)
+def test_momentum_is_cycled_as_by_torch(plugin, factory, kind):
+    def look(group):
+        return [group["lr"], *group.get("betas", [group.get("momentum")])]
+
+    run, mine = a_run(plugin, optimizer=two_groups(kind)), []
+    for _, now in curve(run, points=TOTAL):
+        run.hook.before_step(run=run)
+        mine.append([[lr, *look(group)[1:]] for lr, group in zip(now, run.optimizer.param_groups, strict=True)])
+    agree(mine, theirs("step", factory, look, kind))
+
+
+@pytest.mark.parametrize("plugin", ["onecycle:max_lr=1", "cyclic:base_lr=0.1,max_lr=1"])
+def test_an_optimizer_without_momentum_is_refused(net, batches, plugin):
+    adagrad = partial(torch.optim.Adagrad, lr=0.1)
+    with pytest.raises(UsageError, match="Adagrad has no momentum to cycle; add cycle_momentum=false"):
+        fit(net, torch.nn.CrossEntropyLoss(), adagrad, batches, plugins=[full(plugin)])
+    fit(net, torch.nn.CrossEntropyLoss(), adagrad, batches, plugins=[f"{full(plugin)},cycle_momentum=false"])
+
+
+def test_momentum_left_alone_stays_what_it_was():
+    run = a_run("onecycle:max_lr=1,cycle_momentum=false", "cyclic:base_lr=1,max_lr=2,cycle_momentum=false")
+    assert run.hook.acting["before_step"] == run.hook.acting["train_start"] == []
+
+
+def test_after_a_shorter_cycle_the_rate_stays_at_its_lowest():
+    short = ours("onecycle:max_lr=1.0,total_steps=1000,cycle_momentum=false")
+    assert short[1000:] == short[999:-1]
+    assert short[-1] == pytest.approx([1 / 25 / 1e4] * 2, rel=1e-12)
+
+
+def test_a_rise_of_one_step_is_no_division_by_zero():
+    lrs = ours("onecycle:max_lr=1.0,pct_start=0.1,cycle_momentum=false", epochs=1, batches=10)
+    assert lrs[0] == pytest.approx([1 / 25] * 2)
+    assert 0.9 < lrs[1][0] < 1
+    assert lrs[-1] == pytest.approx([1 / 25 / 1e4] * 2)
+
+
+@pytest.mark.parametrize("plugin", ALL, ids=ident)
+def test_a_schedule_is_a_pure_function_of_the_position(plugin):
+    run = a_run(plugin)
+    forward = dict(curve(run, points=TOTAL))
+    order = list(range(0, TOTAL, 7))
+    for steps in (order[::-1], random.Random(0).sample(order, len(order))):
+        run = a_run(plugin)
+        for run.attempts in steps:
+            run.epoch = run.attempts // BATCHES
+            assert rates(run) == forward[run.attempts]
+
+
+@pytest.mark.parametrize("plugin", ALL, ids=ident)
+def test_warmup_multiplies_and_never_exceeds_the_schedule(plugin):
+    alone, warmed = torch.tensor(ours(plugin)), torch.tensor(ours("warmup:length=300", plugin))
+    assert (warmed <= alone).all()
+    assert torch.equal(warmed[300:], alone[300:])
+    assert (warmed[0] < alone[0]).all()
+    torch.testing.assert_close(warmed, torch.tensor(ours(plugin, "warmup:length=300")), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("plugin", [
+    *(plugin for plugin, by, _ in CASES if by == "epoch"), "cosine:by=step", "onecycle:max_lr=1.0", "linear:total_iters=50%,by=step",
+    "step:step_size=10%,by=step", "trapezoidal:max_lr=0.4,step_size=10%", "cyclic:base_lr=0.01,max_lr=0.1,step_size_up=4ep"], ids=ident)
+def test_accumulation_does_not_stretch_a_schedule(plugin):
+    assert ours("accumulate:every=4", plugin, batches=4 * BATCHES - 3) == ours(plugin)
+
+
+def test_a_skipped_step_does_not_hold_a_schedule_back(net, batches, sgd):
+    seen = []
+
+    class Skip:
+        @hookimpl
+        def optimizer_step(self, run, closure):
+            run.skipped = run.attempts % 2 == 0
+            return closure()
+
+        @hookimpl
+        def after_step(self, run):
+            seen.append(run.optimizer.param_groups[0]["lr"])
+
+    fit(net, torch.nn.CrossEntropyLoss(), sgd, batches, epochs=2, plugins=[full("polynomial:total_iters=100%,by=step"), Skip()])
+    assert seen == pytest.approx([0.1 * (1 - step / 16) for step in range(16)])
+
+
+@pytest.mark.parametrize(("plugin", "message"), [
+    ("step:step_size=3,gamma=-1", "gamma is above 0, not -1"),
+    ("step:step_size=-3", "step_size takes a length above 0, not '-3'"),
+    ("multistep:milestones=3,gamma=0", "gamma is above 0, not 0"),
+    ("multistep:milestones=3,x", "milestones takes a length, not 'x'"),
+    ("exponential:gamma=nan", "gamma is above 0, not nan"),
+    ("linear:start_factor=0", "start_factor is above 0 and at most 1, not 0"),
+    ("linear:end_factor=1.5", "end_factor is 0 to 1, not 1.5"),
+    ("polynomial:power=0", "power is above 0, not 0"),
+    ("constant:factor=2", "factor is 0 to 1, not 2"),
+    ("cosine_restarts:t_0=3,t_mult=0", "t_mult is at least 1, not 0"),
+    ("cosine_restarts:t_0=3,eta_min=-1", "eta_min is at least 0, not -1"),
+    ("lambda:lr_lambda=math:sqr", "lr_lambda: math has no 'sqr'"),
+    ("onecycle:max_lr=0", "max_lr is above 0, not 0"),
+    ("onecycle:max_lr=0.1,-1", "max_lr is above 0, not -1"),
+    ("onecycle:max_lr=1,pct_start=2", "pct_start is 0 to 1, not 2"),
+    ("onecycle:max_lr=1,base_momentum=-1", "base_momentum is 0 to 1, not -1"),
+    ("onecycle:max_lr=1,div_factor=0", "div_factor is above 0, not 0"),
+    ("onecycle:max_lr=1,anneal_strategy=sine", r"anneal_strategy takes cos\|linear, not 'sine'"),
+    ("cyclic:base_lr=-1,max_lr=1", "base_lr is at least 0, not -1"),
+    ("cyclic:base_lr=1,max_lr=1,gamma=0", "gamma is above 0, not 0"),
+    ("cyclic:base_lr=1,max_lr=1,max_momentum=2", "max_momentum is 0 to 1, not 2"),
+    ("trapezoidal:max_lr=0,step_size=1", "max_lr is above 0, not 0"),
+    ("trapezoidal:max_lr=1,step_size=1,base_lr=-1", "base_lr is at least 0, not -1"),
+    ("onecycle", "max_lr must be said"),
 ])
-def test_torch_gives_the_same_rates(spec, by, factory):
-    # torch computes each rate from the one before and gathers rounding; ours is the closed form.
-    for mine, other in zip(ours(spec), theirs(by, factory), strict=True):
-        assert mine == pytest.approx(other, rel=1e-12, abs=1e-17)
+def test_options_out_of_range_are_refused(plugin, message):
+    with pytest.raises(UsageError, match=f"^{plugin.partition(':')[0]}: {message}"):
+        compose([full(plugin)])
 
 
-def test_warmup_multiplies_and_never_exceeds_the_schedule():
-    alone, warmed = ours("cosine:by=step"), ours("warmup:length=30", "cosine:by=step")
-    assert all(a <= b for rates, limits in zip(warmed, alone, strict=True) for a, b in zip(rates, limits, strict=True))
-    assert warmed[30:] == alone[30:]
-    assert warmed == ours("cosine:by=step", "warmup:length=30")
+@pytest.mark.parametrize("plugin", [
+    cls("lambda")([log] * 3), cls("multiplicative")([log] * 3), cls("onecycle")([1.0] * 3), cls("cyclic")(0.1, [1.0] * 3)], ids=ident)
+def test_a_list_has_a_value_for_every_group(net, batches, sgd, plugin):
+    with pytest.raises(UsageError, match="(lr_lambda|max_lr) has 3 values; parameter groups: 1"):
+        fit(net, torch.nn.CrossEntropyLoss(), sgd, batches, plugins=[plugin])
+
+
+def test_functions_come_by_import_path():
+    assert ours("lambda:lr_lambda=math:exp", epochs=2)[-1] == pytest.approx([0.1 * 2.718281828459045, 0.03 * 2.718281828459045])
+    assert ours("lambda:lr_lambda=math:exp,math:cos", epochs=2)[-1] == pytest.approx([0.1 * 2.718281828459045, 0.03 * cos(1)])
+
+
+def test_multiplicative_calls_its_function_once_per_position():
+    asked = []
+    run = a_run(cls("multiplicative")(lambda position: asked.append(position) or 0.5, by="step"))
+    for run.attempts in (0, 1, 2, 9, 10, 4, 10):
+        assert rates(run) == pytest.approx([0.1 * 0.5**run.attempts, 0.03 * 0.5**run.attempts])
+    assert asked == list(range(1, 11))
 
 
 def test_the_curve_leaves_the_run_where_it_was():

@@ -1,0 +1,40 @@
+"""Cosine annealing with warm restarts."""
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Literal
+
+from loopctl import Length, hookimpl
+
+
+@dataclass(eq=False)
+class CosineRestarts:
+    """Lower the learning rate along half a cosine, again and again from the top.
+
+    It is torch.optim.lr_scheduler.CosineAnnealingWarmRestarts; from SGDR, arXiv:1608.03983.
+
+    t_0: length of the first descent
+    t_mult: how many times longer each descent is than the one before
+    eta_min: the lowest rate
+    by: move every epoch, or every step
+    """
+
+    t_0: Length
+    t_mult: int = 1
+    eta_min: float = 0.0
+    by: Literal["epoch", "step"] = "epoch"
+
+    def __post_init__(self) -> None:
+        if self.t_mult < 1:
+            raise ValueError(f"t_mult is at least 1, not {self.t_mult}")
+        if not self.eta_min >= 0:
+            raise ValueError(f"eta_min is at least 0, not {self.eta_min}")
+
+    @hookimpl
+    def lr_scale(self, run, initial_lr):
+        position, length = run.position(self.by), run.length(self.t_0, self.by)
+        if self.t_mult == 1:
+            position %= length
+        while position >= length:
+            position, length = position - length, length * self.t_mult
+        lowest = self.eta_min / initial_lr
+        return lowest + (1 - lowest) * (1 + cos(pi * position / length)) / 2

@@ -1,0 +1,76 @@
+"""Cyclical rates."""
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from loopctl import Length, UsageError, hookimpl, per_group
+
+
+@dataclass(eq=False)
+class Cyclic:
+    """Move the learning rate up and down between two rates, momentum the other way.
+
+    It is torch.optim.lr_scheduler.CyclicLR; from Cyclical Learning Rates, arXiv:1506.01186.
+
+    base_lr: the lower rate, in place of the optimizer's own; or a list with one per parameter group
+    max_lr: the upper rate; or a list with one per parameter group
+    step_size_up: length of a rise
+    step_size_down: length of a fall; that of a rise if left out
+    mode: keep the height of the cycles, halve it with each (triangular2), or lower it by gamma (exp_range)
+    gamma: with exp_range, the factor of the height per epoch or step; above 0
+    cycle_momentum: move momentum, or the first of betas, too
+    base_momentum: momentum at the upper rate
+    max_momentum: momentum at the lower rate
+    by: move every epoch, or every step
+    """
+
+    base_lr: float | list[float]
+    max_lr: float | list[float]
+    step_size_up: Length = 2000
+    step_size_down: Length | None = None
+    mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
+    gamma: float = 1.0
+    cycle_momentum: bool = True
+    base_momentum: float = 0.8
+    max_momentum: float = 0.9
+    by: Literal["epoch", "step"] = "step"
+
+    def __post_init__(self) -> None:
+        for name in ("base_lr", "max_lr"):
+            value = getattr(self, name)
+            for lr in value if isinstance(value, list | tuple) else [value]:
+                if not lr >= 0:
+                    raise ValueError(f"{name} is at least 0, not {lr}")
+        if not self.gamma > 0:
+            raise ValueError(f"gamma is above 0, not {self.gamma}")
+        for name in ("base_momentum", "max_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is 0 to 1, not {getattr(self, name)}")
+        if not self.cycle_momentum:
+            self.train_start = self.before_step = None          # type: ignore[assignment, method-assign]
+
+    @hookimpl
+    def lr_scale(self, run, initial_lr, group):
+        base, top = (per_group(run, group, name, getattr(self, name)) for name in ("base_lr", "max_lr"))
+        return (base + (top - base) * self.height(run)) / initial_lr
+
+    @hookimpl
+    def train_start(self, run):
+        if not {"momentum", "betas"} & set(run.optimizer.param_groups[0]):
+            raise UsageError(f"{type(run.optimizer).__name__} has no momentum to cycle; add cycle_momentum=false")
+        for name, plugin in run.hook.plugins.items():
+            if plugin is not self and getattr(plugin, "cycle_momentum", False):
+                raise UsageError(f"{name} cycles the momentum too; add cycle_momentum=false to one of them")
+
+    @hookimpl
+    def before_step(self, run):
+        momentum = self.max_momentum - (self.max_momentum - self.base_momentum) * self.height(run)
+        for group in run.optimizer.param_groups:
+            group |= {"betas": (momentum, *group["betas"][1:])} if "betas" in group else {"momentum": momentum}
+
+    def height(self, run: Any) -> float:
+        """How far up it is now: 0 at the lower rate, 1 at the upper."""
+        position, up = run.position(self.by), run.length(self.step_size_up, self.by)
+        down = up if self.step_size_down is None else run.length(self.step_size_down, self.by)
+        cycles, place = divmod(position, up + down)
+        height = min(place / up, (up + down - place) / down)
+        return height * {"triangular": 1.0, "triangular2": 0.5**cycles, "exp_range": self.gamma**position}[self.mode]

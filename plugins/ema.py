@@ -1,0 +1,74 @@
+"""Exponential moving average of the weights."""
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loopctl import Length, UsageError, fill, hookimpl, swapped
+
+
+@dataclass(eq=False)
+class Ema:
+    """Average the weights exponentially over the updates; evaluate and end with the average.
+
+    It is torch.optim.swa_utils.get_ema_multi_avg_fn; an average of the iterates is due to Polyak and Juditsky,
+    doi:10.1137/0330046. Training goes on with the raw weights. BatchNorm statistics are averaged as the weights are,
+    for the model's own belong to its raw weights; other buffers stay the model's own, which need not be means at all.
+
+    decay: part of the average that each update keeps, 0 to 1
+    warmup: keep less at first, (1 + n) / (10 + n) at the n-th update, so that the first weights are soon forgotten
+    start: average from here on; from the first update if left out
+    """
+
+    decay: float = 0.999
+    warmup: bool = True
+    start: Length | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay is between 0 and 1, not {self.decay}")
+        self.average: dict[str, Any] = {}       # empty until it starts
+        self.count = 0
+
+    @hookimpl
+    def train_start(self, run):
+        if self.start is not None and run.length(self.start, "step") > run.planned_steps:
+            raise UsageError(f"start={self.start} is after the run's end, so nothing would be averaged")
+        weights = {name: weight for name, weight in run.model.named_parameters() if weight.is_floating_point()}
+        statistics = {name: buffer for name, buffer in run.model.named_buffers()
+                      if name.rpartition(".")[2] in ("running_mean", "running_var")}
+        self.own = {name: tensor.detach() for name, tensor in (weights | statistics).items()}
+
+    @hookimpl
+    def after_step(self, run):
+        if run.skipped:
+            return
+        if not self.average:
+            if self.start is None or run.epochs_done >= run.length(self.start, "epoch"):
+                self.average = {name: tensor.clone() for name, tensor in self.own.items()}
+                self.count = 1
+            return
+        decay = min(self.decay, (1 + self.count) / (10 + self.count)) if self.warmup else self.decay
+        torch._foreach_lerp_(list(self.average.values()), list(self.own.values()), 1 - decay)
+        self.count += 1
+
+    @hookimpl(wrapper=True)
+    def evaluate(self, run):
+        with swapped(run.model, self.average):
+            return (yield)
+
+    @hookimpl(wrapper=True)
+    def after_evaluate(self, run):
+        with swapped(run.model, self.average):
+            return (yield)
+
+    @hookimpl(wrapper=True)
+    def train_end(self, run):       # a wrapper, so that it comes before what others do with the final weights
+        fill(run.model, self.average)
+        return (yield)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average, self.count = state["average"], state["count"]

@@ -1,0 +1,27 @@
+"""Exponential decay."""
+from dataclasses import dataclass
+from typing import Literal
+
+from loopctl import hookimpl
+
+
+@dataclass(eq=False)
+class Exponential:
+    """Multiply the learning rate by a factor every epoch, or every step.
+
+    It is torch.optim.lr_scheduler.ExponentialLR.
+
+    gamma: the factor, above 0
+    by: move every epoch, or every step
+    """
+
+    gamma: float
+    by: Literal["epoch", "step"] = "epoch"
+
+    def __post_init__(self) -> None:
+        if not self.gamma > 0:
+            raise ValueError(f"gamma is above 0, not {self.gamma}")
+
+    @hookimpl
+    def lr_scale(self, run):
+        return self.gamma ** run.position(self.by)

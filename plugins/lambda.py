@@ -1,0 +1,24 @@
+"""A schedule of one's own."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from loopctl import hookimpl, per_group
+
+
+@dataclass(eq=False)
+class Lambda:
+    """Multiply the learning rate by what a function of the position returns.
+
+    It is torch.optim.lr_scheduler.LambdaLR.
+
+    lr_lambda: the function, of the epochs or steps done; or a list with one per parameter group
+    by: call it with epochs, or with steps
+    """
+
+    lr_lambda: list[Callable[[int], float]] | Callable[[int], float]
+    by: Literal["epoch", "step"] = "epoch"
+
+    @hookimpl
+    def lr_scale(self, run, group):
+        return per_group(run, group, "lr_lambda", self.lr_lambda)(run.position(self.by))

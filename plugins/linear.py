@@ -1,0 +1,34 @@
+"""Linear change."""
+from dataclasses import dataclass
+from typing import Literal
+
+from loopctl import Length, hookimpl
+
+
+@dataclass(eq=False)
+class Linear:
+    """Move the learning rate along a straight line from one factor to another.
+
+    It is torch.optim.lr_scheduler.LinearLR.
+
+    start_factor: the part of the rate at the start, above 0 and at most 1
+    end_factor: the part of the rate at the end and after it, 0 to 1
+    total_iters: length of the line
+    by: move every epoch, or every step
+    """
+
+    start_factor: float = 1 / 3
+    end_factor: float = 1.0
+    total_iters: Length = 5
+    by: Literal["epoch", "step"] = "epoch"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start_factor <= 1:
+            raise ValueError(f"start_factor is above 0 and at most 1, not {self.start_factor}")
+        if not 0 <= self.end_factor <= 1:
+            raise ValueError(f"end_factor is 0 to 1, not {self.end_factor}")
+
+    @hookimpl
+    def lr_scale(self, run):
+        done = min(1.0, run.position(self.by) / run.length(self.total_iters, self.by))
+        return self.start_factor + (self.end_factor - self.start_factor) * done

@@ -1,0 +1,34 @@
+"""A schedule of one's own, by its ratios."""
+from array import array
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from loopctl import hookimpl, per_group
+
+
+@dataclass(eq=False)
+class Multiplicative:
+    """Multiply the learning rate anew at every move, by what a function returns there.
+
+    It is torch.optim.lr_scheduler.MultiplicativeLR.
+
+    lr_lambda: the function, of the epochs or steps done, from 1 on; or a list with one per parameter group
+    by: move every epoch, or every step
+    """
+
+    lr_lambda: list[Callable[[int], float]] | Callable[[int], float]
+    by: Literal["epoch", "step"] = "epoch"
+
+    def __post_init__(self) -> None:
+        # By function, the product at each position; a jump, as after resume, fills what is between.
+        self.products: dict[Any, array[float]] = defaultdict(lambda: array("d", [1.0]))
+
+    @hookimpl
+    def lr_scale(self, run, group):
+        function, position = per_group(run, group, "lr_lambda", self.lr_lambda), run.position(self.by)
+        products = self.products[id(function)]
+        while len(products) <= position:
+            products.append(products[-1] * function(len(products)))
+        return products[position]

@@ -1,0 +1,85 @@
+"""Reduce the rate on a plateau."""
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Literal
+
+from loopctl import Monitor, hookimpl, per_group
+
+
+@dataclass(eq=False)
+class Plateau:
+    """Lower the learning rate when a metric has stopped improving.
+
+    It is torch.optim.lr_scheduler.ReduceLROnPlateau; its rates multiply with the factors of other schedules.
+
+    monitor: the metric to judge; val_loss if left out, or train_loss without validation
+    mode: whether smaller or larger is better; auto knows losses and errors from accuracies by name
+    factor: what the rate is multiplied by, at least 0 and below 1
+    patience: evaluations without improvement that are let pass; one per epoch unless eval_every asks for more
+    threshold: what counts as an improvement is better by more than this
+    threshold_mode: threshold is a part of the best value (rel), or a difference (abs)
+    cooldown: evaluations after a reduction that are not judged
+    min_lr: the lowest rate; or a list with one per parameter group
+    eps: a reduction of the rate by no more than this is not made
+    """
+
+    monitor: str = ""
+    mode: Literal["auto", "min", "max"] = "auto"
+    factor: float = 0.1
+    patience: int = 10
+    threshold: float = 1e-4
+    threshold_mode: Literal["rel", "abs"] = "rel"
+    cooldown: int = 0
+    min_lr: float | list[float] = 0.0
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.factor < 1:
+            raise ValueError(f"factor is at least 0 and below 1, not {self.factor}")
+        for name in ("patience", "threshold", "cooldown", "eps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is at least 0, not {getattr(self, name)}")
+        for lr in self.min_lr if isinstance(self.min_lr, list | tuple) else [self.min_lr]:
+            if not lr >= 0:
+                raise ValueError(f"min_lr is at least 0, not {lr}")
+        self.watch = Monitor(self.monitor, self.mode)
+        self.best: float | None = None
+        self.bad = self.cooling = 0                  # evaluations: without improvement, and still to cool down
+        self.rates: list[float] = []                 # of the parameter groups, once they were reduced
+
+    @hookimpl
+    def train_start(self, run):
+        self.watch.start(run)
+        for group in run.optimizer.param_groups:
+            per_group(run, group, "min_lr", self.min_lr)         # refuses a list of another length
+
+    @hookimpl
+    def lr_scale(self, run, initial_lr, group):
+        return per_group(run, group, "rates", self.rates) / initial_lr if self.rates else 1.0
+
+    @hookimpl
+    def after_evaluate(self, run):
+        value, sign = run.metrics[self.watch.metric], 1 if self.watch.mode == "max" else -1
+        best = -sign * inf if self.best is None else self.best
+        margin = best * (1 + sign * self.threshold) if self.threshold_mode == "rel" else best + sign * self.threshold
+        better = sign * value > sign * margin        # NaN is never better
+        self.best, self.bad = (value, 0) if better else (self.best, self.bad + 1)
+        if self.cooling:
+            self.cooling, self.bad = self.cooling - 1, 0
+        if self.bad > self.patience:
+            self.cooling, self.bad = self.cooldown, 0
+            self.reduce(run)
+
+    def reduce(self, run: Any) -> None:
+        groups = run.optimizer.param_groups
+        self.rates = self.rates or [group["initial_lr"] for group in groups]
+        for number, (group, old) in enumerate(zip(groups, self.rates, strict=True)):
+            new = max(old * self.factor, per_group(run, group, "min_lr", self.min_lr))
+            self.rates[number] = new if old - new > self.eps else old
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "bad": self.bad, "cooling": self.cooling, "rates": self.rates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.bad, self.cooling = state["best"], state["bad"], state["cooling"]
+        self.rates = list(state["rates"])

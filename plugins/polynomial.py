@@ -1,0 +1,29 @@
+"""Polynomial decay."""
+from dataclasses import dataclass
+from typing import Literal
+
+from loopctl import Length, hookimpl
+
+
+@dataclass(eq=False)
+class Polynomial:
+    """Lower the learning rate to zero along a power of the length that is left.
+
+    It is torch.optim.lr_scheduler.PolynomialLR.
+
+    total_iters: length of the descent, after which the rate stays at 0
+    power: 1 is a straight line, 2 a parabola; above 0
+    by: move every epoch, or every step
+    """
+
+    total_iters: Length = 5
+    power: float = 1.0
+    by: Literal["epoch", "step"] = "epoch"
+
+    def __post_init__(self) -> None:
+        if not self.power > 0:
+            raise ValueError(f"power is above 0, not {self.power}")
+
+    @hookimpl
+    def lr_scale(self, run):
+        return max(0.0, 1 - run.position(self.by) / run.length(self.total_iters, self.by)) ** self.power

@@ -1,0 +1,29 @@
+"""Step decay."""
+from dataclasses import dataclass
+from typing import Literal
+
+from loopctl import Length, hookimpl
+
+
+@dataclass(eq=False)
+class Step:
+    """Multiply the learning rate by a factor at regular intervals.
+
+    It is torch.optim.lr_scheduler.StepLR.
+
+    step_size: length between two drops
+    gamma: the factor, above 0
+    by: count in epochs, or in steps
+    """
+
+    step_size: Length
+    gamma: float = 0.1
+    by: Literal["epoch", "step"] = "epoch"
+
+    def __post_init__(self) -> None:
+        if not self.gamma > 0:
+            raise ValueError(f"gamma is above 0, not {self.gamma}")
+
+    @hookimpl
+    def lr_scale(self, run):
+        return self.gamma ** (run.position(self.by) // run.length(self.step_size, self.by))

@@ -1,0 +1,163 @@
+"""Stochastic weight averaging."""
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from math import cos, pi, prod
+from typing import Any, Literal
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from loopctl import Length, Run, UsageError, checkpoint, fill, hookimpl, moved, swapped
+
+
+@dataclass(eq=False)
+class Swa:
+    """Average the weights of the last epochs; evaluate and end with the average.
+
+    It is torch.optim.swa_utils: AveragedModel, SWALR and update_bn; from arXiv:1803.05407. The weights at the end of
+    each epoch from start on count alike, and training goes on with the raw ones. For a model with BatchNorm each of
+    these epochs reads the training data once more, since the average needs statistics of its own.
+
+    start: where averaging begins, rounded down to whole epochs
+    swa_lr: learning rate of every parameter group while averaging, whatever other schedules say; theirs if left out
+    anneal_epochs: epochs in which the rate gets there
+    anneal_strategy: along half a cosine, or linearly
+    """
+
+    start: Length = "75%"
+    swa_lr: float | None = None
+    anneal_epochs: int = 10
+    anneal_strategy: Literal["cos", "linear"] = "cos"
+
+    def __post_init__(self) -> None:
+        if self.anneal_epochs < 0:
+            raise ValueError(f"anneal_epochs is at least 0, not {self.anneal_epochs}")
+        if self.swa_lr is None:
+            self.lr_scale = None        # type: ignore[assignment, method-assign]
+        elif not self.swa_lr >= 0:
+            raise ValueError(f"swa_lr is at least 0, not {self.swa_lr}")
+        self.average: dict[str, Any] = {}       # empty until it starts
+        self.count = 0
+
+    @hookimpl
+    def train_start(self, run):
+        if self.first(run) * run.plan()[0] >= run.planned_steps:
+            raise UsageError(f"start={self.start} is not before the run's end, so nothing would be averaged")
+
+    @hookimpl
+    def epoch_start(self, run):
+        self.begun, self.due = run.seen, run.epoch >= self.first(run)
+
+    @hookimpl(wrapper=True)
+    def lr_scale(self, run, initial_lr):
+        start = self.first(run)
+        if run.epoch < start or self.swa_lr is None:
+            return (yield)
+        part = min(1.0, (run.epoch - start) / self.anneal_epochs) if self.anneal_epochs else 1.0
+        if self.anneal_strategy == "cos":
+            part = (1 - cos(pi * part)) / 2
+        with standing(run, start):
+            before = yield
+        return [part * self.swa_lr / initial_lr + (1 - part) * prod(before)]
+
+    # The epoch's last step, not its evaluation: another average may stand in for the raw weights there.
+    @hookimpl
+    def after_step(self, run):
+        if self.due and (run.seen - self.begun >= run.plan()[1] or run.step >= run.max_steps):
+            self.update(run)
+
+    @hookimpl
+    def epoch_end(self, run):
+        if self.due and not run.stop:       # there were fewer batches than the loader said
+            self.update(run)
+
+    def update(self, run: Run) -> None:
+        weights = {name: weight.detach() for name, weight in run.model.named_parameters() if weight.is_floating_point()}
+        norms = {name: module for name, module in run.model.named_modules()
+                 if isinstance(module, _BatchNorm) and module.training and module.track_running_stats}
+        if not self.average:
+            self.average = {name: weight.clone() for name, weight in weights.items()}
+        else:
+            torch._foreach_lerp_([self.average[name] for name in weights], list(weights.values()), 1 / (self.count + 1))
+        self.count += 1
+        self.due = False
+        if norms:
+            with swapped(run.model, self.average | dict(run.model.named_buffers())):
+                recompute(run, norms.values())
+                self.average |= {key: buffer.clone() for name, module in norms.items()
+                                 for key, buffer in module.named_buffers(name, recurse=False)}
+
+    @hookimpl(wrapper=True)
+    def evaluate(self, run):
+        with swapped(run.model, self.average):
+            return (yield)
+
+    @hookimpl(wrapper=True)
+    def after_evaluate(self, run):
+        with swapped(run.model, self.average):
+            return (yield)
+
+    @hookimpl(wrapper=True)
+    def train_end(self, run):       # a wrapper, so that it comes before what others do with the final weights
+        fill(run.model, self.average)
+        return (yield)
+
+    def first(self, run: Run) -> int:
+        """The first epoch whose weights count, from 0; the 1e-9 is for what rounding takes from a whole number."""
+        return int(run.length(self.start, "epoch") + 1e-9)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average, self.count = state["average"], state["count"]
+
+
+@contextmanager
+def standing(run: Run, epoch: int) -> Iterator[None]:
+    """Put the run's position at the start of `epoch`, where schedules tell what their factor was then."""
+    here = run.epoch, run.attempts, run.seen
+    steps, micro_batches = run.plan()
+    run.epoch, run.attempts, run.seen = epoch, epoch * steps, epoch * micro_batches
+    try:
+        yield
+    finally:
+        run.epoch, run.attempts, run.seen = here
+
+
+@torch.no_grad()
+def recompute(run: Run, norms: Iterable[_BatchNorm]) -> None:
+    """Let BatchNorm collect its statistics anew, as means over the training data. Leaves the random numbers alone.
+
+    It is torch's update_bn, but takes batches of any kind the way a step does, and leaves frozen parts out.
+    """
+    momenta = {norm: norm.momentum for norm in norms}
+    random, outputs, read = checkpoint.random_state(), run.outputs, False
+    generators = {generator: generator.get_state() for generator in own_generators(run.train)}
+    try:
+        for norm in momenta:
+            norm.reset_running_stats()
+            norm.momentum = None        # every batch counts alike; 0 would keep the old statistics
+        groups = run.hook.group_batches(run=run, batches=moved(run.train, run.device))
+        for group in islice(groups, run.steps_per_epoch):
+            for batch in group:
+                run.hook.compute_loss(run=run, batch=batch)
+                read = True
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        checkpoint.set_random_state(random)
+        for generator, state in generators.items():
+            generator.set_state(state)
+        run.outputs = outputs
+    if not read:
+        raise UsageError("train cannot be read a second time, for the average's BatchNorm statistics; pass a list or "
+                         "a DataLoader")
+
+
+def own_generators(train: Any) -> set[torch.Generator]:
+    """The random generators that a DataLoader was given, which are not torch's own."""
+    found = [getattr(holder, "generator", None) for holder in (train, getattr(train, "sampler", None))]
+    return {generator for generator in found if generator is not None}

@@ -1,0 +1,84 @@
+"""Any schedule written for torch."""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from loopctl import UsageError, hookimpl
+
+
+@dataclass(eq=False)
+class TorchScheduler:
+    """Follow any torch LRScheduler, one's own included.
+
+    It moves the rates of a stand-in, from which the factors are read: it multiplies with other schedules, and cannot
+    disturb the optimizer. A momentum that it cycles stays in the stand-in; onecycle and cyclic move the real one.
+
+    cls: the class, or a function that takes an optimizer and returns a scheduler
+    options: its own options; on the command line each by its name, beside cls
+    by: step it every epoch, or every step
+    """
+
+    cls: Callable[..., Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    by: Literal["epoch", "step"] = "epoch"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.cls, type) and issubclass(self.cls, ReduceLROnPlateau):
+            raise ValueError("cls=ReduceLROnPlateau judges a metric; use the plugin plateau")
+        self.done = 0                               # steps that the scheduler has made
+        self.optimizer: Any = None
+
+    @hookimpl
+    def train_start(self, run):
+        self.start(run)
+
+    @hookimpl
+    def lr_scale(self, run, initial_lr, group):
+        position = run.position(self.by)
+        if self.optimizer is None or position < self.done:
+            self.start(run)
+        while self.done < position:
+            self.optimizer.step()
+            self.scheduler.step()
+            self.done += 1
+        groups = [id(one) for one in run.optimizer.param_groups]
+        return float(self.optimizer.param_groups[groups.index(id(group))]["lr"]) / initial_lr
+
+    def start(self, run: Any) -> None:
+        name = getattr(self.cls, "__name__", self.cls)
+        self.done, self.optimizer = 0, StandIn(run.optimizer)
+        try:
+            self.scheduler = self.cls(self.optimizer, **self.options)
+        except Exception as error:                  # a class may raise anything on options that it does not take
+            raise UsageError(f"cls={name}: {' '.join(str(error).split())}") from error
+        if not isinstance(self.scheduler, LRScheduler):
+            raise UsageError(f"cls={name} made a {type(self.scheduler).__name__}, not a torch LRScheduler")
+        try:
+            signature(self.scheduler.step).bind()
+        except TypeError as error:
+            raise UsageError(f"cls={name}: its step is {error}; for a metric, use the plugin plateau") from error
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done, "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+class StandIn(torch.optim.Optimizer):
+    """The parameter groups of an optimizer, with their initial rates and nothing to train."""
+
+    def __init__(self, real: torch.optim.Optimizer) -> None:
+        groups = [{**group, "params": [torch.zeros(1)], "lr": group["initial_lr"]} for group in real.param_groups]
+        for group in groups:
+            del group["initial_lr"]                 # a scheduler that finds it takes it for another one's
+        super().__init__(groups, {"momentum": 0.0, **real.defaults})
+
+    def step(self, closure: Any = None) -> None:    # type: ignore[override]
+        """There is nothing to train."""

@@ -1,0 +1,186 @@
+"""layerwise_lr against parameter groups written by hand."""
+from collections import OrderedDict
+from functools import partial
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from loopctl import Run, UsageError, explain, fit
+from loopctl.compose import compose
+from loopctl.options import spec as written
+from loopctl.plugins.layerwise_lr import LayerwiseLr
+from loopctl.prepare import make_optimizer, prepare
+
+cross_entropy = nn.CrossEntropyLoss()
+sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-2)
+adamw = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+LAYERS, FREEZE = "loopctl.plugins.layerwise_lr:LayerwiseLr", "loopctl.plugins.freeze:Freeze"
+
+
+def train(model, optimizer, batches, epochs=3):
+    torch.manual_seed(1)
+    model.train()
+    for _ in range(epochs):
+        for input, target in batches:
+            optimizer.zero_grad()
+            cross_entropy(model(input), target).backward()
+            optimizer.step()
+
+
+def groups(model, plugin, optimizer=sgd):
+    """What the optimizer gets: the names, the rate and the weight decay of each group."""
+    run = Run(model, None, optimizer, [1], hook=compose([plugin]), device=next(model.parameters()).device)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [([names[parameter] for parameter in group["params"]], group["lr"], group["weight_decay"])
+            for group in make_optimizer(run).param_groups]
+
+
+def rates(model, plugin):
+    """The rate of each parameter by name."""
+    return {name: lr for names, lr, _ in groups(model, plugin, partial(torch.optim.SGD, lr=1.0)) for name in names}
+
+
+@pytest.mark.parametrize("pattern", ["*convolution1*", "/convolution1/"])
+def test_one_layer_by_name_with_adam(batches, clone, same, pattern):
+    """A layer whose name contains convolution1 at 0.01, the rest at 0.001, one weight decay."""
+    torch.manual_seed(0)
+    net = nn.Sequential(OrderedDict(unflatten=nn.Unflatten(1, (1, 6)), my_convolution1=nn.Conv1d(1, 4, 3), act=nn.ReLU(),
+                                    convolution2=nn.Conv1d(4, 4, 3), flat=nn.Flatten(), fc=nn.Linear(8, 3)))
+    other, adam = clone(net), partial(torch.optim.Adam, lr=1e-3, weight_decay=1e-3)
+    fit(net, cross_entropy, adam, batches, epochs=3, plugins=[f"{LAYERS}:rates={pattern}=0.01"], seed=1)
+    train(other, torch.optim.Adam([
+        {"params": [p for name, p in other.named_parameters() if "convolution1" in name], "lr": 0.01},
+        {"params": [p for name, p in other.named_parameters() if "convolution1" not in name]}], lr=1e-3, weight_decay=1e-3), batches)
+    same(net, other)
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(("options", "by_hand"), [
+    ("rates=0=0.02,4.*=x3", lambda m, lr: [([m[1].weight, m[1].bias], lr, True), ([*m[0].parameters()], 0.02, True), ([*m[4].parameters()], lr * 3, True)]),
+    (r"rates=/^4\.w/=0,4=x1", lambda m, lr: [([*m[:4].parameters()], lr, True), ([m[4].weight], 0.0, True), ([m[4].bias], lr, True)]),
+    ("decay=0.5", lambda m, lr: [([*m[4].parameters()], lr, True), ([*m[:4].parameters()], lr * 0.5, True)]),
+    ("decay=0.5,rates=1=0.3", lambda m, lr: [([*m[4].parameters()], lr, True), ([*m[0].parameters()], lr * 0.5, True), ([*m[1].parameters()], 0.3, True)]),
+    ("no_decay=true", lambda m, lr: [([m[0].weight, m[4].weight], lr, True), ([m[0].bias, *m[1].parameters(), m[4].bias], lr, False)]),
+    ("no_decay=true,decay=0.5", lambda m, lr: [([m[4].weight], lr, True), ([m[4].bias], lr, False), ([m[0].weight], lr * 0.5, True), ([m[0].bias, *m[1].parameters()], lr * 0.5, False)]),
+], ids=str)
+def test_bit_for_bit_by_hand(net, batches, clone, same, optimizer, options, by_hand):
+    other = clone(net)
+    expected = optimizer([{"params": parameters, "lr": lr} | ({} if decays else {"weight_decay": 0.0})
+                          for parameters, lr, decays in by_hand(other, optimizer.keywords["lr"])])
+    names = {parameter: name for name, parameter in other.named_parameters()}
+    assert groups(net, f"{LAYERS}:{options}", optimizer) == [
+        ([names[parameter] for parameter in group["params"]], group["lr"], group["weight_decay"]) for group in expected.param_groups]
+    run = fit(net, cross_entropy, optimizer, batches, epochs=3, plugins=[f"{LAYERS}:{options}"], seed=1)
+    train(other, expected, batches)
+    same(net, other)
+    assert [row["lr"] for row in run.history] == [optimizer.keywords["lr"]] * 3
+
+
+def test_layers_of_a_resnet():
+    with torch.device("meta"):
+        found = rates(torchvision.models.resnet18(weights=None), "loopctl.plugins.layerwise_lr:LayerwiseLr:decay=0.5")
+    order = ["conv1", *(f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)), "fc"]
+    for name, rate in found.items():
+        part = "conv1" if name.startswith("bn1") else next(part for part in order if name.startswith(f"{part}."))
+        assert rate == 0.5 ** (9 - order.index(part)), name
+
+
+def test_layers_of_a_vit_are_those_of_beit():
+    with torch.device("meta"):
+        found = rates(torchvision.models.vit_b_16(weights=None), LayerwiseLr(decay=0.5))
+    for name, rate in found.items():
+        block = name.partition("encoder_layer_")[2].partition(".")[0]
+        layer = int(block) + 1 if block else 13 if name.startswith(("heads", "encoder.ln")) else 0
+        assert rate == 0.5 ** (13 - layer), name
+    assert {"class_token", "conv_proj.weight", "encoder.pos_embedding", "encoder.ln.weight", "heads.head.bias"} <= set(found)
+
+
+@pytest.mark.parametrize(("name", "count"), [("convnext_tiny", 23), ("efficientnet_b0", 19), ("swin_t", 17), ("vgg11_bn", 11), ("densenet121", 63)])
+def test_layers_of_others(name, count):
+    """Stem, blocks, transitions and classifier; no block is taken apart, and nothing is left out."""
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(weights=None)
+    found = rates(model, LayerwiseLr(decay=0.5))
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    assert len(set(found.values())) == count
+
+
+def test_layers_of_a_model_within_a_model_and_of_one_with_norms_alone():
+    with torch.device("meta"):
+        inner = rates(torchvision.models.resnet18(weights=None), LayerwiseLr(decay=0.5))
+        outer = rates(nn.Sequential(nn.Identity(), torchvision.models.resnet18(weights=None)), LayerwiseLr(decay=0.5))
+    assert {f"1.{name}": rate for name, rate in inner.items()} == outer
+    assert set(rates(nn.Sequential(nn.LayerNorm(3), nn.ReLU()), LayerwiseLr(decay=0.5)).values()) == {1.0}
+    assert rates(nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 3), nn.Linear(3, 3)), LayerwiseLr(decay=0.5)) == {
+        "0.weight": 0.5, "0.bias": 0.5, "1.weight": 0.5, "1.bias": 0.5, "2.weight": 1.0, "2.bias": 1.0}
+
+
+def test_a_shared_weight_is_in_one_group(net):
+    net[4] = nn.Linear(16, 16)
+    net.append(nn.Linear(16, 16))
+    net[5].weight = net[4].weight
+    assert sorted(name for names, *_ in groups(net, LayerwiseLr(decay=0.5)) for name in names) == sorted(name for name, _ in net.named_parameters())
+    assert groups(net, LayerwiseLr({"5": 0.3}))[1] == (["4.weight", "5.bias"], 0.3, 1e-2)
+
+
+def test_a_rate_in_a_tensor_stays_in_one(net):
+    factory = partial(torch.optim.Adam, lr=torch.tensor(0.1))
+    found = groups(net, LayerwiseLr({"0": 0.02, "1": "x2"}), factory)
+    assert [type(lr) for _, lr, _ in found] == [torch.Tensor] * 3
+    assert [lr.item() for _, lr, _ in found] == pytest.approx([0.1, 0.02, 0.2])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_frozen_for_good_is_left_out_and_frozen_for_a_while_is_in(net, batches, order):
+    def names(freeze):
+        plugins = [f"{LAYERS}:rates=0=0.02,1=0.03", f"{FREEZE}:{freeze}"][::order]
+        run = fit(net.requires_grad_(), cross_entropy, sgd, batches, plugins=plugins)
+        return [(len(group["params"]), group["lr"]) for group in run.optimizer.param_groups]
+
+    assert names("patterns=0,until=1ep") == [(2, 0.1), (2, 0.02), (2, 0.03)]
+    assert names("patterns=0") == [(2, 0.1), (2, 0.03)]
+
+
+def test_explain_shows_the_optimizers_own_rate(net, batches):
+    run = Run(net, cross_entropy, sgd, batches, epochs=2, hook=compose([LayerwiseLr(decay=0.5), "cosine"]))
+    prepare(run, None, None, None)
+    assert "learning rate    0.1 at the start, 0.1 at its peak, 0.05 at the end" in explain(run=run)
+    assert "param_groups          layerwise_lr" in explain(run=run)
+
+
+def test_its_options_read_back_as_they_were_written():
+    plugin = compose([f"{LAYERS}:rates=conv1.*=0.01,fc=x10,decay=0.5,no_decay=true"]).plugins["layerwise_lr"]
+    assert plugin.rates == {"conv1.*": 0.01, "fc": "x10"}
+    assert written("layerwise_lr", plugin) == "layerwise_lr:rates=conv1.*=0.01,fc=x10,decay=0.5,no_decay=true"
+
+
+HOW = "takes conv1.*=0.01, or conv1.*=x10 for ten times the optimizer's own rate, not"
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ("rates=conv9=0.1", "no parameter matches 'conv9'; the model's parameters start with 0, 1, 4"),
+    ("rates=[01]=0.1,1=0.2", "rates: patterns before '1' match all that it matches; put it before them"),
+    ("rates=0=fast", f"rates {HOW} 0=fast"),
+    ("rates=0=-1", f"rates {HOW} 0=-1.0"),
+    ("rates=0=xnan", f"rates {HOW} 0=xnan"),
+    ("rates=0.1", f"rates {HOW} =0.1"),
+    ("decay=1.5", "decay is above 0 and at most 1, not 1.5"),
+    ("decay=0", "decay is above 0 and at most 1, not 0.0"),
+    ("no_decay=false", "takes rates, decay or no_decay; without them it changes nothing"),
+])
+def test_what_cannot_be_is_refused_in_one_line(net, batches, options, message):
+    with pytest.raises(UsageError) as refused:
+        fit(net, cross_entropy, sgd, batches, plugins=[f"{LAYERS}:{options}"])
+    assert str(refused.value) == f"layerwise_lr: {message}"
+
+
+def test_what_is_no_dict_is_refused():
+    with pytest.raises(ValueError, match=r"rates takes rates by pattern, such as \{'conv1.\*': 0.01\}, not 0.1"):
+        LayerwiseLr(rates=0.1)
+
+
+def test_an_optimizer_that_has_groups_of_its_own_is_refused(net, batches):
+    with pytest.raises(UsageError, match="layerwise_lr decides the parameter groups, so pass a factory"):
+        fit(net, cross_entropy, sgd(net.parameters()), batches, plugins=[LayerwiseLr(decay=0.5)])

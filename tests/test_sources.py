@@ -1,0 +1,522 @@
+"""The thirty things people do by hand, each written here by hand, in plain PyTorch, and then compared with loopctl.
+
+Every weight, the loss of every step and the learning rates of every step are equal: to the last bit where the operations
+are the same, else to a tolerance whose reason stands beside it. The table in docs/sources.md is made from this file.
+"""
+import copy
+import math
+import os
+import random
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.optim import lr_scheduler, swa_utils
+
+from loopctl import fit, hookimpl
+from loopctl.cli import optimizers
+
+ROOT = Path(__file__).parents[1]
+cross_entropy = nn.CrossEntropyLoss()
+
+
+# What every row trains: real digits, a small network.
+
+
+def digits(start, stop, size=32):
+    found = load_digits()
+    images = torch.tensor(found.images[start:stop], dtype=torch.float32).unsqueeze(1) / 16
+    targets = torch.tensor(found.target[start:stop])
+    return list(zip(images.split(size), targets.split(size), strict=True))
+
+
+TRAIN, VALID = digits(0, 200), digits(200, 300)         # the last batches are smaller
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(144, 10))
+
+
+def by_hand(model, optimizer, epochs=3, per_epoch=None, per_step=None, after_epoch=None):
+    """The plain loop. Returns the loss and the rates of every step."""
+    seen = []
+    torch.manual_seed(1)
+    for epoch in range(epochs):
+        model.train()
+        for input, target in TRAIN:
+            rates = [group["lr"] for group in optimizer.param_groups]
+            optimizer.zero_grad()
+            loss = cross_entropy(model(input), target)
+            loss.backward()
+            optimizer.step()
+            seen.append((loss.item(), rates))
+            if per_step:
+                per_step.step()
+        if per_epoch:
+            per_epoch.step()
+        if after_epoch and after_epoch(epoch):
+            break
+    return seen
+
+
+class Watch:
+    """Writes down the loss and the rates of every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    @hookimpl
+    def after_step(self, run):
+        self.seen.append((run.loss.item(), [group["lr"] for group in run.optimizer.param_groups]))
+
+
+def ours(model, optimizer, epochs=3, plugins=(), **more):
+    watch = Watch()
+    run = fit(model, cross_entropy, optimizer, TRAIN, epochs=epochs, plugins=[*plugins, watch], seed=1, **more)
+    return run, watch.seen
+
+
+def same_weights(one, other, tolerance=0.0):
+    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def same_steps(mine, theirs, tolerance=0.0):
+    assert len(mine) == len(theirs)
+    for (loss, rates), (other, others) in zip(mine, theirs, strict=True):
+        assert loss == pytest.approx(other, rel=tolerance, abs=0)
+        assert rates == pytest.approx(others, rel=1e-12, abs=1e-16)
+
+
+sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def compare_schedule(plugins, make, per="epoch", epochs=6, factory=sgd):
+    """A schedule of torch's, stepped by hand, against a plugin.
+
+    The rates agree to 1e-12: torch computes each from the one before, loopctl in closed form. Losses and weights
+    then agree to float32's own rounding of such rates.
+    """
+    mine, theirs = network(), network()
+    optimizer = factory(theirs.parameters())
+    schedule = make(optimizer)
+    expected = by_hand(theirs, optimizer, epochs, **{f"per_{per}": schedule})
+    _, seen = ours(mine, factory, epochs, plugins)
+    same_steps(seen, expected, 1e-4)
+    same_weights(mine, theirs, 1e-5)
+
+
+# The rows.
+
+
+@pytest.mark.parametrize(("spec", "cls", "options"), [
+    ("sgd:momentum=0.9,weight_decay=1e-4,nesterov=true", torch.optim.SGD, {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}),
+    ("adagrad:lr_decay=0.01,weight_decay=1e-4,eps=1e-9", torch.optim.Adagrad, {"lr_decay": 0.01, "weight_decay": 1e-4, "eps": 1e-9}),
+    ("rmsprop:alpha=0.9,eps=1e-7,momentum=0.5,centered=true", torch.optim.RMSprop,
+     {"alpha": 0.9, "eps": 1e-7, "momentum": 0.5, "centered": True}),
+    ("adam:betas=0.8,0.99,eps=1e-7,amsgrad=true,weight_decay=1e-4", torch.optim.Adam,
+     {"betas": (0.8, 0.99), "eps": 1e-7, "amsgrad": True, "weight_decay": 1e-4}),
+    ("adamw:weight_decay=0.05", torch.optim.AdamW, {"weight_decay": 0.05}),
+])
+def test_row_01_optimizers_and_their_options(spec, cls, options):
+    mine, theirs = network(), network()
+    expected = by_hand(theirs, cls(theirs.parameters(), lr=0.01, **options))
+    _, seen = ours(mine, optimizers.make(spec, 0.01)[0])
+    same_weights(mine, theirs)
+    same_steps(seen, expected)
+
+
+def test_row_02_lbfgs():
+    mine, theirs = network(), network()
+    optimizer = torch.optim.LBFGS(theirs.parameters(), lr=0.01, max_iter=20)
+    torch.manual_seed(1)
+    theirs.train()
+    for input, target in TRAIN[:3]:
+        def closure(input=input, target=target):
+            optimizer.zero_grad()
+            loss = cross_entropy(theirs(input), target)
+            loss.backward()
+            return loss
+        optimizer.step(closure)
+    fit(mine, cross_entropy, optimizers.make("lbfgs:max_iter=20", 0.01)[0], TRAIN[:3], seed=1)
+    same_weights(mine, theirs)
+
+
+class Lion(torch.optim.Optimizer):
+    """An optimizer of one's own (arXiv:2302.06675)."""
+
+    def __init__(self, params, lr=1e-3, beta=0.9):
+        super().__init__(params, {"lr": lr, "beta": beta})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1 - group["beta"])
+                parameter.sub_(average.sign(), alpha=group["lr"])
+        return loss
+
+
+def test_row_03_an_optimizer_of_ones_own():
+    mine, theirs = network(), network()
+    expected = by_hand(theirs, Lion(theirs.parameters(), lr=0.01, beta=0.8))
+    _, seen = ours(mine, optimizers.make(f"{__file__}:Lion:beta=0.8", 0.01)[0])
+    same_weights(mine, theirs)
+    same_steps(seen, expected)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.1])
+def test_row_04_step_lr_per_epoch(gamma):
+    compare_schedule([f"step:step_size=2,gamma={gamma}"], partial(lr_scheduler.StepLR, step_size=2, gamma=gamma))
+
+
+def test_row_05_multistep_lr():
+    compare_schedule(["multistep:milestones=2,3,5,gamma=0.1"], partial(lr_scheduler.MultiStepLR, milestones=[2, 3, 5], gamma=0.1))
+
+
+def test_row_06_exponential_lr():
+    compare_schedule(["exponential:gamma=0.9"], partial(lr_scheduler.ExponentialLR, gamma=0.9))
+
+
+@pytest.mark.parametrize("t_max", [2, 6, 50])
+def test_row_07_cosine_falls_and_rises_again_after_t_max(t_max):
+    compare_schedule([f"cosine:t_max={t_max},eta_min=0.001"],
+                     partial(lr_scheduler.CosineAnnealingLR, T_max=t_max, eta_min=0.001))
+
+
+def test_row_08_cosine_with_warm_restarts():
+    compare_schedule(["cosine_restarts:t_0=2,t_mult=2"], partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=2, T_mult=2))
+
+
+@pytest.mark.parametrize(("spec", "options"), [
+    ("factor=0.5,patience=1", {"factor": 0.5, "patience": 1}),
+    ("mode=max,factor=0.5,patience=0,threshold=0.01,threshold_mode=abs,cooldown=1,min_lr=0.02",
+     {"mode": "max", "factor": 0.5, "patience": 0, "threshold": 0.01, "threshold_mode": "abs", "cooldown": 1, "min_lr": 0.02}),
+])
+def test_row_09_reduce_on_plateau_of_the_validation_loss(spec, options):
+    mine, theirs = network(), network()
+    optimizer = sgd(theirs.parameters())
+    schedule = lr_scheduler.ReduceLROnPlateau(optimizer, **options)
+
+    def validate(epoch):
+        theirs.eval()
+        with torch.no_grad():
+            total = sum(cross_entropy(theirs(x), y).double() * len(y) for x, y in VALID)
+        schedule.step(total.item() / sum(len(y) for _, y in VALID))
+
+    expected = by_hand(theirs, optimizer, 9, after_epoch=validate)
+    _, seen = ours(mine, sgd, 9, [f"plateau:monitor=val_loss,{spec}"], valid=VALID)
+    assert len({rates[0] for _, rates in expected}) > 1          # it did reduce
+    same_steps(seen, expected, 1e-4)
+    same_weights(mine, theirs, 1e-5)
+
+
+def halve(epoch):
+    return 0.5**epoch
+
+
+def test_row_10_lambda_lr():
+    from importlib import import_module
+    Lambda = import_module("loopctl.plugins.lambda").Lambda
+    compare_schedule([Lambda(halve)], partial(lr_scheduler.LambdaLR, lr_lambda=halve))
+
+
+@pytest.mark.parametrize(("spec", "make"), [
+    ("linear:start_factor=0.5,end_factor=0.1,total_iters=4",
+     partial(lr_scheduler.LinearLR, start_factor=0.5, end_factor=0.1, total_iters=4)),
+    ("polynomial:total_iters=5,power=2", partial(lr_scheduler.PolynomialLR, total_iters=5, power=2)),
+])
+def test_row_11_linear_and_polynomial_decay(spec, make):
+    compare_schedule([spec], make)
+
+
+class Trapezoid:
+    """The rate by hand: up over step_size steps, hold, down from anneal_start over step_size steps, base after."""
+
+    def __init__(self, optimizer, base, top, step_size, anneal_start):
+        self.optimizer, self.settings, self.count = optimizer, (base, top, step_size, anneal_start), -1
+        self.step()
+
+    def step(self):
+        self.count += 1
+        base, top, size, start = self.settings
+        if self.count < size:
+            lr = base + (top - base) * self.count / size
+        elif self.count < start:
+            lr = top
+        elif self.count < start + size:
+            lr = top - (top - base) * (self.count - start) / size
+        else:
+            lr = base
+        self.optimizer.param_groups[0]["lr"] = lr
+
+
+def test_row_12_trapezoidal():
+    compare_schedule(["trapezoidal:base_lr=0.01,max_lr=0.2,step_size=10,anneal_start=25,by=step"],
+                     partial(Trapezoid, base=0.01, top=0.2, step_size=10, anneal_start=25), per="step")
+
+
+@pytest.mark.parametrize(("spec", "options"), [
+    ("", {}), (",pct_start=0.2,anneal_strategy=linear,div_factor=10,final_div_factor=100",
+               {"pct_start": 0.2, "anneal_strategy": "linear", "div_factor": 10, "final_div_factor": 100}),
+    (",three_phase=true", {"three_phase": True}),
+])
+def test_row_13_one_cycle_per_batch_with_momentum(spec, options):
+    momenta = []
+
+    class Momentum:
+        @hookimpl
+        def before_step(self, run):
+            momenta.append(run.optimizer.param_groups[0]["momentum"])
+
+    expected = []
+
+    class Look(lr_scheduler.OneCycleLR):
+        def step(self, *arguments):
+            super().step(*arguments)
+            expected.append(self.optimizer.param_groups[0]["momentum"])
+
+    make = partial(Look, max_lr=0.3, total_steps=6 * len(TRAIN) + 1, **options)
+    compare_schedule([f"onecycle:max_lr=0.3,total_steps={6 * len(TRAIN) + 1}{spec}", Momentum()], make, per="step")
+    assert momenta == pytest.approx(expected[:-1], rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["triangular", "triangular2", "exp_range"])
+def test_row_14_cyclical_rates(mode):
+    compare_schedule(
+        [f"cyclic:base_lr=0.01,max_lr=0.1,step_size_up=5,step_size_down=8,mode={mode},gamma=0.99"],
+        partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=5, step_size_down=8, mode=mode, gamma=0.99), per="step")
+
+
+def test_row_15_warmup_then_another_schedule():
+    def make(optimizer):
+        return lr_scheduler.ChainedScheduler([lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10),
+                                              lr_scheduler.ExponentialLR(optimizer, 0.95)])
+
+    compare_schedule(["warmup:length=10,start_factor=0.1", "exponential:gamma=0.95,by=step"], make, per="step")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_row_16_mixed_precision(dtype):
+    mine, theirs = network(), network()
+    optimizer, scaler = sgd(theirs.parameters()), torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    torch.manual_seed(1)
+    for _ in range(3):
+        theirs.train()
+        for input, target in TRAIN:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype):
+                loss = cross_entropy(theirs(input), target)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    ours(mine, sgd, plugins=[f"amp:dtype={str(dtype).removeprefix('torch.')}"])
+    same_weights(mine, theirs)
+
+
+def test_row_17_gradient_accumulation_without_losing_the_last_group():
+    mine, theirs = network(), network()
+    optimizer = sgd(theirs.parameters())
+    torch.manual_seed(1)
+    for _ in range(3):
+        theirs.train()
+        for start in range(0, len(TRAIN), 4):
+            group = TRAIN[start:start + 4]
+            count = sum(len(target) for _, target in group)
+            optimizer.zero_grad()
+            for input, target in group:
+                loss = cross_entropy(theirs(input), target) * (len(target) / count)
+                loss.backward()
+            optimizer.step()
+    run, _ = ours(mine, sgd, plugins=["accumulate:every=4"])
+    assert run.step == 6
+    same_weights(mine, theirs)
+
+
+@pytest.mark.parametrize(("spec", "clip"), [
+    ("clip:max_norm=20,norm_type=2", partial(nn.utils.clip_grad_norm_, max_norm=20, norm_type=2)),
+    ("clip:max_norm=0.5", partial(nn.utils.clip_grad_norm_, max_norm=0.5)),
+    ("clip:value=0.01", partial(nn.utils.clip_grad_value_, clip_value=0.01)),
+])
+def test_row_18_gradient_clipping(spec, clip):
+    mine, theirs = network(), network()
+    optimizer = sgd(theirs.parameters())
+    torch.manual_seed(1)
+    for _ in range(3):
+        theirs.train()
+        for input, target in TRAIN:
+            optimizer.zero_grad()
+            cross_entropy(theirs(input), target).backward()
+            clip(theirs.parameters())
+            optimizer.step()
+    ours(mine, sgd, plugins=[spec])
+    same_weights(mine, theirs)
+
+
+def test_row_19_freezing_by_name():
+    mine, theirs = network(), network()
+    for name, parameter in theirs.named_parameters():
+        if name.startswith("0."):
+            parameter.requires_grad = False
+    expected = by_hand(theirs, sgd(parameter for parameter in theirs.parameters() if parameter.requires_grad))
+    _, seen = ours(mine, sgd, plugins=["freeze:patterns=0.*"])
+    same_weights(mine, theirs)
+    same_steps(seen, expected)
+
+
+def test_row_20_other_rates_for_other_layers():
+    mine, theirs = network(), network()
+    chosen = [parameter for name, parameter in theirs.named_parameters() if name.startswith("0.")]
+    others = [parameter for name, parameter in theirs.named_parameters() if not name.startswith("0.")]
+    optimizer = torch.optim.Adam([{"params": others}, {"params": chosen, "lr": 0.01}], lr=0.001, weight_decay=1e-3)
+    expected = by_hand(theirs, optimizer)
+    _, seen = ours(mine, partial(torch.optim.Adam, lr=0.001, weight_decay=1e-3), plugins=["layerwise_lr:rates=0.*=0.01"])
+    same_weights(mine, theirs)
+    same_steps(seen, expected)
+
+
+def test_row_21_stochastic_weight_averaging():
+    mine, theirs = network(), network()
+    optimizer = sgd(theirs.parameters())
+    average, anneal = swa_utils.AveragedModel(theirs), swa_utils.SWALR(optimizer, swa_lr=0.05, anneal_epochs=2)
+    optimizer.param_groups[0]["lr"] = 0.1                # SWALR has set its own already; it begins at epoch 3
+
+    def after_epoch(epoch):
+        if epoch >= 3:
+            average.update_parameters(theirs)
+            anneal.step()
+
+    by_hand(theirs, optimizer, 6, after_epoch=after_epoch)
+    swa_utils.update_bn([input for input, _ in TRAIN], average)
+    ours(mine, sgd, 6, ["swa:start=3ep,swa_lr=0.05,anneal_epochs=2"])
+    # SWALR computes each rate from the one before, loopctl in closed form; float32 then rounds apart.
+    for (name, a), b in zip(mine.named_parameters(), average.module.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_row_22_early_stopping_keeps_the_best():
+    mine, theirs = network(), network()
+    best, waited, stopped = [math.inf, None], [0], []
+
+    def validate(epoch):
+        theirs.eval()
+        with torch.no_grad():
+            total = sum(cross_entropy(theirs(x), y).double() * len(y) for x, y in VALID).item() / sum(len(y) for _, y in VALID)
+        if total < best[0]:
+            best[:], waited[0] = [total, copy.deepcopy(theirs.state_dict())], 0
+        else:
+            waited[0] += 1
+        stopped.append(waited[0] >= 2)
+        return stopped[-1]
+
+    by_hand(theirs, sgd(theirs.parameters()), 60, after_epoch=validate)
+    run, _ = ours(mine, sgd, 60, ["early_stopping:patience=2,restore_best=true"], valid=VALID)
+    assert stopped[-1]
+    assert run.epoch == len(stopped)
+    assert run.stop == f"val_loss has not improved on {best[0]:.4g} for 2 evaluations"
+    theirs.load_state_dict(best[1])
+    same_weights(mine, theirs)
+
+
+def test_row_23_layer_report(capsys):
+    ours(network(), sgd, 1, ["summary"])
+    text = capsys.readouterr().out
+    assert re.search(r"Conv2d +\[32, 4, 6, 6\] +40", text)
+    assert re.search(r"Linear +\[32, 10\] +1,450", text)
+    assert re.search(r"trainable +1,498", text)
+
+
+def test_row_25_choosing_a_device():
+    run, _ = ours(network(), sgd, 1, device="cpu")
+    assert run.device == torch.device("cpu")
+    if torch.cuda.is_available():
+        run, _ = ours(network(), sgd, 1, device="cuda:0")
+        assert next(run.model.parameters()).device == torch.device("cuda:0")
+
+
+def test_row_27_deterministic_algorithms_are_asked_for(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from loopctl.cli import main
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    files = []
+    for name in ("a", "b"):
+        command = ["run", "--epochs", "1", "--model", "mlp:dropout=0.2", "--seed", "42", "--deterministic", "--out", name]
+        assert CliRunner().invoke(main, command).exit_code == 0
+        files.append((tmp_path / name / "weights.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert asked == [True, True]
+    assert torch.backends.cudnn.benchmark is False
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_row_27_reproducibility():
+    numbers = []
+    for _ in range(2):
+        torch.rand(3), np.random.rand(3), random.random()
+        model = network()
+        ours(model, sgd, 1)
+        numbers.append((model[0].weight.sum().item(), torch.rand(1).item(), np.random.rand(), random.random()))
+    assert numbers[0] == numbers[1]
+
+
+# The table of the docs.
+
+ROWS = {
+    1: ("SGD, Adagrad, RMSprop, Adam, AdamW and their options", "`--optimizer name:options`"),
+    2: ("L-BFGS", "`--optimizer lbfgs:max_iter=20`"),
+    3: ("an optimizer class of one's own", "`--optimizer package.module:Class`"),
+    4: ("StepLR", "`step`"), 5: ("MultiStepLR", "`multistep`"), 6: ("ExponentialLR", "`exponential`"),
+    7: ("CosineAnnealingLR", "`cosine`"), 8: ("CosineAnnealingWarmRestarts", "`cosine_restarts`"),
+    9: ("ReduceLROnPlateau", "`plateau`"), 10: ("LambdaLR", "`lambda`"),
+    11: ("linear and polynomial decay", "`linear`, `polynomial`"), 12: ("a trapezoidal schedule", "`trapezoidal`"),
+    13: ("OneCycleLR, the momentum with it", "`onecycle`"), 14: ("CyclicLR", "`cyclic`"),
+    15: ("warmup, then another schedule", "`warmup` with any other"), 16: ("mixed precision", "`amp`"),
+    17: ("gradient accumulation", "`accumulate`"), 18: ("gradient clipping", "`clip`"), 19: ("freezing", "`freeze`"),
+    20: ("different rates for different layers", "`layerwise_lr`"), 21: ("stochastic weight averaging", "`swa`"),
+    22: ("early stopping", "`early_stopping`"), 23: ("a layer report", "`summary`, `loopctl summary`"),
+    24: ("a plot of the learning rate", "`loopctl lr`"), 25: ("choosing a GPU", "`--device cuda:1`"),
+    26: ("several GPUs", "not there yet"),
+    27: ("reproducibility", "`--seed 42 --deterministic`"),
+    28: ("ResNet-50 on ImageNet", "[one line](programs.md)"), 29: ("a linear model on MNIST", "[one line](programs.md)"),
+    30: ("a ViT on CIFAR-10", "[one line](programs.md)"),
+}
+PAGE = ROOT / "docs" / "sources.md"
+
+
+def page():
+    """docs/sources.md, from the rows above and the tests there are."""
+    tests = {}
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        for name, number in re.findall(r"^def (test_row_(\d+)\w*)", file.read_text(), re.MULTILINE):
+            tests.setdefault(int(number), []).append(f"`{name}`")
+    lines = [f"| {number} | {what} | {how} | {', '.join(tests.get(number, ['none yet']))} |" for number, (what, how) in ROWS.items()]
+    return "\n".join([
+        "# Thirty things people do by hand", "",
+        "Each has a test that does it by hand, in plain PyTorch, and compares every weight with what loopctl gives: to the last bit",
+        "where the operations are the same, else to a tolerance whose reason stands in the test.",
+        "`python tests/test_sources.py` writes this table.", "",
+        "| | by hand | in loopctl | test |", "|---|---|---|---|", *lines, ""])
+
+
+def test_the_table_in_the_docs_is_what_there_is():
+    assert PAGE.read_text() == page()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
