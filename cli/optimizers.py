@@ -1,6 +1,7 @@
 """Optimizers by name: every class of torch.optim, or `package.module:Class`."""
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from math import isfinite
 from typing import Any
@@ -15,9 +16,10 @@ def known() -> list[str]:
     return sorted({name.lower() for name in classes if not name.startswith("_")})
 
 
-def make(spec: str, lr: float | None) -> tuple[Callable[[list[dict[str, Any]]], Any], float | None]:
+def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[list[dict[str, Any]]], Any], float | None]:
     """The factory that `spec` says, and its learning rate, `lr` or the class's own; None where `spec` says it.
 
+    On a GPU the update is one fused kernel where torch has that, unless `spec` says foreach, fused or what excludes it.
     Raises UsageError where the class refuses what it is given.
     """
     import torch
@@ -29,6 +31,9 @@ def make(spec: str, lr: float | None) -> tuple[Callable[[list[dict[str, Any]]], 
         raise UsageError(f"optimizer {name}: lr is given twice, as --lr and as an option; leave one out")
     own = "lr" in options
     options |= {} if lr is None else {"lr": lr}
+    excluded = {"foreach", "fused", "differentiable"} & set(options)
+    if device == "cuda" and "fused" in inspect.signature(cls).parameters and not excluded:
+        options["fused"] = True
     rate = options.get("lr", 0)
     if not (isinstance(rate, int | float) and isfinite(rate) and rate >= 0):
         raise UsageError(f"lr is {rate}; a learning rate is a number from 0, such as 1e-3")

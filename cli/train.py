@@ -44,7 +44,7 @@ def assemble(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     plugins = [build(text)[1] for text in specs]
     compose(plugins)                          # what does not go together is refused before the data is read
     device = find_device(settings["device"])
-    factory, lr = optimizers.make(settings["optimizer"], settings["lr"])
+    factory, lr = optimizers.make(settings["optimizer"], settings["lr"], device.type)
     if settings["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

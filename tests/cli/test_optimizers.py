@@ -109,3 +109,12 @@ def test_the_names_for_completion_are_the_real_classes_found_without_importing_t
             "assert 'torch' not in sys.modules")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert found == sorted(CLASSES)
+
+
+@pytest.mark.parametrize(("spec", "device", "fused"), [
+    ("adamw", "cuda", True), ("sgd:momentum=0.9", "cuda", True), ("adamw", "cpu", None), ("adamw:foreach=true", "cuda", None),
+    ("adam:fused=false", "cuda", False), ("rmsprop", "cuda", "missing"), ("lbfgs", "cuda", "missing"),
+])
+def test_on_a_gpu_the_update_is_fused_where_torch_has_that(spec, device, fused):
+    factory, _ = optimizers.make(spec, 0.1, device)
+    assert factory([torch.zeros(2, 2, requires_grad=True)]).defaults.get("fused", "missing") == fused
