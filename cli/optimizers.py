@@ -16,7 +16,7 @@ def known() -> list[str]:
     return sorted({name.lower() for name in classes if not name.startswith("_")})
 
 
-def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[list[dict[str, Any]]], Any], float | None]:
+def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[Any], Any], float | None]:
     """The factory that `spec` says, and its learning rate, `lr` or the class's own; None where `spec` says it.
 
     On a GPU the update is one fused kernel where torch has that, unless `spec` says foreach, fused or what excludes it.

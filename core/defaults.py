@@ -1,9 +1,12 @@
-"""Plain PyTorch: what each hook does when no plugin replaces it."""
+"""Plain PyTorch: what each hook does when no plugin replaces it.
+
+Each takes all the arguments of its hook, needed or not, and so is called without a detour.
+"""
 from __future__ import annotations
 
 import torch
 
-from loopctl.batches import grouped, moved, samples
+from loopctl.batches import moved, samples
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 from loopctl.meters import Meters
@@ -16,12 +19,12 @@ def param_groups(run):
 
 
 @hookimpl(trylast=True)
-def group_batches(batches):
-    return grouped(batches, 1)
+def group_batches(run, batches):
+    return ([batch] for batch in batches)
 
 
 @hookimpl(trylast=True)
-def batch_weight(batch):
+def batch_weight(run, batch):
     return samples(batch)
 
 
@@ -31,7 +34,7 @@ def optimizer_step(run, closure):
 
 
 @hookimpl(trylast=True)
-def micro_step(run, batch, weight):
+def micro_step(run, batch, weight, last):
     loss = run.hook.compute_loss(run=run, batch=batch)
     if len(run.batches) > 1:        # else the micro-batch is the whole step, and its weight is 1
         loss = loss * weight
@@ -50,7 +53,7 @@ def compute_loss(run, batch):
 
 
 @hookimpl(trylast=True)
-def backward(loss):
+def backward(run, loss):
     loss.backward()
     return loss
 
