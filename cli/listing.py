@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from dataclasses import MISSING
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -48,10 +49,12 @@ def page(spec: str) -> str:
         lines.append("options")
         width = max(map(len, known))
         for option in known.values():
-            default = "required" if "MISSING" in repr(option.default) else shown(option.default) or "(empty)"
-            text = [*wrap(option.help, 96 - width), f"{described(option.type)}; default {default}"]
+            default = "required" if option.default is MISSING else f"default {shown(option.default) or '(empty)'}"
+            text = [*wrap(option.help, 96 - width), f"{described(option.type)}; {default}"]
             lines += [f"  {option.name if line is text[0] else '':{width}}  {line}" for line in text]
         lines.append("")
+    required = ",".join(f"{option.name}=..." for option in known.values() if option.default is MISSING)
+    lines.append(f"use      loopctl run --plugin {head}{':' if required else ''}{required}")
     joined = [hook for hook in SPECS if hasattr(getattr(cls, hook, None), "loopctl_impl")]
     wraps = {hook for hook in joined if getattr(cls, hook).loopctl_impl["wrapper"]}
     lines.append("hooks    " + ", ".join(f"{hook} (wraps)" if hook in wraps else hook for hook in joined))
