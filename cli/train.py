@@ -23,9 +23,9 @@ from loopctl.cli import DEFAULTS, data, models, optimizers
 from loopctl.compose import blame, compose
 from loopctl.errors import UsageError
 from loopctl.find import build, split
+from loopctl.layers import table, text, watch
 from loopctl.modes import evaluating
 from loopctl.options import spec
-from loopctl.plugins.summary import table, text, watch
 from loopctl.prepare import find_device, prepare, seed_everything
 from loopctl.run import Run
 

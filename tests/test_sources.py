@@ -386,7 +386,8 @@ def test_row_19_freezing_by_name():
         if name.startswith("0."):
             parameter.requires_grad = False
     expected = by_hand(theirs, sgd(parameter for parameter in theirs.parameters() if parameter.requires_grad))
-    _, seen = ours(mine, sgd, plugins=["freeze:patterns=0.*"])
+    run, seen = ours(mine, sgd, plugins=["freeze:patterns=0.*"])
+    assert all(parameter.requires_grad for parameter in run.optimizer.param_groups[0]["params"])
     same_weights(mine, theirs)
     same_steps(seen, expected)
 

@@ -65,6 +65,7 @@ def test_without_matplotlib_it_says_how_to_get_it(run, monkeypatch):
 
 def test_the_layers_of_a_model(run, tmp_path):
     text = run("summary", "--model", "mlp:width=16", "--batch-size", "8").stdout
-    assert re.search(r"Linear +\[8, 16\] +1,040 +trainable", text)
+    assert re.search(r"Linear +\[8, 16\] +1,040 +70\.2% +8\.19 k +trainable", text)
     assert re.search(r"Parameters +1,482", text)
+    assert re.search(r"Multiply-adds, forward +11\.5 k", text)
     assert list(tmp_path.iterdir()) == []

@@ -4,14 +4,20 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
+from itertools import product
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import VisionTransformer, resnet18
 
 from loopctl import UsageError, fit, hookimpl
-from loopctl.plugins.summary import Summary, table, watch
+from loopctl.layers import Layer, table, watch
+from loopctl.plugins.summary import Summary
 
 MB = 2**20
 
@@ -48,6 +54,17 @@ def hooks(model):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
+def multiply_adds(layers):
+    return sum(layer.multiply_adds for layer in layers)
+
+
+def flops(model, *inputs, **named):
+    """torch's own count, of what its kernels are given: two per multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs, **named)
+    return counter.get_total_flops()
+
+
 def activations(layers):
     return sum(layer.activations for layer in layers.values())
 
@@ -75,9 +92,9 @@ def test_totals():
     assert rows["Parameters and buffers"][2] == f"{6192 / MB:.3f} MB" == "0.006 MB"
     assert rows["Activations, forward"][2] == f"{4 * 512 * 1930 / MB:.3f} MB" == "3.770 MB"
     assert rows["Input"][2] == f"{4 * 512 * 192 / MB:.3f} MB" == "0.375 MB"
-    assert rows["0"] == ["Conv2d", "[512, 8, 8, 8]", "224", "frozen"]
-    assert rows["6"] == ["Linear", "[512, 10]", "1,290", "trainable"]
-    assert rows["2"] == ["ReLU", "[512, 8, 8, 8]", "", ""]
+    assert rows["0"] == ["Conv2d", "[512, 8, 8, 8]", "224", "14.6%", "7.08 M", "frozen"]
+    assert rows["6"] == ["Linear", "[512, 10]", "1,290", "84.3%", "655 k", "trainable"]
+    assert rows["2"] == ["ReLU", "[512, 8, 8, 8]", "", "", "", ""]
 
 
 def test_precision_and_partly_frozen():
@@ -86,7 +103,7 @@ def test_precision_and_partly_frozen():
     layers = seen(model, torch.randn(5, 3, dtype=torch.float64))
 
     assert (layers[""].size, activations(layers), layers[""].inputs) == (8 * 8, 8 * 10, 8 * 15)
-    assert text(layers)["model"] == ["Linear", "[5, 2]", "8", "partly frozen"]
+    assert text(layers)["model"] == ["Linear", "[5, 2]", "8", "100.0%", "30", "partly frozen"]
     assert text(layers)["trainable"][2] == "6"
 
 
@@ -111,8 +128,8 @@ def test_shared_module():
     assert list(layers) == ["", "block", "block.0", "block.1", "alias", "head"]
     assert sum(layer.parameters for layer in layers.values()) == 20 + 10 == sum(p.numel() for p in model.parameters())
     assert activations(layers) == 4 * 3 * (2 * (4 + 4) + 2)
-    assert rows["0"] == ["Linear", "[3, 4]", "20", "trainable, used 2 times"]
-    assert rows["alias"] == ["Sequential", "", "", "used again: block"]
+    assert rows["0"] == ["Linear", "[3, 4]", "20", "66.7%", "96", "trainable, used 2 times"]
+    assert rows["alias"] == ["Sequential", "", "", "", "", "used again: block"]
 
 
 def test_tied_parameters():
@@ -130,9 +147,9 @@ def test_tied_parameters():
     layers = seen(Tied(), torch.arange(6))
     rows = text(layers)
 
-    assert rows["embed"][2:] == ["40", "trainable"]
-    assert rows["head"][2:] == ["10", "trainable, shared: embed"]
-    assert rows["aux"][2:] == ["", "shared: embed"]
+    assert rows["embed"][2:] == ["40", "80.0%", "", "trainable"]
+    assert rows["head"][2:] == ["10", "20.0%", "240", "trainable, shared: embed"]
+    assert rows["aux"][2:] == ["", "", "240", "shared: embed"]
     assert rows["Parameters"][2] == "50"
     assert sum(layer.size for layer in layers.values()) == 4 * 50
 
@@ -141,7 +158,7 @@ def test_parameter_tied_to_the_model_itself():
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     model.scale = model[0].weight
 
-    assert text(seen(model, torch.randn(1, 2)))["0"][3] == "shared: model"
+    assert text(seen(model, torch.randn(1, 2)))["0"][5] == "shared: model"
 
 
 def test_lstm_returns_tuples():
@@ -173,6 +190,9 @@ def test_nested_tensors():
 
     assert (layers["layers.0.linear1"].shape, layers[""].shape) == ("nested", "[2, 3, 8]")
     assert layers["layers.0.linear1"].activations == 4 * 4 * 16
+    assert layers["layers.0.linear1"].multiply_adds == 4 * 8 * 16
+    assert layers["layers.0.self_attn"].multiply_adds == 4 * 8 * 8 * 4 + 2 * (3 * 3 + 1) * 8
+    assert text(layers)["Multiply-adds, forward"][2] == "2.21 k"
 
 
 def test_nothing_ran():
@@ -180,8 +200,8 @@ def test_nothing_ran():
         pass
     rows = text({layer.name: layer for layer in layers})
 
-    assert rows["6"] == ["Linear", "-", "1,290", "trainable"]
-    assert (rows["Activations, forward"][2], rows["Input"][2]) == ("-", "-")
+    assert rows["6"] == ["Linear", "-", "1,290", "84.3%", "", "trainable"]
+    assert [rows[name][2] for name in ("Activations, forward", "Input", "Multiply-adds, forward")] == ["-"] * 3
 
 
 def test_dict_output_and_several_inputs():
@@ -199,7 +219,7 @@ def test_dict_output_and_several_inputs():
 
     assert rows["model"][1] == "[5, 2] and 1 more"
     assert layers[""].inputs == 4 * (5 * 4 + 5 * 3 + 2)
-    assert rows["unused"] == ["Linear", "-", "6", "trainable"]
+    assert rows["unused"] == ["Linear", "-", "6", "25.0%", "", "trainable"]
     assert activations(layers) == 4 * 2 * 5 * 2
 
 
@@ -233,7 +253,7 @@ def test_parameters_of_a_module_that_has_parts():
 
     rows = text(seen(nn.Sequential(Tokens()), torch.randn(2, 3, 4)))
 
-    assert rows["0"] == ["Tokens", "[2, 4, 4]", "4", "trainable"]
+    assert rows["0"] == ["Tokens", "[2, 4, 4]", "4", "16.7%", "", "trainable"]
     assert rows["Parameters"][2] == "24"
 
 
@@ -248,6 +268,8 @@ def test_what_has_no_size_yet_or_takes_no_hooks():
     assert [layer.shape for layer in layers.values()] == ["[5, 3]", "[5, 3]", "-", "-"]
     assert [layer.parameters for layer in layers.values()] == [0, 4 * 3 + 3, 0, 3 * 3 + 3]
     assert layers["0.never"].size == 0
+    assert layers["0"].multiply_adds == 5 * 4 * 3
+    assert text(layers)["Multiply-adds, forward"][2] == "at least 60"       # what the script does is not seen
 
 
 def test_depth_counts_what_it_hides():
@@ -255,9 +277,224 @@ def test_depth_counts_what_it_hides():
     whole, cut = text(layers), text(layers, depth=1)
 
     assert list(cut)[:3] == ["model", "0", "1"]
-    assert (cut["0"][2:], cut["1"][2]) == (["30", "trainable"], "6")
-    totals = ("Parameters", "trainable", "frozen", "Parameters and buffers", "Activations, forward", "Input")
+    assert (cut["0"][2:], cut["1"][2]) == (["30", "83.3%", "120", "trainable"], "6")
+    totals = ("Parameters", "trainable", "frozen", "Parameters and buffers", "Activations, forward", "Input",
+              "Multiply-adds, forward")
     assert [cut[name] for name in totals] == [whole[name] for name in totals]
+
+
+class Arguments(nn.Module):
+    """Hands everything to one layer, so that this is not the model itself."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)
+
+
+def conv_net():
+    return nn.Sequential(nn.Conv2d(4, 8, (3, 2), stride=2, padding=(1, 0), groups=2), nn.BatchNorm2d(8), nn.ReLU(),
+                         nn.Conv2d(8, 8, 3, padding="same", dilation=2, groups=8, bias=False), nn.GroupNorm(2, 8),
+                         nn.ConvTranspose2d(8, 6, 4, stride=3, padding=1, output_padding=1, groups=2), nn.PReLU(6))
+
+
+@pytest.mark.parametrize(("model", "inputs"), [
+    (lambda: nn.Sequential(nn.Linear(7, 16), nn.ReLU(), nn.LayerNorm(16), nn.Linear(16, 3)), [(5, 7)]),
+    (lambda: nn.Linear(7, 3), [(7,)]),
+    (lambda: nn.Linear(7, 3), [(2, 4, 5, 7)]),
+    (lambda: nn.Linear(7, 3), [(0, 7)]),
+    (conv_net, [(3, 4, 11, 9)]),
+    (conv_net, [(1, 4, 6, 6)]),
+    (lambda: nn.Conv1d(4, 6, 5, stride=3, padding=2, groups=2), [(2, 4, 17)]),
+    (lambda: nn.Conv1d(4, 6, 5, padding=4, padding_mode="circular"), [(2, 4, 17)]),
+    (lambda: nn.Conv2d(4, 6, 3, padding=5), [(2, 4, 2, 2)]),                       # most windows see only padding
+    (lambda: nn.Conv2d(4, 6, 3), [(4, 8, 8)]),                                     # one sample, no batch
+    (lambda: nn.Conv2d(4, 6, 3), [(0, 4, 8, 8)]),
+    (lambda: nn.Conv3d(2, 4, (1, 2, 3), padding=1, groups=2), [(2, 2, 4, 5, 6)]),
+    (lambda: nn.ConvTranspose1d(4, 6, 5, stride=3, padding=2, groups=2), [(2, 4, 7)]),
+    (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), [(4, 5, 3)]),
+    (lambda: nn.ConvTranspose3d(2, 4, (1, 2, 3), stride=2, groups=2, dilation=2), [(2, 2, 3, 4, 5)]),
+    (lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), [(2, 4, 8, 8)]),
+    (lambda: nn.MultiheadAttention(8, 2), [(5, 3, 8), (7, 3, 8), (7, 3, 8)]),
+    (lambda: nn.MultiheadAttention(8, 2), [(5, 8)] * 3),
+    (lambda: nn.MultiheadAttention(8, 2, batch_first=True), [(5, 8), (7, 8), (7, 8)]),
+    (lambda: nn.MultiheadAttention(8, 4, batch_first=True, kdim=6, vdim=10), [(3, 5, 8), (3, 7, 6), (3, 7, 10)]),
+    (lambda: nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True), [(3, 5, 8)] * 3),
+    (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), [(3, 5, 8)]),
+    (lambda: nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), [(3, 5, 8), (3, 7, 8)]),
+    (lambda: nn.RNNCell(5, 6), [(3, 5)]),
+    (lambda: nn.Sequential(nn.RNN(5, 6, 2, bidirectional=True)), [(4, 3, 5)]),     # made of products of matrices on the CPU
+    (lambda: resnet18(num_classes=10), [(2, 3, 64, 64)]),
+    (lambda: VisionTransformer(32, 8, 2, 4, 16, 24), [(2, 3, 32, 32)]),
+])
+def test_multiply_adds_are_half_of_torchs_flops(model, inputs):
+    model, inputs = Arguments(model()), [torch.randn(shape) for shape in inputs]
+    layers = list(seen(model, *inputs).values())
+
+    assert 2 * multiply_adds(layers) == flops(model, *inputs)
+    assert layers[0].multiply_adds == 0
+    assert not any(layer.more for layer in layers)
+
+
+def test_resnet18():
+    layers = seen(resnet18(), torch.randn(1, 3, 224, 224))
+    report = table(list(layers.values()))
+    rows, console = text(layers), Console(width=1000, file=StringIO())
+    console.print(report)
+    shares = [float(cell[:-1]) for cell in report.columns[4].cells if cell]
+
+    assert multiply_adds(layers.values()) == 1_814_073_344
+    assert rows["Multiply-adds, forward"][2] == "1.81 G"
+    assert (layers["conv1"].multiply_adds, layers["fc"].multiply_adds) == (64 * 112 * 112 * 3 * 49, 512 * 1000)
+    assert rows["fc"] == ["Linear", "[1, 1000]", "513,000", "4.4%", "512 k", "trainable"]
+    assert len(shares) == sum(layer.parameters > 0 for layer in layers.values())
+    assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares))
+    assert max(map(len, console.file.getvalue().splitlines())) <= 110
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_counts_its_projections_and_products(named, weights, training):
+    """The same without gradients, where torch has a kernel for all of it."""
+    model = nn.MultiheadAttention(8, 2, batch_first=True).train(training)
+    x = torch.randn(3, 5, 8)
+    with torch.set_grad_enabled(training):
+        layers = seen(model, *[] if named else [x, x, x], **{"value": x, "key": x, "query": x} if named else {},
+                      need_weights=weights)
+
+    assert layers[""].multiply_adds == 3 * 5 * 4 * 8 * 8 + 2 * 3 * 5 * 5 * 8
+    assert layers["out_proj"].multiply_adds == 0
+    assert text(layers)["Multiply-adds, forward"][2] == "5.04 k"
+    if training:
+        assert flops(model, x, x, x, need_weights=weights) == 2 * 5040
+
+
+def recurrent(gates, inputs, hidden, layers=1, directions=1, projected=0):
+    """Of one step: the weights of torch's own layer."""
+    kind = {1: nn.RNN, 3: nn.GRU, 4: nn.LSTM}[gates]
+    layer = kind(inputs, hidden, layers, bidirectional=directions == 2, **{"proj_size": projected} if projected else {})
+    return layer, sum(weight.numel() for name, weight in layer.named_parameters() if name.startswith("weight"))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")     # which says that it is slow
+def test_lstm_by_hand():
+    layer, _ = recurrent(4, 5, 6, layers=3, directions=2, projected=2)
+    first, others = 4 * 6 * (5 + 2) + 2 * 6, 4 * 6 * (2 * 2 + 2) + 2 * 6
+
+    assert seen(layer, torch.randn(7, 3, 5))[""].multiply_adds == 7 * 3 * 2 * (first + 2 * others)
+    assert seen(nn.LSTM(5, 6), torch.randn(7, 3, 5))[""].multiply_adds == 7 * 3 * 4 * 6 * (5 + 6)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(("gates", "options"), [
+    *product([1, 3, 4], [{}, {"layers": 3}, {"directions": 2}, {"layers": 2, "directions": 2}]),
+    (4, {"layers": 2, "directions": 2, "projected": 4})])
+def test_recurrent_layers_use_each_weight_in_each_step(gates, options):
+    layer, weights = recurrent(gates, 5, 6, **options)
+    ragged = [torch.randn(length, 5) for length in (4, 2, 1)]
+
+    assert seen(layer, torch.randn(7, 3, 5))[""].multiply_adds == 7 * 3 * weights
+    assert seen(layer, input=torch.randn(7, 5))[""].multiply_adds == 7 * weights           # one sample, no batch
+    assert seen(layer, pack_sequence(ragged))[""].multiply_adds == 7 * weights
+    assert text(seen(layer, torch.randn(1, 5)))["Multiply-adds, forward"][2] in (f"{weights}", f"{weights / 1000:.2f} k")
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.RNNCell, 1), (nn.GRUCell, 3), (nn.LSTMCell, 4)])
+def test_cells(kind, gates):
+    assert seen(kind(5, 6), torch.randn(3, 5))[""].multiply_adds == 3 * gates * 6 * (5 + 6)
+    assert seen(kind(5, 6), torch.randn(5))[""].multiply_adds == gates * 6 * (5 + 6)
+
+
+def test_bilinear_uses_each_weight_for_each_sample():
+    layers = seen(nn.Bilinear(3, 4, 5), torch.randn(2, 7, 3), input2=torch.randn(2, 7, 4))
+    assert layers[""].multiply_adds == 2 * 7 * 3 * 4 * 5
+
+
+def test_layers_without_products():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4), nn.RMSNorm(4), nn.PReLU(), nn.GELU(), nn.Dropout(),
+                          nn.BatchNorm1d(3), nn.InstanceNorm1d(3, affine=True), nn.GroupNorm(3, 3), nn.Softmax(-1))
+    rows = text(seen(model, torch.randint(10, (2, 3))))
+
+    assert {row[4] for row in rows.values()} == {""}
+    assert rows["Multiply-adds, forward"][2] == "0"
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Functional(nn.Module):
+    """Multiplies by the weight of a layer in it that it does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.inner.weight)
+
+
+class Replaced(nn.Linear):
+    def forward(self, x):
+        return super().forward(super().forward(x))
+
+
+@pytest.mark.parametrize("custom", [Custom, Functional, partial(Replaced, 4, 4)])
+def test_a_layer_without_a_formula_makes_the_total_a_bound(custom):
+    layers = seen(nn.Sequential(nn.Sequential(nn.Linear(4, 4), custom()), nn.Linear(4, 2)), torch.randn(100, 4))
+    whole, cut = text(layers), text(layers, depth=1)
+
+    assert [name for name, layer in layers.items() if layer.more] == ["0.1"]
+    assert list(table(list(layers.values())).columns[5].cells)[:4] == ["", "", "1.60 k", ""]
+    assert whole["Multiply-adds, forward"][2] == cut["Multiply-adds, forward"][2] == "at least 2.40 k"
+    assert (cut["0"][4], cut["1"][4]) == ("at least 1.60 k", "800")
+
+
+def test_what_did_not_run_leaves_the_total_exact():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].unused = Custom()
+    assert text(seen(model, torch.randn(1, 4)))["Multiply-adds, forward"][2] == "16"
+
+
+def test_parameters_of_a_container_count_nothing():
+    model = VisionTransformer(32, 8, 1, 4, 16, 24)
+    rows = text(seen(model, torch.randn(1, 3, 32, 32)))
+
+    assert rows["model"][2:5] == ["16", f"{16 / sum(p.numel() for p in model.parameters()):.1%}", ""]
+    assert not rows["Multiply-adds, forward"][2].startswith("at least")
+
+
+def test_each_call_counts():
+    layers = seen(Twice(), torch.randn(3, 4))
+    assert {name: layer.multiply_adds for name, layer in layers.items() if layer.multiply_adds} == {
+        "block.0": 2 * 3 * 4 * 4, "head": 3 * 4 * 2}
+
+
+def test_a_parametrized_weight_is_not_computed_for_it():
+    """Spectral norm goes on by a step each time it is, so that the run would be another."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 3))) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[0](torch.ones(2, 4))
+    layers = seen(models[1], torch.ones(2, 4))
+
+    assert layers["0"].multiply_adds == 2 * 4 * 3
+    assert all(torch.equal(value, models[1].state_dict()[name]) for name, value in models[0].state_dict().items())
+
+
+@pytest.mark.parametrize(("count", "shown"), [
+    (7, "7"), (999, "999"), (1000, "1.00 k"), (999_499, "999 k"), (999_500, "1.00 M"), (45_600_000, "45.6 M"),
+    (123_400_000, "123 M"), (1_230_000_000, "1.23 G"), (5 * 10**12, "5.00 T"), (2 * 10**15, "2.00 P")])
+def test_three_digits(count, shown):
+    assert text({"": Layer("", 0, "Model", calls=1, multiply_adds=count)})["model"][4] == shown
 
 
 def test_depth_is_positive():
@@ -333,6 +570,7 @@ def test_one_micro_batch_counts(plugins):
     train(cnn(), summary, *plugins)
 
     assert [layer.calls for layer in summary.layers] == [1] * 8
+    assert multiply_adds(summary.layers) == 2 * (8 * 8 * 8 * 3 * 9 + 128 * 10)
     assert sum(layer.activations for layer in summary.layers) == 4 * 2 * 1930
     assert summary.layers[0].inputs == 4 * 2 * 192
 
@@ -405,6 +643,7 @@ def test_compiled_model(capsys):
 
     assert all(torch.equal(without[name], model[name]) for name in without)
     assert graphs_with == graphs * 2, "the same once more, when the hooks are gone"
+    assert multiply_adds(summary.layers) == 2 * (8 * 8 * 8 * 3 * 9 + 128 * 10)
     assert [layer.shape for layer in summary.layers] == ["[2, 10]", *["[2, 8, 8, 8]"] * 3, "[2, 8, 4, 4]",
                                                          *["[2, 128]"] * 2, "[2, 10]"]
 
@@ -424,7 +663,7 @@ def test_no_column_is_cut_off_where_there_is_no_terminal(capsys, monkeypatch, co
     lines = capsys.readouterr().out.splitlines()
 
     row = next(line for line in lines if f"{name}_too" in line)
-    assert row.split() == [f"{name}_too", "Linear", "[2,", "2]", "10", "trainable"]
+    assert row.split() == [f"{name}_too", "Linear", "[2,", "2]", "10", "33.3%", "16", "trainable"]
     assert next(line for line in lines if f"{name} " in line).split()[1:] == ["Linear", "used", "again:", "[bold]"]
     assert any(line.split()[:2] == ["[bold]", "Linear"] for line in lines)
     assert len(next(line for line in lines if "Output shape" in line)) > 80
@@ -436,4 +675,4 @@ def test_a_narrow_terminal_folds_and_cuts_nothing_off():
     console.print(table(list(layers.values())))
 
     assert "…" not in console.file.getvalue()
-    assert " 1,001,000 " in console.file.getvalue()
+    assert " 1,001,000  19.9%  2.00 M " in console.file.getvalue()
