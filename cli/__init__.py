@@ -118,14 +118,14 @@ class Whole(click.IntRange):
 COUNT = Whole(1)
 COMPOSITION = (
     choice("--model", model_names, default="cnn", metavar="M",
-           help="cnn, linear, mlp, vit, any of torchvision's, or package.module:factory."),
+           help="cnn, linear, mlp, vit, any of torchvision's, package.module:factory or file.py:factory."),
     choice("--data", lambda: DATA, default="digits", metavar="D",
-           help=f"{', '.join(DATA)}, or package.module:factory."),
+           help=f"{', '.join(DATA)}, package.module:factory or file.py:factory."),
     choice("--data-root", default="data", metavar="DIR", help="Where data sets are."),
     choice("--download", is_flag=True, help="Get the data set if it is not there."),
     choice("--workers", default=0, type=Whole(0), metavar="N", help="Processes that load data."),
     choice("--optimizer", optimizer_names, default="adamw", metavar="O",
-           help="Any of torch.optim, such as sgd:momentum=0.9, or package.module:Class."),
+           help="Any of torch.optim, such as sgd:momentum=0.9, package.module:Class or file.py:Class."),
     choice("--lr", type=float, metavar="F", help="Learning rate.  [default: the optimizer's own]"),
     choice("--epochs", default=20, type=COUNT, metavar="N", help="Passes over the data."),
     choice("--max-steps", type=COUNT, metavar="N", help="End after so many updates."),
