@@ -28,8 +28,9 @@ class Data:
     def loaders(self, batch_size: int, workers: int, device: torch.device) -> tuple[DataLoader[Any], DataLoader[Any]]:
         """Batches of `train`, shuffled anew each epoch, and of `valid`, in order; in pinned memory for a GPU."""
         def loader(part: Dataset[Any], shuffle: bool) -> DataLoader[Any]:
-            return DataLoader(part, batch_size, shuffle, num_workers=workers, persistent_workers=workers > 0,
-                              pin_memory=device.type == "cuda")
+            # Workers that persist would draw their seed once and not every epoch: other random numbers than those of
+            # the plain DataLoader, and of a run that went on in between.
+            return DataLoader(part, batch_size, shuffle, num_workers=workers, pin_memory=device.type == "cuda")
         return loader(self.train, True), loader(self.valid, False)
 
 

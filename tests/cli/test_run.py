@@ -110,9 +110,12 @@ def test_why_it_stopped_is_the_last_but_one_line(run):
     assert re.match(r"stopped early: val_loss has not improved on \S+ for 2 evaluations", result.stdout.splitlines()[-2])
 
 
-def test_a_run_goes_on(run, tmp_path):
-    run("run", "--epochs", 2, "--model", "cnn:width=8", "--out", "a", "--plugin", "amp")
-    run("run", "--epochs", 4, "--model", "cnn:width=8", "--out", "whole", "--plugin", "amp")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_goes_on(run, tmp_path, workers):
+    settings = ["--model", "cnn:width=8,dropout=0.1", "--workers", workers, "--plugin", "amp:dtype=float16", "--plugin", "ema",
+                "--plugin", "accumulate:every=2", "--plugin", "plateau:patience=0", "--plugin", "freeze:patterns=0,until=2ep"]
+    run("run", "--epochs", 2, "--out", "a", *settings)
+    run("run", "--epochs", 4, "--out", "whole", *settings)
     run("run", "--resume", "a", "--epochs", 4)
     assert (tmp_path / "a" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "whole"))
