@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from loopctl.loop import fit
     from loopctl.monitor import Monitor
     from loopctl.patterns import matching
-    from loopctl.rates import per_group
+    from loopctl.rates import claim_momentum, per_group, set_momentum
     from loopctl.run import Run
 
-__all__ = ["Length", "Monitor", "Run", "UsageError", "available", "explain", "fill", "fit", "grouped", "hookimpl",
-           "load", "matching", "moved", "per_group", "swapped", "tensors"]
+__all__ = ["Length", "Monitor", "Run", "UsageError", "available", "claim_momentum", "explain", "fill", "fit", "grouped",
+           "hookimpl", "load", "matching", "moved", "per_group", "set_momentum", "swapped", "tensors"]
 
 # What needs torch is imported when it is first used, so that `loopctl --help` answers at once.
 LATER = {
@@ -31,7 +31,7 @@ LATER = {
     "loop": ("fit",),
     "monitor": ("Monitor",),
     "patterns": ("matching",),
-    "rates": ("per_group",),
+    "rates": ("claim_momentum", "per_group", "set_momentum"),
     "run": ("Run",),
 }
 

@@ -1,4 +1,4 @@
-"""Learning rates: what the schedules say, and setting it."""
+"""Learning rates: what the schedules say, and setting it; and the momentum that some of them move."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -37,6 +37,24 @@ def set_rates(run: Run) -> None:
                 group["lr"].fill_(lr)       # in place, so that compiled and captured steps see it
             else:
                 group["lr"] = lr
+
+
+def claim_momentum(run: Run, plugin: Any) -> None:
+    """Refuse, with UsageError, a plugin that cycles a momentum which there is not, or which another one cycles too.
+
+    A plugin cycles the momentum where its option `cycle_momentum` is true.
+    """
+    if not {"momentum", "betas"} & set(run.optimizer.param_groups[0]):
+        raise UsageError(f"{type(run.optimizer).__name__} has no momentum to cycle; add cycle_momentum=false")
+    for name, other in run.hook.plugins.items():
+        if other is not plugin and getattr(other, "cycle_momentum", False):
+            raise UsageError(f"{name} cycles the momentum too; add cycle_momentum=false to one of them")
+
+
+def set_momentum(run: Run, momentum: float) -> None:
+    """Set the momentum of every parameter group, or the first of its betas."""
+    for group in run.optimizer.param_groups:
+        group |= {"betas": (momentum, *group["betas"][1:])} if "betas" in group else {"momentum": momentum}
 
 
 def curve(run: Run, points: int = 2000) -> Iterator[tuple[int, list[float]]]:

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loopctl import Length, UsageError, hookimpl, per_group
+from loopctl import Length, claim_momentum, hookimpl, per_group, set_momentum
 
 
 @dataclass(eq=False)
@@ -55,17 +55,12 @@ class Cyclic:
 
     @hookimpl
     def train_start(self, run):
-        if not {"momentum", "betas"} & set(run.optimizer.param_groups[0]):
-            raise UsageError(f"{type(run.optimizer).__name__} has no momentum to cycle; add cycle_momentum=false")
-        for name, plugin in run.hook.plugins.items():
-            if plugin is not self and getattr(plugin, "cycle_momentum", False):
-                raise UsageError(f"{name} cycles the momentum too; add cycle_momentum=false to one of them")
+        claim_momentum(run, self)
 
     @hookimpl
     def before_step(self, run):
         momentum = self.max_momentum - (self.max_momentum - self.base_momentum) * self.height(run)
-        for group in run.optimizer.param_groups:
-            group |= {"betas": (momentum, *group["betas"][1:])} if "betas" in group else {"momentum": momentum}
+        set_momentum(run, momentum)
 
     def height(self, run: Any) -> float:
         """How far up it is now: 0 at the lower rate, 1 at the upper."""
