@@ -11,7 +11,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from loopctl.errors import UsageError, nearest
+from loopctl.cli.parameters import Number, Place, Text, Whole
+from loopctl.errors import UsageError, nearest, one_line
 
 DEFAULTS = ("csv", "checkpoint", "progress")       # the plugins that `run` adds by itself
 
@@ -24,10 +25,10 @@ class Commands(click.Group):
         try:
             sys.exit(super().main(*args, **kwargs) or 0)
         except click.ClickException as error:
-            click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+            click.echo(f"error: {one_line(error.format_message())}", err=True)
             sys.exit(error.exit_code)
         except UsageError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {one_line(error)}", err=True)
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt):
             click.echo("interrupted", err=True)
@@ -38,8 +39,14 @@ class Commands(click.Group):
         except Exception as error:
             if "--traceback" in sys.argv:
                 raise
-            click.echo(f"error: {failure(error)}; --traceback shows where", err=True)
+            click.echo(f"error: {one_line(f'{failure(error)}; --traceback shows where')}", err=True)
             sys.exit(1)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:                    # which click takes for an end of the user's input
+            raise OSError(f"a file ends too early ({failure(error)})") from error
 
 
 def failure(error: BaseException) -> str:
@@ -111,34 +118,30 @@ def choice(flag: str, names: Callable[[], list[str]] | None = None, **settings: 
     return click.option(flag, shell_complete=completes(names) if names else None, **settings)
 
 
-class Whole(click.IntRange):
-    name = "whole number"                      # click says: 'x' is not a valid whole number
-
-
 COUNT = Whole(1)
 COMPOSITION = (
-    choice("--model", model_names, default="cnn", metavar="M",
+    choice("--model", model_names, default="cnn", type=Text(), metavar="M",
            help="cnn, linear, mlp, vit, any of torchvision's, package.module:factory or file.py:factory."),
-    choice("--data", lambda: DATA, default="digits", metavar="D",
+    choice("--data", lambda: DATA, default="digits", type=Text(), metavar="D",
            help=f"{', '.join(DATA)}, package.module:factory or file.py:factory."),
-    choice("--data-root", default="data", metavar="DIR", help="Where data sets are."),
+    choice("--data-root", default="data", type=Place(str), metavar="DIR", help="Where data sets are."),
     choice("--download", is_flag=True, help="Get the data set if it is not there."),
     choice("--workers", default=0, type=Whole(0), metavar="N", help="Processes that load data."),
-    choice("--optimizer", optimizer_names, default="adamw", metavar="O",
+    choice("--optimizer", optimizer_names, default="adamw", type=Text(), metavar="O",
            help="Any of torch.optim, such as sgd:momentum=0.9, package.module:Class or file.py:Class."),
-    choice("--lr", type=float, metavar="F", help="Learning rate.  [default: the optimizer's own]"),
+    choice("--lr", type=Number(), metavar="F", help="Learning rate.  [default: the optimizer's own]"),
     choice("--epochs", default=20, type=COUNT, metavar="N", help="Passes over the data."),
     choice("--max-steps", type=COUNT, metavar="N", help="End after so many updates."),
     choice("--eval-every", type=COUNT, metavar="N", help="Evaluate every N steps too."),
     choice("--batch-size", default=64, type=COUNT, metavar="N", help="Images per batch."),
-    choice("--plugin", plugin_names, multiple=True, metavar="NAME[:option=value,...]",
+    choice("--plugin", plugin_names, multiple=True, type=Text(), metavar="NAME[:option=value,...]",
            help="Add a plugin; may be repeated, and they act in this order. See `loopctl plugins`."),
     choice("--without", type=click.Choice(DEFAULTS), multiple=True,
            help="Leave out a plugin that run adds by itself."),
-    choice("--device", default="auto", metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:1."),
+    choice("--device", default="auto", type=Text(), metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:1."),
     choice("--seed", default=0, type=Whole(0, 2**64 - 1), metavar="N", help="Seed of all random numbers."),
     choice("--deterministic", is_flag=True, help="Only deterministic algorithms."),
-    choice("--config", type=click.Path(path_type=Path), is_eager=True, callback=from_file, metavar="FILE.toml",
+    choice("--config", type=Place(), is_eager=True, callback=from_file, metavar="FILE.toml",
            help="Take options from a run's run.toml; those given here win."),
     choice("--traceback", is_flag=True, expose_value=False, help="Show Python's traceback of a failure."),
 )
@@ -162,9 +165,9 @@ def main(ctx: click.Context) -> None:
 
 @main.command()
 @composition
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+@click.option("--out", type=Place(), metavar="DIR",
               help="The run's folder.  [default: a new one in runs/]")
-@click.option("--resume", type=click.Path(path_type=Path), is_eager=True, callback=from_file, metavar="DIR",
+@click.option("--resume", type=Place(), is_eager=True, callback=from_file, metavar="DIR",
               help="Go on with the run in this folder.")
 def run(**settings: Any) -> None:
     """Train a model. Without options: a small network on images of digits."""
@@ -182,7 +185,7 @@ def explain(**settings: Any) -> None:
 
 @main.command()
 @composition
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Draw a picture too: lr.png, lr.svg.")
+@click.option("--out", type=Place(), metavar="FILE", help="Draw a picture too: lr.png, lr.svg.")
 def lr(out: Path | None, **settings: Any) -> None:
     """Draw the learning rate over a run, without training."""
     from loopctl.cli import curve
@@ -198,12 +201,12 @@ def summary(**settings: Any) -> None:
 
 
 @main.command()
-@click.argument("name", required=False, shell_complete=completes(plugin_names))
+@click.argument("name", required=False, type=Text(), shell_complete=completes(plugin_names))
 @click.option("--check", is_flag=True, help="Import each plugin, and mark the broken ones.")
 def plugins(name: str | None, check: bool) -> None:
     """List the plugins, or show one with its options, its hooks and where it comes from."""
     from loopctl.cli import listing
-    if name:
+    if name is not None:
         click.echo(listing.page(name))
     else:
         listed, broken = listing.table(check)

@@ -1,11 +1,13 @@
 """The learning rate over a run, drawn without training."""
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from loopctl.cli.train import prepared
-from loopctl.errors import UsageError
+from loopctl.compose import blame
+from loopctl.errors import UsageError, one_line
 from loopctl.rates import curve
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -13,8 +15,11 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 def drawn(settings: dict[str, Any], out: Path | None) -> str:
     """The curve that the settings make, as text; with `out` also as a picture, of the kind its name says."""
+    if out and not out.suffix:
+        raise UsageError(f"--out {out}: its ending says what kind of picture it is; say {out}.png or {out}.svg")
     run = prepared(settings)
-    points = list(curve(run))
+    with blame(run.hook):
+        points = list(curve(run))
     epochs = [step / run.plan()[0] for step, _ in points]
     if out:
         picture(epochs, [rates for _, rates in points], out)
@@ -45,10 +50,12 @@ def picture(epochs: list[float], rates: list[list[float]], out: Path) -> None:
     for number, group in enumerate(zip(*rates, strict=True)):
         axes.plot(epochs, group, label=f"parameter group {number}")
     if len(rates[0]) > 1:
-        axes.legend()
+        axes.legend(framealpha=1)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
+    axes.grid(color="0.85")             # not translucent, which not every kind of picture can be
+    drawing = BytesIO()                 # so that of one that fails nothing is left
     try:
-        figure.savefig(out)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--out {out} cannot be written: {error}") from error
+        figure.savefig(drawing, format=out.suffix[1:].lower())
+        out.write_bytes(drawing.getvalue())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"--out {out} cannot be written: {one_line(error)}") from error

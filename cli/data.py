@@ -5,14 +5,16 @@ command line's own `--data-root` and `--download`.
 """
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from loopctl.cli.specs import at_least_one, call, resolve
+from loopctl.cli.specs import at_least_one, at_most, call, resolve, room
 from loopctl.errors import UsageError, one_line
 
 
@@ -26,7 +28,17 @@ class Data:
     shape: tuple[int, int, int]      # channels, height, width
 
     def loaders(self, batch_size: int, workers: int, device: torch.device) -> tuple[DataLoader[Any], DataLoader[Any]]:
-        """Batches of `train`, shuffled anew each epoch, and of `valid`, in order; in pinned memory for a GPU."""
+        """Batches of `train`, shuffled anew each epoch, and of `valid`, in order; in pinned memory for a GPU.
+
+        Raises UsageError where a batch, or the processes that load it, are more than this machine bears.
+        """
+        most = max(64, 4 * (os.cpu_count() or 1))
+        if workers > most:
+            raise UsageError(f"--workers {workers:,} is too many processes for this machine; say {most} or fewer")
+        images = min(batch_size, len(self.train))        # type: ignore[arg-type]
+        room(f"a batch of {images:,} images of {'x'.join(map(str, self.shape))}", 4 * images * prod(self.shape),
+             "say a smaller --batch-size, or smaller images")
+
         def loader(part: Dataset[Any], shuffle: bool) -> DataLoader[Any]:
             # Workers that persist would draw their seed once and not every epoch: other random numbers than those of
             # the plain DataLoader, and of a run that went on in between.
@@ -70,6 +82,7 @@ def digits(channels: int = 1) -> Data:
     from sklearn.datasets import load_digits
 
     at_least_one("data digits", channels=channels)
+    room(f"data digits: {channels:,} channels", 3 * 4 * 1797 * 64 * channels, "say fewer")
     found = load_digits()
     images = (torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.3053) / 0.3761
     images, targets = images.expand(-1, channels, -1, -1).contiguous(), torch.tensor(found.target)
@@ -100,11 +113,16 @@ def from_torchvision(name: str, cls: Any, root: str, download: bool, train: Any,
     return Data(sets[0], sets[1], len(sets[0].classes), shape)
 
 
+def one_or_three(who: str, channels: int) -> None:
+    if channels not in (1, 3):
+        raise UsageError(f"{who}: channels is 1 or 3, not {channels}")
+
+
 def mnist(root: str, download: bool, channels: int = 1) -> Data:
     """60,000 and 10,000 handwritten digits of 28x28 pixels."""
     from torchvision.datasets import MNIST
 
-    at_least_one("data mnist", channels=channels)
+    one_or_three("data mnist", channels)
     plain = transforms([0.1307] * channels, [0.3081] * channels, channels=channels)
     return from_torchvision("mnist", MNIST, root, download, plain, plain, (channels, 28, 28))
 
@@ -113,7 +131,7 @@ def fashionmnist(root: str, download: bool, channels: int = 1) -> Data:
     """60,000 and 10,000 pictures of clothes of 28x28 pixels."""
     from torchvision.datasets import FashionMNIST
 
-    at_least_one("data fashionmnist", channels=channels)
+    one_or_three("data fashionmnist", channels)
     plain = transforms([0.2860] * channels, [0.3530] * channels, channels=channels)
     return from_torchvision("fashionmnist", FashionMNIST, root, download, plain, plain, (channels, 28, 28))
 
@@ -143,7 +161,7 @@ def imagenet(root: str, size: int = 224, augment: bool = True) -> Data:
     """ImageNet 2012, 1,000 classes, from its own archives in `root`; see `imagefolder` for the transforms."""
     from torchvision.datasets import ImageNet
 
-    at_least_one("data imagenet", size=size)
+    sized("data imagenet", size=size)
     try:
         sets = [ImageNet(root, split=split, transform=photograph(size, augment and split == "train"))
                 for split in ("train", "val")]
@@ -162,7 +180,7 @@ def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
     """
     from torchvision.datasets import ImageFolder
 
-    at_least_one("data imagefolder", size=size)
+    sized("data imagefolder", size=size)
     folders = [Path(root, split).absolute() for split in ("train", "val")]
     way_out = "it takes pictures in train/CLASS and val/CLASS of --data-root DIR"
     for folder in folders:
@@ -179,6 +197,13 @@ def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
     return Data(sets[0], sets[1], len(sets[0].classes), (3, size, size))
 
 
+def sized(who: str, channels: int = 3, **side: int) -> None:
+    """Raise UsageError where images of such a side leave no room for a network, which holds each many times over."""
+    at_least_one(who, channels=channels, **side)
+    for name, value in side.items():
+        room(f"{who}: a network on images of {name}={value}", 50 * 4 * channels * value**2, "say a smaller one")
+
+
 def photograph(size: int, augment: bool) -> Any:
     """The usual transforms of photographs, as ImageNet's."""
     from torchvision.transforms import v2
@@ -192,7 +217,9 @@ def fake(size: int = 1000, image: int = 32, classes: int = 10, channels: int = 3
     """Random pictures with random classes, to try things out; a fifth as many for validation."""
     from torchvision.datasets import FakeData
 
-    at_least_one("data fake", size=size, image=image, classes=classes, channels=channels)
+    at_least_one("data fake", size=size, classes=classes)
+    at_most("data fake", 10_000_000, size=size, classes=classes)
+    sized("data fake", channels, image=image)
     shape, to_tensor = (channels, image, image), transforms([0.5] * channels, [0.5] * channels)
     train = FakeData(size, shape, classes, to_tensor)
     return Data(train, FakeData(max(1, size // 5), shape, classes, to_tensor, random_offset=size), classes, shape)

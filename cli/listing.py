@@ -13,8 +13,8 @@ from textwrap import wrap
 import loopctl.plugins  # noqa: F401  so that its folder is known; it imports none of them
 from loopctl.compose import SPECS
 from loopctl.errors import UsageError
-from loopctl.find import available, load, name_of, split
-from loopctl.options import options
+from loopctl.find import available, load, load_class, name_of, split
+from loopctl.options import options, parse_options
 from loopctl.values import described, shown
 
 
@@ -37,9 +37,13 @@ def table(check: bool) -> tuple[str, list[str]]:
 
 def page(spec: str) -> str:
     """One plugin: what it does, its options, its hooks, where it comes from."""
-    head, _ = split(spec)
-    cls = load(head)
+    head, rest = split(spec)
+    cls = load_class(head)
     known = options(cls)
+    parse_options(name_of(cls), rest, known)             # what run would refuse is refused here too
+    joined = [hook for hook in SPECS if hasattr(getattr(cls, hook, None), "loopctl_impl")]
+    if not joined:
+        raise UsageError(f"{head} has no hooks, so it is no plugin; mark its methods with @hookimpl")
     text = re.sub(r"\n +", "\n", cls.__doc__ or "").split("\n")
     names = tuple(f"{name}:" for name in known)
     about = "\n".join(text[:next((i for i, line in enumerate(text) if line.startswith(names)), len(text))]).strip()
@@ -55,7 +59,6 @@ def page(spec: str) -> str:
         lines.append("")
     required = ",".join(f"{option.name}=..." for option in known.values() if option.default is MISSING)
     lines.append(f"use      loopctl run --plugin {head}{':' if required else ''}{required}")
-    joined = [hook for hook in SPECS if hasattr(getattr(cls, hook, None), "loopctl_impl")]
     wraps = {hook for hook in joined if getattr(cls, hook).loopctl_impl["wrapper"]}
     lines.append("hooks    " + ", ".join(f"{hook} (wraps)" if hook in wraps else hook for hook in joined))
     lines.append(f"from     {origin(entry) + ', ' if entry else ''}{cls.__module__}:{cls.__qualname__}")

@@ -1,11 +1,12 @@
 """Models by name: a few small ones for small images, torchvision's, or `package.module:factory`."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from loopctl.cli.specs import at_least_one, call, names_in_source, resolve
+from loopctl.cli.specs import at_least_one, at_most, call, completed, names_in_source, resolve, room
 from loopctl.errors import UsageError, one_line
 
 if TYPE_CHECKING:
@@ -41,11 +42,34 @@ def make(spec: str, data: Data) -> nn.Module:
     fitted = {"num_classes": data.classes, "in_channels": data.shape[0], "image_size": data.shape[-1]}
     if name in theirs:
         options = {"num_classes": data.classes} | PLAIN.get(name, {}) | options
-    model = call(f"model {name}", factory, options, fitted)
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model {name} made a {type(model).__name__}, not a torch.nn.Module")
-    try_out(name, model, data)
+        if options.get("aux_logits"):
+            raise UsageError(f"model {name}: with aux_logits it returns more than scores while training; leave it out")
+        known = list(torchvision.models.get_model_weights(name).__members__)
+        if options.get("weights") not in (None, *known):
+            raise UsageError(f"model {name}: weights takes none or {', '.join(known)}, not {options['weights']!r}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")       # trying it out tells
+        if name in small or name in theirs:
+            weigh(name, factory, options, fitted)
+        model = call(f"model {name}", factory, options, fitted)
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"model {name} made a {type(model).__name__}, not a torch.nn.Module")
+        try_out(name, model, data)
     return model
+
+
+def weigh(name: str, factory: Callable[..., Any], options: dict[str, Any], fitted: dict[str, Any]) -> None:
+    """Raise UsageError where the model is larger than memory: a model whose tensors are empty shells tells its size."""
+    import torch
+
+    shell = {key: value for key, value in completed(factory, options, fitted).items() if key != "weights"}
+    try:
+        with torch.device("meta"):
+            model = factory(**shell)
+    except Exception:                       # what is wrong with it is told when it is made
+        return
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    room(f"model {name}: its weights and their gradients", 2 * size, "make it smaller")
 
 
 def try_out(name: str, model: nn.Module, data: Data) -> None:
@@ -108,6 +132,7 @@ def vit(num_classes: int, in_channels: int, image_size: int, patch_size: int | N
     if patch_size is None:
         patch_size = 2 if image_size < 28 else 4
     at_least_one("model vit", patch_size=patch_size, width=width, depth=depth, heads=heads)
+    at_most("model vit", 1000, depth=depth)
     if image_size % patch_size:
         raise UsageError(f"model vit: patch_size={patch_size} does not divide the images' side of {image_size} pixels")
     model: Any = VisionTransformer(image_size, patch_size, depth, heads, width, 2 * width, dropout,

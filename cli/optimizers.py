@@ -3,11 +3,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loopctl.cli.specs import names_in_source, resolve
 from loopctl.errors import UsageError, one_line
+from loopctl.values import LARGEST
+
+if TYPE_CHECKING:
+    import torch
 
 
 def known() -> list[str]:
@@ -35,8 +38,10 @@ def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[An
     if device == "cuda" and "fused" in inspect.signature(cls).parameters and not excluded:
         options["fused"] = True
     rate = options.get("lr", 0)
-    if not (isinstance(rate, int | float) and isfinite(rate) and rate >= 0):
+    if not (isinstance(rate, int | float) and 0 <= rate <= LARGEST):
         raise UsageError(f"lr is {rate}; a learning rate is a number from 0, such as 1e-3")
+    if cls in classes.values():
+        check(name, cls, options)
 
     def factory(params: Any) -> Any:
         try:
@@ -44,7 +49,40 @@ def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[An
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise UsageError(f"optimizer {name}: {one_line(error)}") from error
 
-    tried = factory([torch.zeros(1, 1, requires_grad=True)])       # so that a wrong option is known now
+    weight = torch.full((1, 1), 2.5, requires_grad=True)
+    tried = factory([weight])                                      # so that a wrong option is known now
     if not isinstance(tried, torch.optim.Optimizer):
         raise UsageError(f"optimizer {name} made a {type(tried).__name__}, not a torch.optim.Optimizer")
+    if cls in classes.values() and device == "cpu":                # what a GPU has may not work with this weight
+        step(name, tried, weight)
     return factory, None if own else tried.defaults.get("lr")
+
+
+def check(name: str, cls: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Raise UsageError for pairs that are none, of which some of torch's classes see but the first two values."""
+    for key, parameter in inspect.signature(cls).parameters.items():
+        usual, value = parameter.default, options.get(key)
+        if isinstance(usual, tuple) and isinstance(value, tuple) and len(value) != len(usual):
+            raise UsageError(f"optimizer {name}: {key} takes {len(usual)} values, as in "
+                             f"{key}={','.join(map(str, usual))}, not {value!r}")
+
+
+def step(name: str, tried: torch.optim.Optimizer, weight: torch.Tensor) -> None:
+    """Try one update, on the way to the minimum of weight**4: some of torch's classes look at an option only there."""
+    import torch
+
+    looks = iter(range(99))
+
+    def closure() -> torch.Tensor:
+        next(looks)
+        gradient = 4 * weight.detach() ** 3
+        weight.grad = gradient.to_sparse() if isinstance(tried, torch.optim.SparseAdam) else gradient
+        return (weight.detach() ** 4).sum()
+
+    try:
+        closure()
+        tried.step(closure)      # type: ignore[arg-type]   # it returns a tensor, as all closures do
+    except StopIteration:               # it looks on and on, as it may
+        return
+    except Exception as error:
+        raise UsageError(f"optimizer {name}: {one_line(error) or type(error).__name__}") from error

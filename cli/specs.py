@@ -5,6 +5,7 @@ One's own is `package.module:factory:option=value` or `path/to/file.py:factory:o
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from typing import Any
 
 from loopctl.errors import UsageError, nearest, one_line
 from loopctl.find import load
-from loopctl.options import Option, parse_options
+from loopctl.options import Option, parse_options, widened
 
 # What an option is read as where its argument is annotated so; by how it is written, for annotations may be text.
 TYPES: dict[str, Any] = {inspect.formatannotation(hint): hint
@@ -55,17 +56,21 @@ def choices(word: str, names: list[str]) -> str:
 
 def arguments(who: str, factory: Callable[..., Any], text: str) -> dict[str, Any]:
     """The options in `text`, each an argument of `factory`, of its annotated type or else of what it looks like."""
-    parameters = inspect.signature(factory).parameters.values()
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError as error:                 # some that are written in C
+        raise UsageError(f"{who}: {one_line(error)}; name a function of your own that calls it") from error
     named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     types = {name: TYPES.get(inspect.formatannotation(p.annotation).strip("'"), Any) for name, p in named.items()}
-    known = {name: Option(name, types[name], p.default, "") for name, p in named.items()}
+    known = {name: Option(name, widened(types[name], p.default), p.default, "") for name, p in named.items()}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         known |= {name: Option(name, Any, None, "") for name in re.findall(r"(?:^|,)\s*(\w+)\s*=", text)}
     values = parse_options(who, text, known)
     for name, value in values.items():
         default = known[name].default
-        if isinstance(value, str) and isinstance(default, int | float):
-            raise UsageError(f"{who}: {name} takes a number, not {value!r}")
+        flag = isinstance(default, bool)
+        if isinstance(value, str if flag else str | bool) and isinstance(default, int | float):
+            raise UsageError(f"{who}: {name} takes {'true|false' if flag else 'a number'}, not {value!r}")
         if isinstance(default, tuple) and not isinstance(value, tuple):
             as_in = ",".join(map(str, default))
             raise UsageError(f"{who}: {name} takes {len(default)} values, as in {name}={as_in}, not {value!r}")
@@ -79,15 +84,38 @@ def at_least_one(who: str, **values: int) -> None:
             raise UsageError(f"{who}: {name} is at least 1, not {value}")
 
 
+def at_most(who: str, most: int, **values: int) -> None:
+    """Raise UsageError where one of the values is above `most`: there it would take for ever, or all memory."""
+    for name, value in values.items():
+        if value > most:
+            raise UsageError(f"{who}: {name} is at most {most:,}, not {value:,}")
+
+
+def room(what: str, size: float, way_out: str) -> None:
+    """Raise UsageError where `size` bytes are more than the machine has, which would die of it and not tell why."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):        # Windows does not tell
+        return
+    if size > memory:
+        raise UsageError(f"{what} would take {size / 1e9:,.0f} GB of memory, and this machine has "
+                         f"{memory / 1e9:,.0f} GB; {way_out}")
+
+
+def completed(factory: Callable[..., Any], options: dict[str, Any], offered: dict[str, Any]) -> dict[str, Any]:
+    return {name: offered[name] for name in inspect.signature(factory).parameters if name in offered} | options
+
+
 def call(who: str, factory: Callable[..., Any], options: dict[str, Any], offered: dict[str, Any]) -> Any:
     """`factory(**options)`, with those of `offered` that it names among its arguments and the user did not give."""
-    wanted = {name for name in inspect.signature(factory).parameters if name in offered}
     try:
-        return factory(**{name: offered[name] for name in wanted} | options)
+        return factory(**completed(factory, options, offered))
     except UsageError:
         raise
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         raise UsageError(f"{who}: {one_line(error)}") from error
+    except (ArithmeticError, MemoryError) as error:      # of numbers that it cannot work with
+        raise UsageError(f"{who}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def names_in_source(package: str, folder: str, pattern: str) -> list[str]:

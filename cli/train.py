@@ -12,13 +12,14 @@ from importlib.metadata import version
 from itertools import count
 from math import inf
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import click
 import torch
 from torch import nn
 
-from loopctl import checkpoint, explain, fit, hookimpl
+from loopctl import checkpoint, explain, files, fit, hookimpl
 from loopctl.cli import DEFAULTS, data, models, optimizers
 from loopctl.compose import blame, compose
 from loopctl.errors import UsageError
@@ -26,7 +27,8 @@ from loopctl.find import build, split
 from loopctl.layers import table, text, watch
 from loopctl.modes import evaluating
 from loopctl.options import spec
-from loopctl.prepare import find_device, prepare, seed_everything
+from loopctl.prepare import find_device, prepare
+from loopctl.randomness import seed_everything
 from loopctl.run import Run
 
 
@@ -65,11 +67,12 @@ def run(settings: dict[str, Any]) -> None:
     """Train as the settings say, in a folder of the run's own."""
     out, resume = settings.pop("out"), settings.pop("resume")
     settings.pop("config")
-    arguments, resolved = assemble(settings)
     if resume and out:
         raise UsageError("a resumed run goes on in its own folder; leave out --out")
-    if resume:
-        checkpoint.find(resume)
+    arguments, resolved = assemble(settings)
+    if resume and (resume / "weights.safetensors").exists() and not checkpoint.candidates(resume):
+        raise UsageError(f"--resume {resume}: this run is finished and has no checkpoint to go on from; "
+                         "begin a new one")
     recorder = Recorder(resolved, new=not resume)
     arguments["plugins"].append(recorder)
     with folder(resume or out, recorder) as place:
@@ -79,10 +82,15 @@ def run(settings: dict[str, Any]) -> None:
             where = f"; what it has written is in {place}" if recorder.started else ""
             click.echo(f"interrupted{where}", err=True)
             raise SystemExit(130) from None
-        if not recorder.started:
-            why = done.stop or f"{done.epoch} epochs"
-            raise UsageError(f"{place}: this run is finished ({why}); to go on, ask for more --epochs")
-    checkpoint.save_weights(done.model, place / "weights.safetensors")
+        weights = place / "weights.safetensors"
+        if not recorder.started and weights.exists():
+            more = f"{done.epoch} epochs); to go on, ask for more --epochs"
+            raise UsageError(f"{place}: this run is finished ({f'{done.stop})' if done.stop else more}")
+    try:
+        files.save_weights(done.model, weights)
+    except OSError as error:
+        raise click.ClickException(f"{weights} cannot be written ({error.strerror or error}); "
+                                   f"loopctl run --resume {place} tries again") from error
     click.echo(f"stopped early: {done.stop}" if done.stop else f"finished: {done.epoch} epochs, {done.step:,} updates")
     click.echo(f"run folder: {place}")
 
@@ -123,6 +131,10 @@ class Recorder:
     started: bool = False
 
     @hookimpl
+    def setup(self, run):
+        run.config = {key: value for key, value in self.settings.items() if value is not None}
+
+    @hookimpl
     def epoch_start(self, run):
         if self.started:
             return
@@ -134,10 +146,14 @@ class Recorder:
         heading = f"# {versions}\n# loopctl run --config {run.out}/run.toml\n"
         # Names, numbers, truth values and lists of them are written in TOML as in JSON.
         lines = [f"{key} = {json.dumps(value, ensure_ascii=False, indent=4)}\n"
-                 for key, value in sorted(self.settings.items()) if value is not None]
-        (run.out / "run.toml").write_text(heading + "".join(lines))
-        if self.new:
-            (run.out / "explain.txt").write_text(explain(run=run) + "\n")
+                 for key, value in sorted(run.config.items())]
+        try:
+            with files.replacing(run.out / "run.toml") as file:
+                file.write_text(heading + "".join(lines))
+            if self.new:
+                (run.out / "explain.txt").write_text(explain(run=run) + "\n")
+        except OSError as error:
+            raise click.ClickException(f"{run.out} cannot be written: {error.strerror}") from error
         self.started = True
 
 
@@ -171,7 +187,8 @@ def make_folder(path: Path | None) -> tuple[Path, list[Path]]:
         made = [parent for parent in (place, *place.parents) if not parent.exists()]
         try:
             place.mkdir(parents=True, exist_ok=place is path)
-            (place / "run.toml").touch()
+            with TemporaryFile(dir=place):              # it can be written
+                pass
         except FileExistsError:                          # another run, begun in the same second
             continue
         except OSError as error:

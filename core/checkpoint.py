@@ -1,103 +1,270 @@
 """What a run must remember to go on exactly as if it had never ended."""
 from __future__ import annotations
 
-import os
-import random
+import io
+import logging
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save_model
 from torch import nn
 
-from loopctl.errors import UsageError
+from loopctl.batches import known_length
+from loopctl.errors import UsageError, names, one_line
+from loopctl.files import Damaged, read
+from loopctl.meters import Meters
+from loopctl.options import spec
+from loopctl.randomness import generators, random_state, set_random_state
 from loopctl.run import Run
 
-POSITION = ("epoch", "step", "attempts", "seen", "stop", "metrics", "history")
+POSITION = {"epoch": int, "step": int, "attempts": int, "seen": int, "began": tuple, "judged": int, "stop": str,
+            "metrics": dict, "history": list}
+LAYOUT = {"config": dict, "model": dict, "optimizer": dict, "plugins": dict, "composition": list, "parameters": list,
+          "samples": list, "plan": list, "max_steps": int | float, "position": dict, "meters": dict, "data": dict,
+          "random": dict}
 
+# A plugin that joins one of these has a say in what is trained; one that does not, and keeps no state, looks on.
+SHAPING = ("setup", "param_groups", "wrap_model", "group_batches", "lr_scale", "batch_weight", "optimizer_step",
+           "micro_step", "compute_loss", "backward", "after_backward", "grads_ready")
+
+# What `loopctl run` was told, and may be told otherwise when the run goes on.
+FREE = ("epochs", "max_steps", "eval_every", "workers", "device", "data_root", "download", "plugin", "without")
+
+log = logging.getLogger("loopctl")
 
 def state(run: Run) -> dict[str, Any]:
     """Everything that changes while training, in types that `torch.load(weights_only=True)` takes."""
     return {
+        "loopctl": 1,
+        "config": run.config or config(run),
         "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "plugins": {name: plugin.state_dict() for name, plugin in stateful(run)},
+        "optimizer": {"class": type(run.optimizer).__name__, "defaults": defaults(run), **run.optimizer.state_dict()},
+        "plugins": {name: plugin.state_dict() for name, plugin in stateful(run).items()},
+        "composition": composition(run),
+        "parameters": parameters(run),
+        "samples": samples(run.train),
+        "plan": list(run.plan()),
+        "max_steps": run.max_steps,
         "position": {name: getattr(run, name) for name in POSITION},
-        "random": random_state(),
+        "meters": run.meters.state_dict(),
+        "data": {name: feed.state_dict() for name, feed in run.feeds.items()},
+        "random": random_state(run.train, run.valid),
     }
+
+
+def config(run: Run) -> dict[str, Any]:
+    """What a run begun in Python was asked for, as the command line would say it."""
+    asked = {name: getattr(run, name) for name in ("epochs", "max_steps", "eval_every", "steps_per_epoch")}
+    plugins = []
+    for name, plugin in run.hook.plugins.items():
+        with suppress(UsageError):              # an option that has no text, such as a function within a function
+            name = spec(name.partition(".")[0], plugin)
+        plugins.append(name)
+    return asked | {"plugin": plugins}
 
 
 def restore(run: Run) -> None:
     """Load the state that `run.resume` names, random numbers last. Raises UsageError where it is another run's."""
-    file = find(run.resume)      # type: ignore[arg-type]
-    saved = torch.load(file, map_location=run.device, weights_only=True)
-    mine = dict(stateful(run))
-    if set(saved["plugins"]) != set(mine):
-        raise UsageError(f"{file} was saved with the plugins {sorted(saved['plugins'])}, this run has {sorted(mine)}")
+    path = run.resume or Path()
+    saved_here = run.hook.acting["safe_point"] and path.is_dir() and run.out.is_dir() and path.samefile(run.out)
+    if saved_here and not candidates(path):
+        log.warning("%s has no checkpoint yet; beginning at the start", path)
+        return
+    file, saved = find(path, run.device)
     try:
-        run.model.load_state_dict(saved["model"])
-        run.optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"{file} does not fit this model and optimizer: {' '.join(str(error).split())}") from error
-    for name, plugin in mine.items():
+        if differences := compare(run, saved):
+            raise UsageError(f"resume: {file} is of another run: {differences[0]}")
+        load(run, saved)
+        for name in POSITION:
+            setattr(run, name, saved["position"][name])
+        run.meters = Meters(run.metric_fns["train"], "train_")
+        run.meters.load_state_dict(saved["meters"])
+        for name, feed in run.feeds.items():
+            feed.load_state_dict(saved["data"][name])
+        cut = run.step >= saved["max_steps"] and not run.batch and run.seen % saved["plan"][1] != 0
+        set_random_state(saved["random"], run.train, run.valid)
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:                      # a plugin may raise anything over a state that is not its own
+        raise UsageError(f"resume: {file} cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
+    if cut and not run.over:
+        raise UsageError(f"resume: {file} ended within an epoch, at max_steps={saved['max_steps']}, so what it did "
+                         "at the epoch's end came too early to go on; begin a new run from its weights")
+    run.saved = file
+
+
+def roll_back(run: Run) -> None:
+    """Put the model, the optimizer and the plugins back to the last checkpoint, which is `run.saved` if that is whole.
+
+    Position, history and random numbers stay as they are.
+    """
+    assert run.saved
+    run.saved, saved = find(run.saved.parent, run.device)
+    load(run, saved)
+
+
+def load(run: Run, saved: dict[str, Any]) -> None:
+    run.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict({key: saved["optimizer"][key] for key in ("state", "param_groups")})
+    for name, plugin in stateful(run).items():
         plugin.load_state_dict(saved["plugins"][name])
-    for name in POSITION:
-        setattr(run, name, saved["position"][name])
-    set_random_state(saved["random"])
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that `path` means: a file, a folder of checkpoints, or a run's folder."""
-    tried = [path, path / "last.pt", path / "checkpoints" / "last.pt"]
+def compare(run: Run, saved: dict[str, Any]) -> list[str]:
+    """What `saved` differs in from `run`, so that it cannot go on there."""
+    found = [f"{key} is {was} there and {run.config[key]} here" for key, was in saved["config"].items()
+             if key in run.config and key not in FREE and str(was) != str(run.config[key])]
+    there, here = saved["model"], run.model.state_dict()
+    found += differ("the model has {}", there, here)
+    found += [f"the model's {name} is {shape(there[name])} there and {shape(here[name])} here"
+              for name in here if name in there and shape(here[name]) != shape(there[name])]
+
+    kinds = saved["optimizer"]["class"], type(run.optimizer).__name__
+    sizes = [[len(group) for group in one] for one in (saved["parameters"], parameters(run))]
+    if kinds[0] != kinds[1]:
+        found.append("the optimizer is {} there and {} here".format(*kinds))
+    else:
+        there, here = saved["optimizer"]["defaults"], defaults(run)
+        found += [f"the optimizer's {key} is {there.get(key)} there and {here[key]} here"
+                  for key in here if str(there.get(key)) != str(here[key])]
+    if sizes[0] != sizes[1]:
+        found.append("the optimizer has parameter groups of {} parameters there and of {} here".format(*sizes))
+    elif saved["parameters"] != parameters(run):
+        found.append("the optimizer has other parameters there than here, or in another order")
+
+    orders = saved["composition"], composition(run)
+    found += differ("there is the plugin {}", {*orders[0], *saved["plugins"]}, {*orders[1], *stateful(run)})
+    if not found and orders[0] != orders[1]:
+        found.append("the plugins act in the order {} there and {} here".format(*map(", ".join, orders)))
+
+    found += differ("there is the metric {}", saved["meters"].keys() - {""}, run.metric_fns["train"])
+    judged = saved["position"]["metrics"], run.metrics
+    found += differ("there is {}", *({"validation data"} if "val_loss" in one else () for one in judged))
+    if saved["plan"] != list(run.plan()):
+        found.append("an epoch has {} steps and {} batches there, ".format(*saved["plan"])
+                     + "{} and {} here; keep data, batch size and accumulation".format(*run.plan()))
+    if saved["samples"] != samples(run.train):
+        found.append("the training data has {1} samples in batches of {0} there, ".format(*saved["samples"])
+                     + "{1} in batches of {0} here".format(*samples(run.train)))
+    own = len(saved["random"]["generators"]), len(generators((run.train, run.valid)))
+    if own[0] != own[1]:
+        found.append("the data loaders have {} random generators of their own there and {} here".format(*own))
+    return found
+
+
+def differ(text: str, there: Iterable[str], here: Iterable[str]) -> list[str]:
+    """`text` about what is only there, and about what is only here."""
+    return [*listed(f"{text} there and not here", {*there} - {*here}),
+            *listed(f"{text} here and not there", {*here} - {*there})]
+
+
+def listed(text: str, items: Iterable[str]) -> list[str]:
+    """`text` about the first of `items`, if there are any."""
+    items = sorted(items)
+    few = items[:3] + ([f"{len(items) - 3} more"] if len(items) > 3 else [])
+    return [text.format(names(few))] if items else []
+
+
+def shape(value: Any) -> str:
+    return "x".join(map(str, value.shape)) or "a scalar" if isinstance(value, torch.Tensor) else "no tensor"
+
+
+def parameters(run: Run) -> list[list[str]]:
+    """The names of the parameters in each of the optimizer's groups."""
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    return [[names.get(id(parameter), "") for parameter in group["params"]] for group in run.optimizer.param_groups]
+
+
+def defaults(run: Run) -> dict[str, Any]:
+    """What the optimizer was made with, but for how it computes, which is the device's affair."""
+    return {key: value for key, value in run.optimizer.defaults.items()
+            if key not in ("foreach", "fused", "capturable", "differentiable")}
+
+
+def samples(source: Any) -> list[int | None]:
+    """The batch size and the number of samples of a data loader, as far as it knows them."""
+    return [getattr(source, "batch_size", None), known_length(getattr(source, "dataset", None))]
+
+
+def stateful(run: Run) -> dict[str, Any]:
+    return {name: plugin for name, plugin in run.hook.plugins.items() if hasattr(plugin, "state_dict")}
+
+
+def composition(run: Run) -> list[str]:
+    """The plugins that have a say in what is trained, in their order."""
+    shaping = {name for hook in SHAPING for name in run.hook.acting[hook]}
+    return [name for name in run.hook.plugins if name in shaping]
+
+
+def check(run: Run) -> None:
+    """Refuse, with UsageError, state that no checkpoint can hold. Call it when every plugin has had its start."""
+    parts = {f"plugin {name}": plugin.state_dict() for name, plugin in stateful(run).items()}
+    parts |= {f"metric {name}": one for name, one in run.meters.state_dict().items() if name}
+    parts["model"] = {name: one for name, one in run.model.state_dict().items()
+                      if type(one) not in (torch.Tensor, nn.Parameter)}
+    parts["optimizer"] = run.optimizer.state_dict()["param_groups"]
+    for who, part in parts.items():
+        stream = io.BytesIO()
+        try:
+            torch.save(part, stream)
+            torch.load(io.BytesIO(stream.getvalue()), weights_only=True)
+        except Exception as error:
+            kind = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"a {kind[1]}" if kind else f"something that cannot be written ({one_line(error)})"
+            raise UsageError(f"{who}: its state has {what}; a checkpoint holds tensors, numbers, text, None, "
+                             "and lists, tuples and dicts of them") from error
+
+
+# Where it is kept
+
+
+def find(path: Path, device: Any = "cpu") -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint that `path` means and its content: a file, a folder of checkpoints, or a run's folder.
+
+    One that is damaged is passed over, with a line that says so, for the one before it. Raises UsageError where there
+    is none.
+    """
+    if not (tried := candidates(path)):
+        raise UsageError(f"resume={path}: no checkpoint there; a run's folder has them in checkpoints/")
+    said: list[str] = []
     for file in tried:
-        if file.is_file():
-            return file
-    raise UsageError(f"resume={path}: no checkpoint there; a run's folder has one in checkpoints/last.pt")
+        try:
+            saved = read(file, device)
+            check_layout(saved)
+        except Damaged as error:
+            said.append(f"{file} {error}")
+        else:
+            for line in said:
+                log.warning("%s; going on from %s", line, file.name)
+            return file, saved
+    more = f", and neither is any of the {len(said) - 1} before it whole" if len(said) > 1 else ""
+    raise UsageError(f"resume={path}: {said[0]}{more}; begin a new run")
 
 
-def save(content: Any, file: Path) -> None:
-    """Write `content` aside, then move it into place: `file` is whole at every moment."""
-    aside = beside(file)
-    with aside.open("wb") as stream:
-        torch.save(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, file)
+def check_layout(saved: dict[str, Any]) -> None:
+    """Raise Damaged where a file with a right checksum is not what `state` returns."""
+    wrong = [name for name, kind in LAYOUT.items() if not isinstance(saved.get(name), kind)]
+    wrong += [name for name, kind in POSITION.items()
+              if not wrong and not isinstance(saved["position"].get(name), kind)]
+    if wrong:
+        raise Damaged(f"has no right {wrong[0]!r}, so it is no checkpoint that this version of loopctl reads")
 
 
-def save_weights(model: nn.Module, file: Path) -> None:
-    """Write the weights of `model` as safetensors, which any program reads and which runs no code."""
-    aside = beside(file)
-    save_model(model, str(aside))
-    os.replace(aside, file)
+def candidates(path: Path) -> list[Path]:
+    """The checkpoints that `path` means, the furthest first."""
+    return [path] if path.is_file() else numbered(path) or numbered(path, "*/")
 
 
-def beside(file: Path) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return file.with_name(f"{file.name}.new")
+def numbered(folder: Path, below: str = "") -> list[Path]:
+    """The checkpoints in `folder`, the furthest first."""
+    found = [file for file in folder.glob(f"{below}step-*.pt") if number(file) >= 0]
+    return sorted(found, key=lambda file: (number(file), file), reverse=True)
 
 
-def stateful(run: Run) -> list[tuple[str, Any]]:
-    return [(name, plugin) for name, plugin in run.hook.plugins.items() if hasattr(plugin, "state_dict")]
-
-
-def random_state() -> dict[str, Any]:
-    """The state of the random numbers of Python, NumPy and torch, on every device."""
-    numbers: Any = np.random.get_state()
-    kind, keys, *rest = numbers
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(saved: dict[str, Any]) -> None:
-    kind, keys, *rest = saved["numpy"]
-    random.setstate(saved["python"])
-    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(saved["torch"].cpu())
-    if saved["cuda"]:
-        torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda"]])
+def number(file: Path) -> int:
+    """The N of step-N.pt, which is how many updates were planned until then; -1 for other files."""
+    digits = re.match(r"step-(\d+)\.pt", file.name)
+    return int(digits[1]) if digits else -1

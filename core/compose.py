@@ -82,6 +82,8 @@ def check_plugin(name: str, plugin: Any, manager: pluggy.PluginManager) -> None:
         check(plugin)
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
+    if hasattr(plugin, "state_dict") != hasattr(plugin, "load_state_dict"):
+        raise UsageError(f"{name}: has one of state_dict and load_state_dict; write both, or neither")
     marked = {attr for attr in dir(type(plugin)) if hasattr(getattr(type(plugin), attr, None), "loopctl_impl")}
     if not marked:
         raise UsageError(f"{name}: has no hooks; mark its methods with @hookimpl")

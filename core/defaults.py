@@ -64,7 +64,7 @@ def evaluate(run):
         return {}
     meters = Meters(run.metric_fns["val"], "val_")
     with evaluating(run.model), torch.no_grad():
-        for batch in moved(run.valid, run.device):
+        for batch in moved(run.feeds["valid"], run.device):
             weight = run.hook.batch_weight(run=run, batch=batch)
             meters.loss.add(run.hook.compute_loss(run=run, batch=batch), weight)
             meters.observe(run.outputs, batch, weight)

@@ -16,8 +16,9 @@ def nearest(word: object, known: Iterable[str], what: str = "known") -> str:
 
 
 def one_line(error: object) -> str:
-    """The message of an error, on one line."""
-    return " ".join(str(error).split())
+    """The message of an error, on one line: without what no terminal shows, and of a very long one both ends."""
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(str(error).split()))
+    return text if len(text) <= 470 else f"{text[:290]} ... {text[-170:]}"
 
 
 def names(items: Iterable[str]) -> str:

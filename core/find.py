@@ -34,6 +34,14 @@ def load(name: str) -> type:
         raise UsageError(f"{name}: {error}") from error
 
 
+def load_class(name: str) -> type:
+    """What `load` finds, if it is a class. Raises UsageError."""
+    cls = load(name)
+    if not isinstance(cls, type):
+        raise UsageError(f"{name} is a {type(cls).__name__}; name a plugin's class")
+    return cls
+
+
 def entry_point(name: str) -> EntryPoint:
     """The entry point of the plugin called `name`."""
     found = {entry.value: entry for entry in entry_points(group="loopctl", name=name)}
@@ -47,7 +55,11 @@ def entry_point(name: str) -> EntryPoint:
 def from_file(path: str) -> type:
     """Import `path/to/file.py:Class`."""
     file, _, name = path.rpartition(":")
-    if not Path(file).is_file():
+    try:
+        there = Path(file).is_file()
+    except OSError as error:                      # a name that no file can have
+        raise ImportError(f"{file} cannot be read: {error.strerror}") from error
+    if not there:
         raise ImportError(f"there is no file {file}")
     # Its path is its name: a second file of this name, or a file called random.py, is another module.
     spec = importlib.util.spec_from_file_location(str(Path(file).resolve()), file)
@@ -57,7 +69,7 @@ def from_file(path: str) -> type:
     sys.modules[spec.name] = module               # where dataclasses and typing look up a class's module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:                    # a file may raise anything while it is imported
+    except (Exception, SystemExit) as error:      # a file may raise anything while it is imported
         raise ImportError(f"{file} cannot be imported ({type(error).__name__}: {one_line(error)})") from error
     return attribute(module, name, file)
 
@@ -68,9 +80,7 @@ def build(spec: str) -> tuple[str, Any]:
     `name` may also be `package.module:Class` or `path/to/file.py:Class`. Raises UsageError.
     """
     head, rest = split(spec)
-    cls = load(head)
-    if not isinstance(cls, type):
-        raise UsageError(f"{head} is a {type(cls).__name__}; name a plugin's class")
+    cls = load_class(head)
     name = name_of(cls)
     known = options(cls)
     values = parse_options(name, rest, known)
@@ -81,6 +91,9 @@ def build(spec: str) -> tuple[str, Any]:
         return name, cls(**values)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}: {one_line(error)}") from error
+    except Exception as error:
+        error.add_note(f"raised by plugin {name!r} when it was made")
+        raise
 
 
 def split(spec: str) -> tuple[str, str]:

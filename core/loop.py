@@ -6,7 +6,6 @@ of the parameters from the gradients of one or more micro-batches. Every `hook.`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import islice
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from loopctl.batches import moved
 from loopctl.checkpoint import restore
 from loopctl.compose import blame, compose
 from loopctl.errors import UsageError
+from loopctl.feed import feeding
 from loopctl.hooks import hookimpl
 from loopctl.meters import Meters
 from loopctl.prepare import prepare
@@ -71,44 +71,50 @@ def fit(
 @hookimpl(trylast=True)
 def train(run: Run) -> None:
     run.hook.train_start(run=run)
-    if run.resume:
-        restore(run)
-    while not run.over:
-        epoch(run)
+    with feeding(run):
+        if run.resume:
+            restore(run)
+        while not run.over:
+            epoch(run)
     run.hook.train_end(run=run)
 
 
 def epoch(run: Run) -> None:
-    """One pass over the training data, then an evaluation."""
-    hook, meters, begun, judged = run.hook, Meters(run.metric_fns["train"], "train_"), run.attempts, None
+    """One pass over the training data, or what is left of it where the run goes on, then an evaluation."""
+    hook = run.hook
+    if not run.batch:
+        run.meters = Meters(run.metric_fns["train"], "train_")
     run.model.train()
     hook.epoch_start(run=run)
-    groups = hook.group_batches(run=run, batches=moved(run.train, run.device))
-    for batches in islice(groups, run.steps_per_epoch):
-        step(run, batches, meters)
+    steps = iter(hook.group_batches(run=run, batches=moved(run.feeds["train"], run.device)))
+    while not ends(run) and (batches := next(steps, None)) is not None:
+        step(run, batches)
         hook.safe_point(run=run)
-        if run.eval_every and run.attempts % run.eval_every == 0:
-            evaluate(run, meters)
-            judged = run.attempts
-        if run.stop or run.step >= run.max_steps:
-            break
-    if run.attempts == begun:
+    if not run.batch and run.ends:
+        return
+    if not run.batch:
         raise UsageError(f"train gave no batches in epoch {run.epoch + 1}; pass a list or a DataLoader, no iterator")
-    run.epoch += 1
-    if judged != run.attempts:
-        evaluate(run, meters)
+    run.epoch, run.began = run.epoch + 1, (run.seen, run.attempts)
+    evaluate(run)
     lr = float(run.optimizer.param_groups[0]["lr"])
     run.history.append({"epoch": run.epoch, "step": run.step, **run.metrics, "lr": lr})
     hook.epoch_end(run=run)
     hook.safe_point(run=run)
 
 
-def step(run: Run, batches: list[Any], meters: Meters) -> None:
+def ends(run: Run) -> bool:
+    """Whether the epoch ends here, before its data does. Where an evaluation is due within it, that comes first."""
+    if run.eval_every and run.attempts % run.eval_every == 0:
+        evaluate(run)
+    return run.ends or run.attempts - run.began[1] == run.steps_per_epoch
+
+
+def step(run: Run, batches: list[Any]) -> None:
     """One update of the parameters, from a list of micro-batches."""
     hook, run.batches = run.hook, batches
     set_rates(run)
     weights = [hook.batch_weight(run=run, batch=batch) for batch in batches]
-    run.weight, run.skipped, looks = sum(weights), False, [meters]
+    run.weight, run.skipped, looks = sum(weights), False, [run.meters]
 
     def closure() -> Tensor:
         # An optimizer may look at the loss more than once; what the run reports is its first look.
@@ -140,10 +146,13 @@ def gradients(run: Run, weights: list[Any], meters: Meters | None) -> Tensor:
     return loss
 
 
-def evaluate(run: Run, meters: Meters) -> None:
+def evaluate(run: Run) -> None:
     """Bring fresh metrics to the host, which is when the loop waits for the device, and have plugins judge them."""
-    run.metrics |= meters.result() | run.hook.evaluate(run=run)
+    if run.judged == run.attempts:
+        return
+    run.metrics |= run.meters.result() | run.hook.evaluate(run=run)
     for name, value in run.metrics.items():
         if hasattr(value, "tolist"):
             run.metrics[name] = value.tolist()
+    run.judged = run.attempts
     run.hook.after_evaluate(run=run)

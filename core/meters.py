@@ -37,6 +37,13 @@ class Mean:
             self.fold()
         return self.total / self.weight
 
+    def state_dict(self) -> dict[str, Any]:
+        # Not folded: where sums are cut is part of their last digit.
+        return {"values": list(self.values), "weights": list(self.weights), "total": self.total, "weight": self.weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
 
 def column(scalars: list[Any]) -> Tensor:
     """Scalars as one vector, in float64 where the device has it."""
@@ -75,12 +82,37 @@ class Meters:
             else:
                 function.update(outputs, batch[1])
 
+    def state_dict(self) -> dict[str, Any]:
+        """The means so far, and the state of the objects that collect by themselves."""
+        states = {name: collected(function) for name, function in self.functions.items() if name not in self.means}
+        return {"": self.loss.state_dict()} | states | {name: mean.state_dict() for name, mean in self.means.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loss.load_state_dict(state[""])
+        for name, function in self.functions.items():
+            if name in self.means:
+                self.means[name].load_state_dict(state[name])
+            elif hasattr(function, "load_state_dict"):
+                collected(function)
+                function.load_state_dict(state[name])
+            else:
+                vars(function).update(state[name])
+
     def result(self) -> dict[str, Tensor]:
         """The means so far by name, on the device."""
         found = {f"{self.prefix}loss": self.loss.result()}
         for name, function in self.functions.items():
             found[self.prefix + name] = self.means[name].result() if name in self.means else function.compute()
         return found
+
+
+def collected(function: Any) -> dict[str, Any]:
+    """What a metric object has collected so far."""
+    if not hasattr(function, "state_dict"):
+        return dict(vars(function))
+    if hasattr(function, "persistent"):
+        function.persistent(True)           # else torchmetrics leaves out what it has collected
+    return function.state_dict()
 
 
 def keeps_own_state(function: Any) -> bool:

@@ -50,7 +50,10 @@ class Monitor:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"metric": self.metric, "mode": self.mode, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if (was := (state["metric"], state["mode"])) != (now := (self.metric, self.mode)):
+            raise UsageError("monitor={}, mode={} there and monitor={}, mode={} here; a best value of one is none of "
+                             "the other".format(*was, *now))
         self.best = state["best"]

@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from math import isfinite
 from typing import Any, get_type_hints
 
-from loopctl.errors import UsageError, nearest
-from loopctl.values import convert, described, guess, shown, suits, takes_mapping
+from loopctl.errors import UsageError, nearest, one_line
+from loopctl.values import Unbounded, convert, described, shown, suits, takes_mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,11 @@ def options(cls: type) -> dict[str, Option]:
     """The options of a plugin class by name; its help is the docstring's line `name: help`, and its continuation."""
     if not dataclasses.is_dataclass(cls):
         return {}
-    hints = get_type_hints(cls, include_extras=True)
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+    except Exception as error:                # such as a name that is imported for type checkers only
+        raise UsageError(f"{cls.__name__}: the types of its options cannot be read ({type(error).__name__}: "
+                         f"{one_line(error)}); import what they name") from error
     found = {}
     for field in dataclasses.fields(cls):
         if field.init:
@@ -34,8 +39,13 @@ def options(cls: type) -> dict[str, Option]:
             default = field.default if factory is dataclasses.MISSING else factory()
             line = re.search(rf"^ *{field.name}: (.+(?:\n {{6,}}.+)*)", cls.__doc__ or "", re.MULTILINE)
             text = " ".join(line[1].split()) if line else ""
-            found[field.name] = Option(field.name, hints[field.name], default, text)
+            found[field.name] = Option(field.name, widened(hints[field.name], default), default, text)
     return found
+
+
+def widened(hint: Any, default: Any) -> Any:
+    """The type `hint`, or any number where the default itself is inf or nan."""
+    return Unbounded if isinstance(default, float) and not isfinite(default) else hint
 
 
 def parse_options(name: str, text: str, known: dict[str, Option]) -> dict[str, Any]:
@@ -46,7 +56,7 @@ def parse_options(name: str, text: str, known: dict[str, Option]) -> dict[str, A
     """
     values: dict[str, str] = {}
     last = ""
-    for item in filter(None, text.split(",")):
+    for item in text.split(",") if text else []:
         key, equals, value = (part.strip() for part in item.partition("="))
         if last and key not in known and (not equals or takes_mapping(known.get(last, ANY).type)):
             values[last] += f",{item}"
@@ -61,8 +71,10 @@ def parse_options(name: str, text: str, known: dict[str, Option]) -> dict[str, A
         else:
             values[key], last = value, key
     own = {key: read(f"{name}: {key}", value, known[key].type) for key, value in values.items() if key in known}
-    others = {key: guess(value) for key, value in values.items() if key not in known}
-    return own | ({"options": others} if others else {})
+    others = {key: read(f"{name}: {key}", value, Any) for key, value in values.items() if key not in known}
+    if twice := sorted(set(others) & set(own.get("options", {}))):
+        raise UsageError(f"{name}: option {twice[0]} is given twice")
+    return own | ({"options": own.get("options", {}) | others} if others else {})
 
 
 def read(who: str, text: str, hint: Any) -> Any:

@@ -1,18 +1,17 @@
 """What happens between `fit(...)` and the first step: check what was asked for, then build what is missing."""
 from __future__ import annotations
 
-import random
 from copy import deepcopy
 from math import inf, nan
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from loopctl.batches import known_length
 from loopctl.errors import UsageError, one_line
 from loopctl.meters import keeps_own_state
+from loopctl.randomness import seed_everything
 from loopctl.run import Run
 
 
@@ -46,13 +45,6 @@ def check(run: Run) -> None:
             raise UsageError(f"{name} is a {type(data).__name__}, not an iterable of batches")
     if known_length(run.train) is None and run.steps_per_epoch is None:
         raise UsageError("train has no length, so where an epoch ends is unknown; say steps_per_epoch=...")
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the random numbers of Python, NumPy and torch, on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def find_device(device: Any, model: nn.Module | None = None) -> torch.device:

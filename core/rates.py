@@ -62,8 +62,10 @@ def curve(run: Run, points: int = 2000) -> Iterator[tuple[int, list[float]]]:
     per_epoch, micro_batches = run.plan()
     here = run.epoch, run.attempts, run.seen
     every = max(1, run.planned_steps // points)
-    for step in sorted({*range(0, run.planned_steps, every), run.planned_steps - 1}):
-        run.epoch, run.attempts = step // per_epoch, step
-        run.seen = round(step / per_epoch * micro_batches)
-        yield step, rates(run)
-    run.epoch, run.attempts, run.seen = here
+    try:
+        for step in sorted({*range(0, run.planned_steps, every), run.planned_steps - 1}):
+            run.epoch, run.attempts = step // per_epoch, step
+            run.seen = round(step / per_epoch * micro_batches)
+            yield step, rates(run)
+    finally:                        # also where the drawing is broken off
+        run.epoch, run.attempts, run.seen = here

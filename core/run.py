@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from loopctl.compose import Hooks
+    from loopctl.feed import Feed
+    from loopctl.meters import Meters
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +41,7 @@ class Run:
     # Set before training.
     device: torch.device = None               # type: ignore[assignment]
     network: Callable[..., Any] = None        # type: ignore[assignment]
+    config: dict[str, Any] = field(default_factory=dict)     # what it was made of, for whoever reads a checkpoint
     hook: Hooks = None                        # type: ignore[assignment]
 
     # How far it is.
@@ -46,6 +49,8 @@ class Run:
     step: int = 0                             # updates that happened
     attempts: int = 0                         # updates planned so far: those that happened and those skipped
     seen: int = 0                             # micro-batches consumed, over all epochs
+    began: tuple[int, int] = (0, 0)           # `seen` and `attempts` where the epoch at hand began
+    judged: int = 0                           # `attempts` at the last evaluation
     stop: str = ""                            # why to end before the last epoch; empty means go on
 
     # The step at hand.
@@ -55,14 +60,27 @@ class Run:
     outputs: Any = None
     skipped: bool = False                     # this step changed no weight
 
+    feeds: dict[str, Feed] = field(default_factory=dict)     # what gives the batches of `train` and of `valid`
+    meters: Meters = None                     # type: ignore[assignment]   # means over the epoch so far
+    saved: Path | None = None                 # the last checkpoint that was written or gone on from
     metrics: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     _plan: tuple[int, int] | None = None
 
     @property
     def over(self) -> bool:
-        """Whether the run is at its end: stopped, or all epochs or steps done."""
-        return bool(self.stop) or self.epoch >= self.epochs or self.step >= self.max_steps
+        """Whether the run is at its end: between epochs, and stopped, or all epochs or steps done."""
+        return not self.batch and (self.ends or self.epoch >= self.epochs)
+
+    @property
+    def ends(self) -> bool:
+        """Whether the epoch at hand is the last, and ends here: somebody said stop, or all steps are done."""
+        return bool(self.stop) or self.step >= self.max_steps
+
+    @property
+    def batch(self) -> int:
+        """Micro-batches consumed of the epoch at hand."""
+        return self.seen - self.began[0]
 
     @property
     def progress(self) -> float:

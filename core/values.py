@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from loopctl.errors import nearest, one_line
+from loopctl.errors import UsageError, nearest, one_line
 from loopctl.lengths import Length, parse_length
 
+Unbounded = Annotated[float, "or inf"]      # a number that may be inf; any other is one that float32 holds
+LARGEST = 3.4028234663852886e38             # float32's
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -20,6 +22,8 @@ def convert(text: str, hint: Any) -> Any:
     if hint == Length:
         number, unit = parse_length(text)
         return text if unit else int(number) if number.is_integer() else number
+    if hint == Unbounded:
+        return float(plain(text))
     if origin is Annotated:
         return convert(text, args[0])
     if origin in (Union, types.UnionType):
@@ -28,8 +32,8 @@ def convert(text: str, hint: Any) -> Any:
         for arg in (arg for arg in args if arg is not type(None)):
             try:
                 return convert(text, arg)
-            except ValueError:
-                if arg == Length:
+            except ValueError as error:
+                if str(error).startswith("takes"):       # it is of this type, and wrong
                     raise
         raise ValueError
     if origin is Literal:
@@ -38,14 +42,53 @@ def convert(text: str, hint: Any) -> Any:
         return WORDS[text.lower()] if text.lower() in WORDS else parse_fail()
     if origin in (list, tuple):
         return origin(convert(item.strip(), args[0]) for item in text.split(",") if text)
-    if origin is dict:
-        pairs = [item.rpartition("=") for item in text.split(",") if text]
-        return {key.strip(): convert(value.strip(), args[1]) for key, _, value in pairs}
-    if hint in (int, float, str, Path):
+    if dict in (hint, origin):
+        found: dict[str, Any] = {}
+        for item in text.split(",") if text else []:
+            key, _, value = (part.strip() for part in item.rpartition("="))
+            if key in found:
+                raise ValueError(f"takes each name once, and {key!r} is given twice")
+            found[key] = convert(value, args[1] if args else Any)
+        return found
+    if hint in (int, float):
+        return whole(text) if hint is int else real(text)
+    if hint in (str, Path):
         return hint(text)
     if hint is Callable or origin is Callable or origin is type:
-        return import_object(text)
+        return function(text)
     return guess(text)
+
+
+def plain(text: str) -> str:
+    """The text of a number, or ValueError where it is written as only Python writes it, or in another alphabet."""
+    if "_" in text or not text.isascii():
+        raise ValueError
+    return text
+
+
+def whole(text: str) -> int:
+    number = int(plain(text))
+    if abs(number) >= 2**63:
+        raise ValueError(f"takes a whole number below 2**63, not {text!r}")
+    return number
+
+
+def real(text: str) -> float:
+    number = float(plain(text))
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"takes a number of at most 3.4e38, not {text!r}")
+    return number
+
+
+def function(path: str) -> Any:
+    """Import the function or class `package.module:name`."""
+    module, _, name = path.partition(":")
+    if not (module and name):
+        raise ValueError
+    found = import_object(path)
+    if not callable(found):
+        raise ValueError(f"takes a function, package.module:name, and {path} is a {type(found).__name__}")
+    return found
 
 
 def parse_fail() -> Any:
@@ -53,16 +96,20 @@ def parse_fail() -> Any:
 
 
 def guess(text: str) -> Any:
-    """Convert `text` to what it looks like: a number, true, false, none, several of them, or else text."""
+    """Convert `text` to what it looks like: a number, true, false, none, several of them, or else text.
+
+    Raises ValueError for a number that cannot be computed with.
+    """
     if "," in text:
         return tuple(guess(item.strip()) for item in text.split(","))
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]
-    for kind in (int, float):
+    for kind in (whole, real):
         try:
             return kind(text)
-        except ValueError:
-            continue
+        except ValueError as error:
+            if str(error).startswith("takes"):
+                raise
     return text
 
 
@@ -77,15 +124,18 @@ def suits(value: Any, hint: Any) -> bool:
         return value in args
     if origin in (list, tuple):
         return isinstance(value, list | tuple) and all(suits(item, args[0]) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint in (float, Unbounded):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and (hint is not float or abs(value) <= LARGEST)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if hint is Callable or origin is Callable:
+        return callable(value)
     return isinstance(value, hint) if hint in (bool, str, type(None)) else True
 
 
 def takes_mapping(hint: Any) -> bool:
-    return dict in (get_origin(hint), *map(get_origin, get_args(hint)))
+    return dict in (hint, get_origin(hint), *map(get_origin, get_args(hint)))
 
 
 def described(hint: Any) -> str:
@@ -93,6 +143,8 @@ def described(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if hint == Length:
         return "a length (30, 5ep, 500st, 10%)"
+    if hint == Unbounded:
+        return "a number"
     if origin in (Union, types.UnionType):
         return " or ".join(described(arg) for arg in args if arg is not type(None))
     if origin is Literal:
@@ -101,7 +153,7 @@ def described(hint: Any) -> str:
         words = described(args[0]).removeprefix("an ").removeprefix("a ")
         noun = re.split(r",| \(", words)[0]
         return f"a list of {noun}s{words[len(noun):]}"
-    if origin is dict:
+    if dict in (hint, origin):
         return "pairs, name=value"
     if hint is Callable or origin is Callable or origin is type:
         return "an import path, package.module:name"
@@ -118,6 +170,8 @@ def shown(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if callable(value):
+        if not (getattr(value, "__module__", "") and hasattr(value, "__qualname__")):
+            raise UsageError(f"{value!r} has no name by which a run could be repeated; name a function of a module")
         return f"{value.__module__}:{value.__qualname__}"
     return str(value)
 
@@ -127,7 +181,7 @@ def import_object(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
         found = importlib.import_module(module)
-    except Exception as error:      # a module may raise anything while it is imported
+    except (Exception, SystemExit) as error:      # a module may raise anything while it is imported
         raise ImportError(f"{module} cannot be imported ({type(error).__name__}: {one_line(error)})") from error
     return attribute(found, name, path)
 

@@ -15,7 +15,7 @@ class Amp:
 
     dtype: float16 scales the loss and skips a step whose gradients overflow; bfloat16 needs neither; auto is bfloat16,
         or float16 where the GPU has no bfloat16
-    init_scale: the first factor of the loss, with float16
+    init_scale: the first factor of the loss, at least 1, with float16
     growth_interval: steps without overflow after which the factor doubles, with float16
     """
 
@@ -24,8 +24,8 @@ class Amp:
     growth_interval: int = 2000
 
     def __post_init__(self) -> None:
-        if not self.init_scale > 0:
-            raise ValueError(f"init_scale is above 0, not {self.init_scale}")
+        if not self.init_scale >= 1:
+            raise ValueError(f"init_scale is at least 1, not {self.init_scale}")
         if self.growth_interval < 1:
             raise ValueError(f"growth_interval is at least 1, not {self.growth_interval}")
         if self.dtype == "auto":
@@ -66,10 +66,14 @@ class Amp:
 
     @hookimpl
     def optimizer_step(self, run, closure):
-        loss, scale = closure(), self.scaler.get_scale()
+        loss, scale, states = closure(), self.scaler.get_scale(), run.optimizer.state
+        known = len(states)
         self.scaler.step(run.optimizer)
         self.scaler.update()
         run.skipped = self.scaler.get_scale() < scale      # waits for the device, as GradScaler does
+        if run.skipped and len(states) > known:            # torch's fused SGD has put memory there that nobody wrote to
+            for parameter in list(states)[known:]:
+                del states[parameter]
         return loss
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,45 +1,102 @@
 """Checkpoints."""
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from os.path import realpath
+from pathlib import Path
 from typing import Any, Literal
 
-from loopctl import Monitor, UsageError, checkpoint, hookimpl
+from loopctl import Monitor, Run, UsageError, checkpoint, files, hookimpl
+
+log = logging.getLogger("loopctl")
 
 
 @dataclass(eq=False)
 class Checkpoint:
-    """Save the best weights, and the whole state of the run, from which it can go on.
+    """Save the whole state of the run, from which it goes on exactly, and the best weights.
 
-    They are best.safetensors and last.pt. A run goes on from the end of the epoch that last.pt holds.
+    A checkpoint is step-N.pt, with N updates planned so far. The last one is written when the run ends, and before
+    leaving on SIGTERM or SIGUSR1, which batch systems send. best.safetensors are the weights that were judged best,
+    best.pt the whole state soon after. A checkpoint that cannot be written stops nothing: a line says so, and the
+    one before it stays.
 
+    every_epochs: save at the end of every so many epochs
+    every_steps: save every so many steps too
+    every_minutes: save when so many minutes have passed since the last time, too
     monitor: the metric that tells which weights are best; val_loss if left out, or train_loss without validation
     mode: whether smaller or larger is better; auto knows losses and errors from accuracies by name
-    every_epochs: how often last.pt is written; at the run's end in any case
+    keep: how many checkpoints stay, besides the best; with two, a damaged one has one before it
     dir: the folder, relative to the run's
     """
 
+    every_epochs: int = 1
+    every_steps: int | None = None
+    every_minutes: float | None = None
     monitor: str = ""
     mode: Literal["auto", "min", "max"] = "auto"
-    every_epochs: int = 1
+    keep: int = 2
     dir: str = "checkpoints"
 
     def __post_init__(self) -> None:
-        if self.every_epochs < 1:
-            raise ValueError(f"every_epochs is at least 1, not {self.every_epochs}")
+        for name in ("every_epochs", "every_steps", "keep"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
+        if self.every_minutes is not None and not self.every_minutes > 0:
+            raise ValueError(f"every_minutes is above 0, not {self.every_minutes}")
         self.watch = Monitor(self.monitor, self.mode)
-        self.due = False
+        self.due = self.best = self.checked = False
+        self.signal = 0
+        self.good: list[Path] = []              # the checkpoints to keep, the last one first
+
+    @hookimpl(wrapper=True)
+    def train(self):
+        before = {number: signal.signal(number, self.heed) for number in free_signals()}
+        try:
+            return (yield)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def heed(self, number: int, frame: Any) -> None:
+        """Note that the run is to leave at the next safe point. A second signal ends it at once."""
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
 
     @hookimpl
     def train_start(self, run):
         self.watch.start(run)
         self.folder = run.out / self.dir
-        for name in ("best.safetensors", "last.pt"):
-            if (self.folder / name).exists() and not run.resume:
-                raise UsageError(f"{self.folder / name} exists and is not overwritten; move it, or say another dir")
+        self.since = time.monotonic()
+        there = [*checkpoint.numbered(self.folder), *self.folder.glob("best.*")]
+        goes_on = [realpath(file) for file in checkpoint.candidates(run.resume)] if run.resume else []
+        # A run that goes on and has no checkpoint was killed before its first, and begins at the start.
+        if there and realpath(there[0]) not in goes_on and not (run.resume and not goes_on):
+            raise UsageError(f"{there[0]} exists and is not overwritten; move it, or say another dir")
+        above = next(folder for folder in (self.folder.absolute(), *self.folder.absolute().parents) if folder.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise UsageError(f"{self.folder} cannot be written; say another dir")
+
+    @hookimpl
+    def epoch_start(self, run):
+        if not self.checked:
+            checkpoint.check(run)
+            self.checked = True
+            # Those after the one gone on from are damaged.
+            last = checkpoint.number(run.saved) if run.saved else -1
+            self.good = [file for file in checkpoint.numbered(self.folder) if checkpoint.number(file) <= last]
 
     @hookimpl
     def after_evaluate(self, run):
         if self.watch.improved(run):
-            checkpoint.save_weights(run.model, self.folder / "best.safetensors")
+            file = self.folder / "best.safetensors"
+            self.best = self.written(run, file, lambda: files.save_weights(run.model, file))
 
     @hookimpl
     def epoch_end(self, run):
@@ -47,12 +104,64 @@ class Checkpoint:
 
     @hookimpl
     def safe_point(self, run):
-        if self.due:
-            self.due = False
-            checkpoint.save(checkpoint.state(run), self.folder / "last.pt")
+        if (self.due or self.best or self.signal
+                or (self.every_steps and run.attempts % self.every_steps == 0)
+                or (self.every_minutes and time.monotonic() - self.since >= 60 * self.every_minutes)):
+            done = self.save(run)
+            if self.signal and not run.over:
+                self.leave(run, done)
+
+    def save(self, run: Run) -> bool:
+        """Write a checkpoint, then take away those that are too many. Whether it could be written."""
+        file = self.folder / f"step-{run.attempts:08}.pt"
+        best, self.best, self.due, self.since = self.best, False, False, time.monotonic()
+        if not self.written(run, file, lambda: files.save(checkpoint.state(run), file)):
+            return False
+        run.saved = file
+        if best:
+            self.written(run, self.folder / "best.pt", lambda: linked(file, self.folder / "best.pt"))
+        self.good = [*dict.fromkeys((file, *self.good))][:self.keep]
+        for old in (*checkpoint.numbered(self.folder), *self.folder.glob("*.new")):
+            if old not in self.good and checkpoint.number(old) <= run.attempts and not old.is_dir():
+                self.written(run, old, partial(old.unlink, missing_ok=True))
+        return True
+
+    def written(self, run: Run, file: Path, write: Callable[[], None]) -> bool:
+        """Whether `write` could write `file`. If not, a line says so, and the run goes on."""
+        try:
+            write()
+        except OSError as error:
+            last = f"the last one is {run.saved}" if run.saved else "there is none yet"
+            log.warning("checkpoint: %s cannot be written (%s); %s", file, error.strerror or error, last)
+            return False
+        return True
+
+    def leave(self, run: Run, done: bool) -> None:
+        way = f"resuming goes on from {run.saved}" if run.saved else "there is no checkpoint to go on from"
+        name = signal.Signals(self.signal).name
+        log.warning("checkpoint: left on %s after %d updates, in epoch %d; %s", name, run.step, run.epoch + 1, way)
+        raise SystemExit(128 + self.signal if done else 1)
 
     def state_dict(self) -> dict[str, Any]:
         return self.watch.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.watch.load_state_dict(state)
+
+
+def free_signals() -> list[int]:
+    """The signals that batch systems send to say that time is up, where nobody else listens to them already."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    found = [getattr(signal, name, None) for name in ("SIGTERM", "SIGUSR1")]
+    return [one for one in found if one and signal.getsignal(one) == signal.SIG_DFL]
+
+
+def linked(file: Path, name: Path) -> None:
+    """Give `file` a second name, or a copy where the file system has no links."""
+    with files.replacing(name) as aside:
+        aside.unlink(missing_ok=True)
+        try:
+            os.link(file, aside)
+        except OSError:
+            shutil.copyfile(file, aside)

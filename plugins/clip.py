@@ -1,6 +1,7 @@
 """Gradient clipping."""
 from dataclasses import dataclass
 from math import nan
+from typing import Annotated
 
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
@@ -14,13 +15,14 @@ class Clip:
     The norm before clipping is reported as the metric grad_norm. They are clip_grad_norm_ and clip_grad_value_ of
     torch.nn.utils.
 
-    max_norm: largest norm of the whole gradient, all parameters taken as one vector; 1 unless value is given
-    norm_type: the p of the p-norm; inf for the largest component
+    max_norm: largest norm of the whole gradient, all parameters taken as one vector; 1 unless value is given; inf only
+        measures it
+    norm_type: the p of the p-norm, at least 1; inf for the largest component
     value: clip each component to [-value, value] in place of the norm
     """
 
-    max_norm: float | None = None
-    norm_type: float = 2.0
+    max_norm: Annotated[float, "or inf"] | None = None
+    norm_type: Annotated[float, "or inf"] = 2.0
     value: float | None = None
 
     def __post_init__(self) -> None:
@@ -28,9 +30,11 @@ class Clip:
             raise ValueError("takes max_norm or value; use two plugins for both")
         if self.value is None and self.max_norm is None:
             self.max_norm = 1.0
-        for name in ("max_norm", "norm_type", "value"):
+        for name in ("max_norm", "value"):
             if (number := getattr(self, name)) is not None and not number > 0:
                 raise ValueError(f"{name} is above 0, not {number}")
+        if not self.norm_type >= 1:
+            raise ValueError(f"norm_type is at least 1, not {self.norm_type}")
 
     @hookimpl
     def setup(self, run):

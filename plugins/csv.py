@@ -1,10 +1,11 @@
 """A log of epochs as comma-separated values."""
 import csv
-import os
+import logging
 from dataclasses import dataclass
-from pathlib import Path
 
-from loopctl import UsageError, hookimpl
+from loopctl import UsageError, files, hookimpl
+
+log = logging.getLogger("loopctl")
 
 
 @dataclass(eq=False)
@@ -26,10 +27,10 @@ class Csv:
     def epoch_end(self, run):
         # The whole history each time: complete whenever the run is killed, and with every column any epoch has.
         columns = dict.fromkeys(key for row in run.history for key in row)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(f"{self.file}.new")
-        with aside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(run.history)
-        os.replace(aside, self.file)
+        try:
+            with files.replacing(self.file) as aside, aside.open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(run.history)
+        except OSError as error:
+            log.warning("csv: %s cannot be written (%s); the next epoch tries again", self.file, error.strerror)

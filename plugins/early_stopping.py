@@ -53,7 +53,8 @@ class EarlyStopping:
             run.model.load_state_dict(self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.watch.best, "waited": self.waited, "weights": self.weights}
+        return {**self.watch.state_dict(), "waited": self.waited, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.watch.best, self.waited, self.weights = state["best"], state["waited"], state["weights"]
+        self.watch.load_state_dict(state)
+        self.waited, self.weights = state["waited"], state["weights"]

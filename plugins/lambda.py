@@ -3,7 +3,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from loopctl import hookimpl, per_group
+from loopctl import UsageError, hookimpl, per_group
 
 
 @dataclass(eq=False)
@@ -21,4 +21,8 @@ class Lambda:
 
     @hookimpl
     def lr_scale(self, run, group):
-        return per_group(run, group, "lr_lambda", self.lr_lambda)(run.position(self.by))
+        factor = per_group(run, group, "lr_lambda", self.lr_lambda)(run.position(self.by))
+        try:
+            return float(factor)                # None would count as no schedule at all
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"lr_lambda returned {factor!r}, which is no number") from error

@@ -72,7 +72,7 @@ def parse_rate(pattern: str, rate: float | str) -> tuple[float, bool]:
     """The number, and whether it is a factor of the optimizer's own rate. Raises ValueError."""
     text = str(rate).strip()
     try:
-        number = float(text.removeprefix("x"))
+        number = float(text.removeprefix("x").replace("_", "?"))          # 1_0 is no number that anybody means
     except ValueError:
         number = -1.0
     if not pattern or not (isfinite(number) and number >= 0):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loopctl import hookimpl, per_group
+from loopctl import UsageError, hookimpl, per_group
 
 
 @dataclass(eq=False)
@@ -30,5 +30,9 @@ class Multiplicative:
         function, position = per_group(run, group, "lr_lambda", self.lr_lambda), run.position(self.by)
         products = self.products[id(function)]
         while len(products) <= position:
-            products.append(products[-1] * function(len(products)))
+            factor = function(len(products))
+            try:
+                products.append(products[-1] * float(factor))
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"lr_lambda returned {factor!r}, which is no number") from error
         return products[position]

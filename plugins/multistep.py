@@ -21,6 +21,8 @@ class Multistep:
     by: Literal["epoch", "step"] = "epoch"
 
     def __post_init__(self) -> None:
+        if not self.milestones:
+            raise ValueError("milestones are one length or more, such as 30,80")
         if not self.gamma > 0:
             raise ValueError(f"gamma is above 0, not {self.gamma}")
 

@@ -19,6 +19,10 @@ class Progress:
     unit: str = "samples"
     interval: float = 0.1
 
+    def __post_init__(self) -> None:
+        if not self.interval >= 0:
+            raise ValueError(f"interval is at least 0, not {self.interval}")
+
     @hookimpl(wrapper=True)
     def train(self, run):
         from rich.console import Console
@@ -31,22 +35,23 @@ class Progress:
         self.live = self.console.is_terminal
         self.bar = Bar(
             TextColumn("epoch {task.fields[epoch]}"), BarColumn(None),
-            TextColumn("step {task.completed:,}/{task.total:,} {task.fields[now]}"),
+            TextColumn("step {task.completed:,}/{task.total:,} {task.fields[now]}", markup=False),
             TimeRemainingColumn(compact=True), TextColumn("left"),
             console=self.console, auto_refresh=False, disable=not self.live, transient=True)
         self.task = self.bar.add_task("", total=run.planned_steps, epoch="", now="")
         self.next, self.loss, self.count = 0.0, Glance(), Glance()
+        self.began = False
         try:
             result = yield
         finally:
             self.bar.stop()
-        if run.history:
+        if self.began and run.history:
             self.console.print(table(run.history))
         return result
 
     @hookimpl
     def epoch_start(self, run):
-        self.since, self.counted = time.monotonic(), 0
+        self.since, self.counted, self.began = time.monotonic(), 0, True
 
     @hookimpl
     def after_step(self, run):
@@ -63,7 +68,8 @@ class Progress:
     def epoch_end(self, run):
         if not self.live:
             row = "  ".join(f"{key} {shown(value)}" for key, value in run.history[-1].items() if key != "epoch")
-            self.console.print(f"epoch {run.epoch}/{run.epochs}  {row}  {self.trained}", highlight=False)
+            self.console.print(f"epoch {run.epoch}/{run.epochs}  {row}  {self.trained}",
+                               highlight=False, markup=False, emoji=False)
 
     @hookimpl(wrapper=True)
     def evaluate(self):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from loopctl import Run, UsageError, checkpoint, hookimpl, tensors
+from loopctl import Run, UsageError, hookimpl, randomness, tensors
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,7 +45,7 @@ class Split:
     @hookimpl
     def micro_step(self, run, batch, weight, last):
         if not self.begun and self.into == "auto":
-            self.random = checkpoint.random_state()
+            self.random = randomness.random_state()
             self.kept = [buffer.clone() for buffer in self.statistics]
         self.begun.append((batch, weight))
         todo, loss = self.begun[-1:], None
@@ -89,7 +89,7 @@ class Split:
         run.optimizer.zero_grad()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-        checkpoint.set_random_state(self.random)
+        randomness.set_random_state(self.random)
         with torch.no_grad():
             for buffer, was in zip(self.statistics, self.kept, strict=True):
                 buffer.copy_(was)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from loopctl import Length, Run, UsageError, checkpoint, fill, hookimpl, moved, swapped
+from loopctl import Length, Run, UsageError, fill, hookimpl, moved, randomness, swapped
 
 
 @dataclass(eq=False)
@@ -40,6 +40,7 @@ class Swa:
             raise ValueError(f"swa_lr is at least 0, not {self.swa_lr}")
         self.average: dict[str, Any] = {}       # empty until it starts
         self.count = 0
+        self.due = False
 
     @hookimpl
     def train_start(self, run):
@@ -48,7 +49,8 @@ class Swa:
 
     @hookimpl
     def epoch_start(self, run):
-        self.begun, self.due = run.seen, run.epoch >= self.first(run)
+        if not run.batch:                       # else the run goes on here, and the state says whether it is due
+            self.due = run.epoch >= self.first(run)
 
     @hookimpl(wrapper=True)
     def lr_scale(self, run, initial_lr):
@@ -65,7 +67,7 @@ class Swa:
     # The epoch's last step, not its evaluation: another average may stand in for the raw weights there.
     @hookimpl
     def after_step(self, run):
-        if self.due and (run.seen - self.begun >= run.plan()[1] or run.step >= run.max_steps):
+        if self.due and (run.batch >= run.plan()[1] or run.step >= run.max_steps):
             self.update(run)
 
     @hookimpl
@@ -109,10 +111,10 @@ class Swa:
         return int(run.length(self.start, "epoch") + 1e-9)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average, "count": self.count}
+        return {"average": self.average, "count": self.count, "due": self.due}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.average, self.count = state["average"], state["count"]
+        self.average, self.count, self.due = state["average"], state["count"], state["due"]
 
 
 @contextmanager
@@ -134,8 +136,7 @@ def recompute(run: Run, norms: Iterable[_BatchNorm]) -> None:
     It is torch's update_bn, but takes batches of any kind the way a step does, and leaves frozen parts out.
     """
     momenta = {norm: norm.momentum for norm in norms}
-    random, outputs, read = checkpoint.random_state(), run.outputs, False
-    generators = {generator: generator.get_state() for generator in own_generators(run.train)}
+    random, outputs, read = randomness.random_state(run.train), run.outputs, False
     try:
         for norm in momenta:
             norm.reset_running_stats()
@@ -148,16 +149,8 @@ def recompute(run: Run, norms: Iterable[_BatchNorm]) -> None:
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        checkpoint.set_random_state(random)
-        for generator, state in generators.items():
-            generator.set_state(state)
+        randomness.set_random_state(random, run.train)
         run.outputs = outputs
     if not read:
         raise UsageError("train cannot be read a second time, for the average's BatchNorm statistics; pass a list or "
                          "a DataLoader")
-
-
-def own_generators(train: Any) -> set[torch.Generator]:
-    """The random generators that a DataLoader was given, which are not torch's own."""
-    found = [getattr(holder, "generator", None) for holder in (train, getattr(train, "sampler", None))]
-    return {generator for generator in found if generator is not None}

@@ -29,6 +29,7 @@ class TorchScheduler:
     def __post_init__(self) -> None:
         if isinstance(self.cls, type) and issubclass(self.cls, ReduceLROnPlateau):
             raise ValueError("cls=ReduceLROnPlateau judges a metric; use the plugin plateau")
+        self.name = getattr(self.cls, "__name__", self.cls)
         self.done = 0                               # steps that the scheduler has made
         self.optimizer: Any = None
 
@@ -43,24 +44,26 @@ class TorchScheduler:
             self.start(run)
         while self.done < position:
             self.optimizer.step()
-            self.scheduler.step()
+            try:
+                self.scheduler.step()
+            except Exception as error:          # such as an option that it divides by
+                raise UsageError(f"cls={self.name}: {' '.join(str(error).split())}") from error
             self.done += 1
         groups = [id(one) for one in run.optimizer.param_groups]
         return float(self.optimizer.param_groups[groups.index(id(group))]["lr"]) / initial_lr
 
     def start(self, run: Any) -> None:
-        name = getattr(self.cls, "__name__", self.cls)
         self.done, self.optimizer = 0, StandIn(run.optimizer)
         try:
             self.scheduler = self.cls(self.optimizer, **self.options)
         except Exception as error:                  # a class may raise anything on options that it does not take
-            raise UsageError(f"cls={name}: {' '.join(str(error).split())}") from error
+            raise UsageError(f"cls={self.name}: {' '.join(str(error).split())}") from error
         if not isinstance(self.scheduler, LRScheduler):
-            raise UsageError(f"cls={name} made a {type(self.scheduler).__name__}, not a torch LRScheduler")
+            raise UsageError(f"cls={self.name} made a {type(self.scheduler).__name__}, not a torch LRScheduler")
         try:
             signature(self.scheduler.step).bind()
         except TypeError as error:
-            raise UsageError(f"cls={name}: its step is {error}; for a metric, use the plugin plateau") from error
+            raise UsageError(f"cls={self.name}: its step is {error}; for a metric, use the plugin plateau") from error
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}

@@ -46,7 +46,8 @@ def test_the_default_run_learns_to_read_digits(run, tmp_path):
     assert len(lines) == 21
     assert float(dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))["val_accuracy"]) >= 0.98
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
-        "run.toml", "metrics.csv", "explain.txt", "weights.safetensors", "checkpoints/last.pt", "checkpoints/best.safetensors"}
+        "run.toml", "metrics.csv", "explain.txt", "weights.safetensors", "checkpoints/step-00000437.pt", "checkpoints/step-00000460.pt",
+        "checkpoints/best.pt", "checkpoints/best.safetensors"}
     assert "finished: 20 epochs, 460 updates" in result.stdout
     assert f"run folder: runs/{folder.name}" in result.stdout
     assert result.stderr == ""

@@ -74,6 +74,30 @@ PLUGINS = {
             @hookimpl
             def setup(self, run): run.metrics["heat"] = 0.0
     """,
+    "exits": "raise SystemExit('usage: a script')",
+    "typed": """
+        from typing import TYPE_CHECKING
+        if TYPE_CHECKING:
+            from torch import nn
+        @dataclass(eq=False)
+        class Mine:
+            head: "nn.Module | None" = None
+            @hookimpl
+            def setup(self, run): pass
+    """,
+    "lost": """
+        @dataclass(eq=False)
+        class Mine:
+            colour: str = "red"
+            def __post_init__(self): {"red": 1}[self.colour]
+            @hookimpl
+            def setup(self, run): pass
+    """,
+    "short": """
+        class Mine:
+            @hookimpl
+            def setup(self, run): raise EOFError("10 bytes of 20")
+    """,
     "wants": """
         @dataclass(eq=False)
         class Mine:
@@ -91,6 +115,8 @@ CONFIGS = {
     "one": "plugin = 'clip'",
     "name": "optimizer = 'adamm'",
     "broken": "epochs = = 3",
+    "control": 'data_root = "a\\u0000b"',
+    "underscore": "lr = '1_0'",
 }
 
 MINE = """
@@ -151,7 +177,8 @@ def refused(files, tmp_path, monkeypatch):
 
     def call(command, status=2):
         before = contents(files)
-        result = CliRunner().invoke(main, [word.format(tmp=files) for word in command.split()])
+        words = command.split() if isinstance(command, str) else command
+        result = CliRunner().invoke(main, [word.replace("{tmp}", str(files)) for word in words])
         assert "Traceback" not in result.output
         assert isinstance(result.exception, SystemExit), result.exception
         assert result.exit_code == status, result.output
@@ -172,7 +199,8 @@ def contents(folder):
 
 
 def case(command, *words):
-    return pytest.param(command, words, id=command.replace("{tmp}/", ""))
+    text = command if isinstance(command, str) else ascii(command)
+    return pytest.param(command, words, id=text.replace("{tmp}/", "")[:100])
 
 
 @pytest.mark.parametrize(("command", "words"), [
@@ -192,6 +220,47 @@ def case(command, *words):
     case("run --plugin checkpoint:every_epochs=0", "checkpoint: every_epochs is at least 1, not 0"),
     case("run --plugin early_stopping:patience=0", "early_stopping: patience is at least 1"),
     case("run --plugin clip:max_norm=1,max_norm=2", "clip: option max_norm is given twice"),
+    case("run --plugin accumulate:every=1_0", "accumulate: every takes a whole number, not '1_0'"),
+    case("run --plugin accumulate:every=٣", "accumulate: every takes a whole number, not '٣'"),
+    case("run --plugin accumulate:every=99999999999999999999", "accumulate: every takes a whole number below 2**63"),
+    case("run --plugin exponential:gamma=inf", "exponential: gamma takes a number of at most 3.4e38, not 'inf'"),
+    case("run --plugin cosine:eta_min=1e39", "cosine: eta_min takes a number of at most 3.4e38, not '1e39'"),
+    case("run --plugin sam:rho=1e400", "sam: rho takes a number of at most 3.4e38, not '1e400'"),
+    case("run --plugin swa:swa_lr=inf", "swa: swa_lr takes a number of at most 3.4e38, not 'inf'"),
+    case("run --plugin onecycle:max_lr=inf", "onecycle: max_lr takes a number of at most 3.4e38, not 'inf'"),
+    case("run --plugin progress:interval=nan", "progress: interval takes a number of at most 3.4e38, not 'nan'"),
+    case("run --plugin progress:interval=-1", "progress: interval is at least 0, not -1.0"),
+    case("run --plugin clip:norm_type=1e-308", "clip: norm_type is at least 1, not 1e-308"),
+    case("run --plugin amp:dtype=float16,init_scale=1e-320", "amp: init_scale is at least 1, not 1e-320"),
+    case("run --plugin warmup:length=٣", "warmup: length takes a length, not '٣'"),
+    case("run --plugin warmup:length=1e-323%", "warmup: length takes a length from 1e-9 to 1e15, not '1e-323%'"),
+    case("run --plugin freeze:patterns=1,until=1e308ep", "freeze: until takes a length from 1e-9 to 1e15"),
+    case("run --plugin swa:start=1e308%", "swa: start takes a length from 1e-9 to 1e15, not '1e308%'"),
+    case("run --plugin multistep:milestones=", "multistep: milestones are one length or more, such as 30,80"),
+    case("run --plugin multistep:milestones=30,,80", "multistep: milestones takes a length, not ''", "write 30, "),
+    case("run --plugin clip:,", "clip: '' is not option=value", "it has: max_norm, norm_type, value"),
+    case("run --plugin clip:max_norm=1,", "clip: max_norm takes a number, not '1,'"),
+    case("run --plugin layerwise_lr:rates=0=0.1,0=0.2", "layerwise_lr: rates takes each name once, and '0' is given twice"),
+    case("run --plugin layerwise_lr:rates=0=x1_0", "layerwise_lr: rates takes conv1.*=0.01", "not 0=x1_0"),
+    case("run --plugin lambda:lr_lambda=math:pi", "lambda: lr_lambda takes a function", "math:pi is a float"),
+    case("run --plugin lambda:lr_lambda=math", "lr_lambda takes", "an import path, package.module:name, not 'math'"),
+    case("run --plugin lambda:lr_lambda=builtins:int.bit_length", "has no name by which a run could be repeated"),
+    case("explain --plugin lambda:lr_lambda=builtins:complex", "lr_lambda returned 0j, which is no number"),
+    case("explain --plugin multiplicative:lr_lambda=builtins:range", "lr_lambda returned range(0, 1), which is no number"),
+    case("run --plugin torch_scheduler:cls=torch.optim.lr_scheduler:ExponentialLR,gamma=nan",
+         "torch_scheduler: gamma takes a number of at most 3.4e38, not 'nan'"),
+    case("run --plugin torch_scheduler:gamma=1,cls=torch.optim.lr_scheduler:StepLR,options=gamma=0.5",
+         "torch_scheduler: option gamma is given twice"),
+    case("explain --plugin torch_scheduler:cls=torch.optim.lr_scheduler:StepLR,step_size=0",
+         "cls=StepLR: integer modulo by zero"),
+    case(f"run --plugin clip:max_norm={'9' * 5000}big", "clip: max_norm takes a number, not '999", "99big'"),
+    case(f"run --plugin {'clip' * 1000}", "no plugin is called 'clipclip", "there are: accumulate, amp, "),
+    case(["run", "--plugin", "early_stopping:monitor=loss\n[31m"], "'--plugin'", "control character '\\n'; leave it out"),
+    case(["run", "--plugin", "csv:path=a\0b"], "'--plugin'", "control character '\\x00'; leave it out"),
+    case("plugins builtins:int", "builtins:int has no hooks, so it is no plugin", "mark its methods with @hookimpl"),
+    case("plugins os:path", "os:path is a module; name a plugin's class"),
+    case("plugins clip:max_nrm=1", "clip: no option 'max_nrm'", "did you mean 'max_norm'?"),
+    case(["plugins", ""], "no plugin is called ''", "there are: accumulate, amp, "),
     case("run --without clip", "'--without'", "'clip' is not one of 'csv', 'checkpoint', 'progress'"),
     # plugins of one's own
     case("run --plugin {tmp}/misspelt.py:Mine", "mine: no hook is called 'epoch_strat'", "did you mean 'epoch_start'?"),
@@ -208,6 +277,9 @@ def case(command, *words):
     case("run --plugin {tmp}/broken.py:Mine", "{tmp}/broken.py cannot be imported (SyntaxError: "),
     case("run --plugin {tmp}/raises.py:Mine", "{tmp}/raises.py cannot be imported (ZeroDivisionError: "),
     case("run --plugin {tmp}/misspelt.py:Mime", "{tmp}/misspelt.py has no 'Mime'", "did you mean 'Mine'?"),
+    case("run --plugin {tmp}/exits.py:Mine", "{tmp}/exits.py cannot be imported (SystemExit: "),
+    case("run --plugin {tmp}/typed.py:Mine", "Mine: the types of its options cannot be read (NameError: ", "import what"),
+    case(f"run --plugin {'n' * 300}.py:Mine", ".py cannot be read: File name too long"),
     case("run --plugin no.such.package:Mine", "no.such.package cannot be imported (ModuleNotFoundError"),
     case("run --plugin {tmp}/refuses.py:Mine", "mine: not on a Sunday; wait until Monday"),
     # models, data sets and optimizers
@@ -227,6 +299,37 @@ def case(command, *words):
     case("run --optimizer adamw:betas=0.9", "optimizer adamw: betas takes 2 values, as in betas=0.9,0.999, not 0.9"),
     case("run --model cnn:width=0", "model cnn: width is at least 1, not 0"),
     case("run --data fake:classes=0", "data fake: classes is at least 1, not 0"),
+    case("run --model cnn:width=1_0", "model cnn: width takes a whole number, not '1_0'"),
+    case("run --model cnn:width=10000000", "model cnn: its weights and their gradients would take 50,400,008 GB of memory",
+         "this machine has ", "make it smaller"),
+    case("run --model linear --data fake:classes=9000000,image=200", "model linear: its weights and their gradients"),
+    case("run --model vit:depth=1000000", "model vit: depth is at most 1,000, not 1,000,000"),
+    case("run --model cnn:dropout=nan", "model cnn: dropout takes a number of at most 3.4e38, not 'nan'"),
+    case("run --model cnn:num_classes=0", "gives a tensor of shape (1, 0) for one image", "fit its last layer"),
+    case("run --model resnet18:weights=mine", "model resnet18: weights takes none or IMAGENET1K_V1, DEFAULT, not 'mine'"),
+    case("run --model googlenet:aux_logits=true", "model googlenet: with aux_logits it returns more", "leave it out"),
+    case("run --model mobilenet_v2:round_nearest=0", "model mobilenet_v2: ZeroDivisionError"),
+    case("run --model mobilenet_v2:width_mult=1e308", "model mobilenet_v2: width_mult takes a number of at most 3.4e38"),
+    case("run --model builtins:dict", "model builtins:dict: no signature found", "name a function of your own"),
+    case(["run", "--model", "a\u200bb.py:Net"], "there is no file a\\u200bb.py"),
+    case("run --model {tmp}/exits.py:Net", "model {tmp}/exits.py:Net: ", "cannot be imported (SystemExit: "),
+    case("run --data digits:channels=100000000", "data digits: 100,000,000 channels would take 138,010 GB", "say fewer"),
+    case("run --data fake:size=1000000000000", "data fake: size is at most 10,000,000, not 1,000,000,000,000"),
+    case("run --data fake:image=1000000", "data fake: a network on images of image=1000000 would take 600,000 GB",
+         "say a smaller one"),
+    case("run --data fake:channels=100000000000", "data fake: a network on images of image=32 would take "),
+    case("run --data imagefolder:size=1000000", "data imagefolder: a network on images of size=1000000 would take "),
+    case("run --data mnist:channels=2", "data mnist: channels is 1 or 3, not 2"),
+    case(f"run --data imagefolder --data-root {'n' * 300}", "data imagefolder: [Errno 36] File name too long"),
+    case("run --optimizer sgd:momentum=nan", "optimizer sgd: momentum takes a number of at most 3.4e38, not 'nan'"),
+    case("run --optimizer adamw:weight_decay=1e39", "optimizer adamw: weight_decay takes a number of at most 3.4e38"),
+    case("run --optimizer adamw:betas=0.9,0.99,0.9", "optimizer adamw: betas takes 2 values, as in betas=0.9,0.999"),
+    case("run --optimizer sgd:lr=true", "optimizer sgd: lr takes a number, not True"),
+    case(f"run --optimizer sgd:lr={'9' * 400}", "optimizer sgd: lr takes a whole number below 2**63"),
+    case("run --optimizer lbfgs:line_search_fn=armijo", "optimizer lbfgs: only 'strong_wolfe' is supported"),
+    case("run --optimizer lbfgs:history_size=0", "optimizer lbfgs: pop from empty list"),
+    case("run --optimizer sgd:differentiable=true", "optimizer sgd: a leaf Variable that requires grad"),
+    case("run --optimizer adam:capturable=true --device cpu", "optimizer adam: If capturable=True, params and"),
     case("run --optimizer sgd:momentum=-1", "optimizer sgd: ", "momentum", "-1"),
     case("run --optimizer muon", "optimizer muon: ", "2D"),
     case("run --model no.such:Net", "model no.such:Net: no.such cannot be imported (ModuleNotFoundError"),
@@ -253,6 +356,16 @@ def case(command, *words):
     case("run --eval-every 0", "'--eval-every'", "0 is not in the range x>=1"),
     case("run --workers -1", "'--workers'", "-1 is not in the range x>=0"),
     case("run --seed -1", "'--seed'", "-1 is not in the range"),
+    case("run --epochs 1_0", "'--epochs'", "'1_0' is not a valid whole number"),
+    case("run --epochs ٣", "'--epochs'", "'٣' is not a valid whole number"),
+    case(f"run --epochs 1{'0' * 400}", "'--epochs'", "is more than can be counted"),
+    case(f"explain --max-steps {2**63}", "'--max-steps'", "9223372036854775808 is more than can be counted"),
+    case(f"run --batch-size {2**63}", "'--batch-size'", "9223372036854775808 is more than can be counted"),
+    case("run --batch-size 1000000000 --data fake:size=10000000,image=256",
+         "a batch of 10,000,000 images of 3x256x256 would take 7,864 GB of memory", "say a smaller --batch-size"),
+    case("run --workers 1000000", "--workers 1,000,000 is too many processes for this machine; say "),
+    case("run --lr 1_0", "'--lr'", "'1_0' is not a valid float"),
+    case("run --lr 1e39", "lr is 1e+39", "a learning rate is a number from 0"),
     case("run --lr -1", "lr is -1.0", "a learning rate is a number from 0"),
     case("run --lr nan", "lr is nan", "a learning rate is a number from 0"),
     case("run --lr inf", "lr is inf", "a learning rate is a number from 0"),
@@ -264,7 +377,17 @@ def case(command, *words):
     case("run --epohcs 3", "No such option '--epohcs'", "--epochs"),
     case("run digits", "unexpected extra argument (digits)"),
     case("run --device gpu", "device 'gpu' is unknown", "there are auto, cpu, mps, cuda and cuda:1"),
+    case(["run", "--model", "a\0b"], "'--model'", "control character '\\x00'"),
+    case(["run", "--data", "a\nb.py:data"], "'--data'", "control character '\\n'"),
+    case(["run", "--data-root", "a\x7fb"], "'--data-root'", "control character '\\x7f'"),
+    case(["run", "--data-root", ""], "'--data-root'", "'' is no name; say one, or . for this folder"),
+    case("lr --out lr", "--out lr: its ending says what kind of picture it is; say lr.png or lr.svg"),
+    case("lr --out {tmp}/full", "say {tmp}/full.png or {tmp}/full.svg"),
     # config files
+    case(["run", "--config", ""], "'--config'", "'' is no name"),
+    case(["run", "--config", "a\0b"], "'--config'", "control character '\\x00'"),
+    case("run --config {tmp}/control.toml", "--config: {tmp}/control.toml: data_root: ", "control character '\\x00'"),
+    case("run --config {tmp}/underscore.toml", "--config: {tmp}/underscore.toml: lr: ", "'1_0' is not a valid float"),
     case("run --config {tmp}/absent.toml", "--config: there is no file {tmp}/absent.toml"),
     case("run --config {tmp}/full", "--config: {tmp}/full cannot be read"),
     case("run --config {tmp}/bytes.toml", "--config: {tmp}/bytes.toml cannot be read"),
@@ -276,6 +399,10 @@ def case(command, *words):
     case("run --config {tmp}/text.toml", "epochs", "'three' is not a valid"),
     case("run --config {tmp}/name.toml", "no optimizer is called 'adamm'", "did you mean 'adam'?"),
     # folders
+    case(["run", "--out", ""], "'--out'", "'' is no name; say one, or . for this folder"),
+    case(["run", "--out", "a\nepochs = 3"], "'--out'", "control character '\\n'"),
+    case(["run", "--out", "\udcff"], "'--out'", "control character '\\udcff'"),
+    case(["run", "--resume", " "], "'--resume'", "' ' is no name"),
     case("run --out {tmp}/file/below", "--out {tmp}/file/below cannot be written", "say another folder"),
     case("run --out {tmp}/file", "--out {tmp}/file exists and is not overwritten", "say another folder"),
     case("run --out {tmp}/full", "--out {tmp}/full exists and is not overwritten", "or --resume {tmp}/full"),
@@ -345,6 +472,35 @@ def test_an_error_in_a_plugin_names_the_plugin_and_the_hook(refused):
     said = refused("run --plugin {tmp}/unplugged.py:Mine", status=1)
     assert "RuntimeError: the cable is unplugged, raised by plugin 'mine' in its hook setup" in said
     assert "--traceback shows where" in said
+
+
+def test_an_error_while_a_plugin_is_made_names_the_plugin(refused):
+    said = refused("run --plugin {tmp}/lost.py:Mine:colour=blue", status=1)
+    assert "KeyError: 'blue', raised by plugin 'mine' when it was made" in said
+    assert "--traceback shows where" in said
+
+
+def test_a_file_that_ends_too_early_is_not_taken_for_an_interruption(refused):
+    """As click takes every EOFError."""
+    said = refused("run --plugin {tmp}/short.py:Mine", status=1)
+    assert "a file ends too early (EOFError: 10 bytes of 20, raised by plugin 'mine' in its hook setup)" in said
+
+
+def test_of_a_picture_that_cannot_be_drawn_nothing_is_left(refused, monkeypatch):
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    def fail(self, file, **settings):
+        file.write(b"<svg>")
+        raise RuntimeError("no such\nfont")
+    monkeypatch.setattr(FigureCanvasSVG, "print_svg", fail)
+    assert "--out lr.svg cannot be written: no such font" in refused("lr --out lr.svg")
+
+
+def test_markup_in_a_unit_is_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["run", "--model", "linear", "--max-steps", "1", "--plugin", "progress:unit=[/x]:cat:"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "[/x]:cat:/s" in result.stdout
 
 
 # Packages that offer plugins, as pip leaves them

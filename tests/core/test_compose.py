@@ -330,7 +330,7 @@ def test_an_error_in_the_model_or_the_data_blames_no_plugin(net, batches, sgd):
     for arguments in ((net, loss, sgd, batches), (net, cross_entropy, sgd, data())):
         with pytest.raises(ZeroDivisionError) as caught:
             fit(*arguments, plugins=["amp:dtype=bfloat16", "clip"], steps_per_epoch=8)
-        assert not hasattr(caught.value, "__notes__")
+        assert "plugin" not in str(getattr(caught.value, "__notes__", ""))
 
 
 def test_a_refusal_by_a_plugin_begins_with_its_name(net, batches, sgd):

@@ -2,7 +2,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
@@ -34,6 +34,8 @@ class Everything:
     milestones: list[int] = field(default_factory=lambda: [30, 80])
     rates: dict[str, float] = field(default_factory=dict)
     function: Callable | None = None
+    upper: Annotated[float, "or inf"] | None = None
+    scale: float = float("inf")
 
 
 KNOWN = options(Everything)
@@ -50,7 +52,7 @@ def test_help_comes_from_the_docstring():
 
 
 @pytest.mark.parametrize(("text", "value"), [
-    ("number=1e-3", 1e-3), ("number=inf", float("inf")), ("whole=-3", -3), ("flag=true", True), ("flag=no", False),
+    ("number=1e-3", 1e-3), ("upper=inf", float("inf")), ("scale=inf", float("inf")), ("scale=2", 2.0), ("whole=-3", -3), ("flag=true", True), ("flag=no", False),
     ("text=a b", "a b"), ("text=", ""), ("text=a,b", "a,b"), ("path=a/b", Path("a/b")), ("kind=two", "two"),
     ("maybe=none", None), ("maybe=2", 2.0), ("length=7", 7), ("length=2.5", 2.5), ("length=10%", "10%"), ("length=3ep", "3ep"),
     ("t_max=none", None), ("t_max=500st", "500st"), ("milestones=1,2,3", [1, 2, 3]), ("milestones=4", [4]),
@@ -83,6 +85,23 @@ def test_a_list_continues_over_commas():
     ("function=math:sqr", "it: function: math has no 'sqr'; did you mean 'sqrt'"),
     ("function=no_such_module:f", "it: function: no_such_module cannot be imported"),
     ("whole=1,whole=2", "it: option whole is given twice"),
+    ("number=inf", "it: number takes a number of at most 3.4e38, not 'inf'"),
+    ("number=nan", "it: number takes a number of at most 3.4e38, not 'nan'"),
+    ("number=1e39", "it: number takes a number of at most 3.4e38, not '1e39'"),
+    ("number=1_0", "it: number takes a number, not '1_0'"),
+    ("number=٣", "it: number takes a number, not '٣'"),
+    ("maybe=inf", "it: maybe takes a number of at most 3.4e38, not 'inf'"),
+    ("whole=1_000", "it: whole takes a whole number, not '1_000'"),
+    ("whole=9223372036854775808", "it: whole takes a whole number below 2**63, not '9223372036854775808'"),
+    ("length=٣", "it: length takes a length, not '٣'"),
+    ("length=1e16", "it: length takes a length from 1e-9 to 1e15, not '1e16'"),
+    ("length=1e-10%", "it: length takes a length from 1e-9 to 1e15, not '1e-10%'"),
+    ("milestones=1,,2", "it: milestones takes a list of whole numbers, not '1,,2'"),
+    ("number=1,", "it: number takes a number, not '1,'"),
+    (",number=1", "it: '' is not option=value"),
+    ("rates=a=1,a=2", "it: rates takes each name once, and 'a' is given twice"),
+    ("function=math:pi", "it: function takes a function, package.module:name, and math:pi is a float"),
+    ("function=math", "it: function takes an import path, package.module:name, not 'math'"),
 ])
 def test_wrong_options_say_what_is_right(text, message):
     with pytest.raises(UsageError) as refused:
@@ -98,6 +117,11 @@ def test_wrong_options_say_what_is_right(text, message):
     ({"number": 1, "length": "5x"}, "length takes a length, not '5x'"),
     ({"number": 1, "t_max": 0}, "t_max takes a length above 0, not 0"),
     ({"number": 1, "maybe": "2"}, "maybe takes a number, not '2'"),
+    ({"number": float("nan")}, "number takes a number, not nan"),
+    ({"number": 10**400}, "number takes a number, not 1000"),
+    ({"number": 1, "whole": 2**63}, "whole takes a whole number, not 9223372036854775808"),
+    ({"number": 1, "length": True}, "length takes a length, not True"),
+    ({"number": 1, "function": 3.14}, r"function takes an import path, package.module:name, not 3.14"),
 ])
 def test_what_python_code_sets_is_checked_too(values, message):
     with pytest.raises(ValueError, match=message):
@@ -106,6 +130,7 @@ def test_what_python_code_sets_is_checked_too(values, message):
 
 def test_right_values_pass():
     check(Everything(number=1, maybe=2, length="5ep", t_max=None, milestones=(1,), function=print))
+    check(Everything(number=1, upper=float("inf"), scale=float("nan"), length=1))       # before True, which is equal
 
 
 def test_every_value_is_shown_so_that_it_reads_back():
@@ -148,6 +173,28 @@ def test_guesses():
     assert guess("0.9,0.95") == (0.9, 0.95)
     assert [guess(text) for text in ("1", "1e-3", "true", "None", "abc")] == [1, 1e-3, True, None, "abc"]
     assert shown((0.9, True, None)) == "0.9,true,none"
+
+
+@pytest.mark.parametrize("text", ["nan", "-inf", "1e39", "0.9,inf", "9" * 20])
+def test_no_guess_is_a_number_that_cannot_be_computed_with(text):
+    with pytest.raises(ValueError, match="^takes a "):
+        guess(text)
+
+
+def test_options_given_as_a_mapping_and_by_name_are_one():
+    @dataclass(eq=False)
+    class Adapter:
+        options: dict = field(default_factory=dict)
+
+    known = options(Adapter)
+    assert parse_options("it", "gamma=0.1,options=step=3", known) == {"options": {"step": 3, "gamma": 0.1}}
+    with pytest.raises(UsageError, match="it: option step is given twice"):
+        parse_options("it", "step=1,options=step=3", known)
+
+
+def test_what_has_no_name_cannot_be_written_down():
+    with pytest.raises(UsageError, match="has no name by which a run could be repeated"):
+        shown(int.bit_length)
 
 
 @pytest.mark.parametrize("text", ["clip:max_norm=0", "clip:max_norm=nan", "clip:max_norm=1,value=1", "accumulate:every=0",

@@ -156,3 +156,13 @@ def test_on_cuda_bit_for_bit_the_recipe(plain, batches, clone, same, sgd, dtype)
             scaler.step(optimizer)
             scaler.update()
     same(run.model, other)
+
+
+def test_an_overflow_in_the_first_step_leaves_no_momentum_behind(plain, batches, clone, same):
+    """Torch's fused SGD makes its momentum in a step that is skipped, of memory that nobody has written to."""
+    models = [clone(plain), clone(plain)]
+    for model, fused in zip(models, (True, False), strict=True):
+        sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=fused)
+        run = fit(model, nn.CrossEntropyLoss(), sgd, batches, plugins=["amp:dtype=float16,init_scale=1e6"], epochs=3)
+        assert 0 < run.step < run.attempts
+    same(*models, tolerance=1e-6)           # the fused update rounds otherwise

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from loopctl import UsageError, fit, hookimpl
+from loopctl import UsageError, checkpoint, fit, hookimpl
 
 cross_entropy = nn.CrossEntropyLoss()
 adam = partial(torch.optim.Adam, lr=1e-2)
@@ -43,7 +43,7 @@ def test_patience_goes_on_too(net, clone, tmp_path):
 
     plugins = ["early_stopping:patience=4", Scores(), "checkpoint"]
     fit(clone(net), cross_entropy, adam, loader(), loader(), epochs=3, plugins=plugins, out=tmp_path)
-    resumed = fit(net, cross_entropy, adam, loader(), loader(), epochs=9, out=tmp_path, resume=tmp_path / "checkpoints" / "last.pt",
+    resumed = fit(net, cross_entropy, adam, loader(), loader(), epochs=9, out=tmp_path, resume=tmp_path / "checkpoints" / "step-00000021.pt",
                   plugins=["early_stopping:patience=4", Scores(), "checkpoint"])
     assert resumed.epoch == 5
 
@@ -60,14 +60,40 @@ def test_best_and_last(net, batches, valid, sgd, tmp_path, clone, same):
             return {"val_loss": self.values[run.epoch - 1]}
 
     fit(net, cross_entropy, sgd, batches, valid, epochs=4, plugins=["checkpoint:every_epochs=3", Scores()], out=tmp_path)
-    other = clone(net)
-    other.load_state_dict(load_file(tmp_path / "checkpoints" / "best.safetensors"))
+    folder, other = tmp_path / "checkpoints", clone(net)
+    other.load_state_dict(load_file(folder / "best.safetensors"))
     same(other, kept[1])
-    saved = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
-    other.load_state_dict(saved["model"])
+    best, last = (torch.load(folder / name, weights_only=True) for name in ("best.pt", "step-00000032.pt"))
+    other.load_state_dict(best["model"])
+    same(other, kept[1])
+    assert best["position"]["epoch"] == 2
+    other.load_state_dict(last["model"])
     same(other, net)
-    assert saved["position"]["epoch"] == 4            # the last epoch, though it was not due
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best.safetensors", "last.pt"}
+    assert last["position"]["epoch"] == 4             # the last epoch, though it was not due
+    assert names(folder) == {"best.safetensors", "best.pt", "step-00000024.pt", "step-00000032.pt"}
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def steps(folder):
+    return sorted(int(path.stem[5:]) for path in folder.glob("step-*.pt"))
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ("every_epochs=2,keep=9", [16, 24]), ("every_steps=5,keep=9", [5, 8, 10, 15, 16, 20, 24]), ("every_steps=5", [20, 24]),
+    ("every_steps=5,keep=1", [24]), ("every_minutes=1e-9,keep=99", list(range(1, 25))), ("every_minutes=60,keep=9", [8, 16, 24])])
+def test_when_it_saves_and_what_it_keeps(net, batches, sgd, tmp_path, options, expected):
+    """Three epochs of eight steps; a metric that never gets better than in the first."""
+    class Scores:
+        @hookimpl
+        def evaluate(self, run):
+            return {"val_loss": float(run.epoch)}
+
+    fit(net, cross_entropy, sgd, batches, epochs=3, plugins=[f"checkpoint:{options}", Scores()], out=tmp_path)
+    first = {8} if "every_epochs" in options else set()       # the best one is saved too
+    assert set(steps(tmp_path / "checkpoints")) == set(expected) | first
 
 
 def test_the_best_of_an_evaluation_within_an_epoch_is_saved_as_it_was_judged(net, batches, valid, sgd, tmp_path, clone, same):
@@ -87,20 +113,83 @@ def test_the_best_of_an_evaluation_within_an_epoch_is_saved_as_it_was_judged(net
 
 def test_it_overwrites_nothing(net, batches, sgd, tmp_path):
     fit(net, cross_entropy, sgd, batches, plugins=["checkpoint"], out=tmp_path)
-    before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
+    last = tmp_path / "checkpoints" / "step-00000008.pt"
+    before = last.read_bytes()
     with pytest.raises(UsageError, match="checkpoint: .* exists and is not overwritten"):
         fit(net, cross_entropy, sgd, batches, plugins=["checkpoint"], out=tmp_path)
-    assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
+    assert last.read_bytes() == before
 
 
-def test_another_run_is_refused(net, plain, batches, sgd, tmp_path):
-    fit(net, cross_entropy, sgd, batches, plugins=["checkpoint"], out=tmp_path)
-    with pytest.raises(UsageError, match="does not fit this model"):
-        fit(plain, cross_entropy, sgd, batches, epochs=2, plugins=["checkpoint"], out=tmp_path, resume=tmp_path)
-    with pytest.raises(UsageError, match=r"was saved with the plugins \['checkpoint'\], this run has"):
-        fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["checkpoint", "early_stopping"], out=tmp_path, resume=tmp_path)
+def test_a_resume_from_elsewhere_overwrites_nothing_either(net, batches, sgd, tmp_path, clone):
+    """Not the checkpoints of another run, nor those after the one gone on from."""
+    for name in "ab":
+        fit(clone(net), cross_entropy, sgd, batches, plugins=["checkpoint:every_steps=3"], out=tmp_path / name)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for resume in (tmp_path / "b", tmp_path / "a" / "checkpoints" / "step-00000006.pt"):
+        with pytest.raises(UsageError, match=r"a/checkpoints/step-00000008.pt exists and is not overwritten"):
+            fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["checkpoint"], out=tmp_path / "a", resume=resume)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_checkpoint_says_what_the_run_was_made_of(net, batches, sgd, tmp_path):
+    fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["clip:max_norm=2", "checkpoint"], out=tmp_path)
+    _, saved = checkpoint.find(tmp_path)
+    assert saved["config"]["epochs"] == 2
+    assert [spec.partition(":")[0] for spec in saved["config"]["plugin"]] == ["clip", "checkpoint"]
+    assert "max_norm=2.0" in saved["config"]["plugin"][0]
+
+
+def test_its_own_folder_without_a_checkpoint_begins_at_the_start(net, batches, sgd, tmp_path, clone, same, caplog):
+    """A run that was killed before it could save has nothing to lose."""
+    other = clone(net)
+    fit(net, cross_entropy, sgd, batches, plugins=["checkpoint"], seed=1, out=tmp_path / "whole")
+    (tmp_path / "own").mkdir()
+    run = fit(other, cross_entropy, sgd, batches, plugins=["checkpoint"], seed=1, out=tmp_path / "own",
+              resume=tmp_path / "own")
+    same(net, other)
+    assert run.epoch == 1
+    assert caplog.messages == [f"{tmp_path / 'own'} has no checkpoint yet; beginning at the start"]
     with pytest.raises(UsageError, match="no checkpoint there"):
-        fit(net, cross_entropy, sgd, batches, epochs=2, resume=tmp_path / "nowhere")
+        fit(other, cross_entropy, sgd, batches, plugins=["checkpoint"], out=tmp_path / "new", resume=tmp_path)
+
+
+def test_means_go_on_where_their_sums_were_cut(plain, clone, tmp_path):
+    """More steps than are summed at a time; objects that collect by themselves; a metric before its first value."""
+    data = [(torch.randn(2, 6), torch.randint(0, 3, (2,))) for _ in range(300)]
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Count:
+        def reset(self):
+            self.samples = 0
+
+        def update(self, output, target):
+            self.samples += len(target)
+
+        __call__ = update
+
+        def to(self, device):
+            return self
+
+        def compute(self):
+            return torch.tensor(float(self.samples))
+
+    def train(net, kill, resume=None):
+        class Kill:
+            @hookimpl
+            def safe_point(self, run):
+                if run.step == kill:
+                    raise KeyboardInterrupt
+
+        measures = {"accuracy": torchmetrics.Accuracy("multiclass", num_classes=3), "count": Count(),
+                    "right": lambda output, target: (output.argmax(1) == target).float().mean()}
+        return fit(net, cross_entropy, adam, data, metrics=measures, plugins=["checkpoint:every_steps=7", Kill()],
+                   out=tmp_path / str(resume or kill), resume=resume)
+
+    whole = train(clone(plain), 0)
+    with pytest.raises(KeyboardInterrupt):
+        train(clone(plain), 266)
+    (tmp_path / "266").rename(tmp_path / "resumed")
+    assert train(clone(plain), 0, tmp_path / "resumed").history == whole.history
 
 
 def test_a_finished_run_trains_no_more(net, batches, sgd, tmp_path, clone, same):

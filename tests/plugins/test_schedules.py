@@ -289,7 +289,7 @@ def test_a_skipped_step_does_not_hold_a_schedule_back(net, batches, sgd):
     ("step:step_size=-3", "step_size takes a length above 0, not '-3'"),
     ("multistep:milestones=3,gamma=0", "gamma is above 0, not 0"),
     ("multistep:milestones=3,x", "milestones takes a length, not 'x'"),
-    ("exponential:gamma=nan", "gamma is above 0, not nan"),
+    ("exponential:gamma=nan", "gamma takes a number of at most 3.4e38, not 'nan'"),
     ("linear:start_factor=0", "start_factor is above 0 and at most 1, not 0"),
     ("linear:end_factor=1.5", "end_factor is 0 to 1, not 1.5"),
     ("polynomial:power=0", "power is above 0, not 0"),

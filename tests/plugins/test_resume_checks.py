@@ -1,0 +1,497 @@
+"""What a run may go on with: what it was begun with, and little else. The rest is refused before anything is done."""
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from loopctl import UsageError, checkpoint, fit, hookimpl
+from loopctl.cli import main
+
+cross_entropy = nn.CrossEntropyLoss()
+sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def small(*layers):
+    torch.manual_seed(0)
+    return nn.Sequential(*layers or (nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 3)))
+
+
+def loader(samples=50, size=8, generator=None):
+    chance = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(60, 6, generator=chance)[:samples], torch.randint(0, 3, (60,), generator=chance)[:samples])
+    return DataLoader(data, size, shuffle=True, generator=generator)
+
+
+def run(out, model=None, optimizer=sgd, train=None, plugins=("checkpoint",), epochs=2, **settings):
+    model = small() if model is None else model()
+    data = loader() if train is None else train()
+    return fit(model, cross_entropy, optimizer, data, epochs=epochs, plugins=plugins, out=out, seed=1, **settings)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def accuracy(output, target):
+    return (output.argmax(1) == target).float().mean()
+
+
+class Kill:
+    """Ends the process, as it were, after a step that may have been saved."""
+
+    def __init__(self, step):
+        self.step = step
+
+    @hookimpl(trylast=True)
+    def safe_point(self, run):
+        if run.attempts == self.step:
+            raise KeyboardInterrupt
+
+
+def killed(out, step, **settings):
+    with pytest.raises(KeyboardInterrupt):
+        run(out, **{**settings, "plugins": [*settings.get("plugins", ["checkpoint:every_steps=1"]), Kill(step)]})
+
+
+class Halve:
+    """A plugin without options or state that has a say."""
+
+    @hookimpl
+    def grads_ready(self, run):
+        for parameter in run.model.parameters():
+            parameter.grad *= 0.5
+
+
+class Look:
+    """One that looks on."""
+
+    @hookimpl
+    def after_step(self, run):
+        assert run.loss is not None
+
+    @hookimpl
+    def epoch_end(self, run):
+        assert run.history
+
+
+def swapped():
+    """The same layers, names and shapes, built the other way round."""
+    model = nn.Module()
+    model.register_module("b", nn.Linear(6, 6))
+    model.register_module("a", nn.Linear(6, 6))
+    model.forward = lambda input: model.b(model.a(input))
+    return model
+
+
+def straight():
+    model = nn.Module()
+    model.register_module("a", nn.Linear(6, 6))
+    model.register_module("b", nn.Linear(6, 6))
+    model.forward = lambda input: model.b(model.a(input))
+    return model
+
+
+def two_groups(groups, first=2):
+    (group,) = groups
+    return sgd([{"params": group["params"][:first]}, {"params": group["params"][first:]}])
+
+
+def case(then, *words, first=None):
+    """What the run begins with, and what it would go on with."""
+    return first or {}, then, words
+
+
+saving = ["checkpoint", "accumulate:every=2"]
+REFUSED = {
+    "a layer more": case({"model": lambda: small(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 3), nn.Linear(3, 3))},
+                         "the model has 4.bias and 4.weight here and not there"),
+    "a layer fewer": case({"model": lambda: small(nn.Linear(6, 6), nn.BatchNorm1d(6))}, "the model has 3.bias and 3.weight there and not here"),
+    "other names": case({"model": lambda: nn.Sequential(small())}, "the model has 0.bias, 0.weight, 1.bias and 6 more there and not here"),
+    "another width": case({"model": lambda: small(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Dropout(0.2), nn.Linear(7, 3))},
+                          "the model's 0.weight is 6x6 there and 7x6 here"),
+    "another order of layers": case({"model": swapped}, "the optimizer", first={"model": straight}),
+    "another optimizer": case({"optimizer": partial(torch.optim.Adam, lr=0.1)}, "the optimizer is SGD there and Adam here"),
+    "its relative": case({"optimizer": partial(torch.optim.AdamW, lr=0.1)}, "the optimizer is Adam there and AdamW here",
+                         first={"optimizer": partial(torch.optim.Adam, lr=0.1)}),
+    "another rate": case({"optimizer": partial(torch.optim.SGD, lr=0.2, momentum=0.9)}, "the optimizer's lr is 0.1 there and 0.2 here"),
+    "another momentum": case({"optimizer": partial(torch.optim.SGD, lr=0.1)}, "the optimizer's momentum is 0.9 there and 0 here"),
+    "more parameter groups": case({"optimizer": two_groups}, "the optimizer has parameter groups of [6] parameters there and of [2, 4] here"),
+    "other parameter groups": case({"optimizer": partial(two_groups, first=4)},
+                                   "the optimizer has parameter groups of [2, 4] parameters there and of [4, 2] here",
+                                   first={"optimizer": two_groups}),
+    "another part frozen": case({"plugins": ["checkpoint", "freeze:patterns=3"]}, "the optimizer",
+                                first={"plugins": ["checkpoint", "freeze:patterns=0"]}),
+    "a plugin with a say more": case({"plugins": ["checkpoint", "clip"]}, "there is the plugin clip here and not there"),
+    "a plugin with a say fewer": case({}, "there is the plugin clip there and not here", first={"plugins": ["checkpoint", "clip"]}),
+    "a plugin of one's own more": case({"plugins": ["checkpoint", Halve()]}, "there is the plugin halve here and not there"),
+    "a plugin twice": case({"plugins": ["checkpoint", "clip", "clip"]}, "there is the plugin clip.2 here and not there",
+                           first={"plugins": ["checkpoint", "clip"]}),
+    "a plugin with state more": case({"plugins": ["checkpoint", "early_stopping"]}, "there is the plugin early_stopping here and not there"),
+    "a plugin with state fewer": case({}, "there is the plugin early_stopping there and not here",
+                                      first={"plugins": ["checkpoint", "early_stopping"]}),
+    "another schedule": case({"plugins": ["checkpoint", "linear"]}, "there is the plugin cosine there and not here",
+                             first={"plugins": ["checkpoint", "cosine"]}),
+    "another order of plugins": case({"plugins": ["checkpoint", Halve(), "clip"]}, "clip", "halve",
+                                     first={"plugins": ["checkpoint", "clip", Halve()]}),
+    "another metric to judge by": case({"plugins": ["checkpoint", "early_stopping:monitor=train_accuracy"], "metrics": {"accuracy": accuracy}},
+                                       "monitor=train_loss", "monitor=train_accuracy",
+                                       first={"plugins": ["checkpoint", "early_stopping"], "metrics": {"accuracy": accuracy}}),
+    "another batch size": case({"train": partial(loader, size=10)},
+                               "an epoch has 7 steps and 7 batches there, 5 and 5 here; keep data, batch size and accumulation"),
+    "another batch size, as many batches": case({"train": partial(loader, samples=56, size=8)}, "49", "56",
+                                                first={"train": partial(loader, samples=49, size=7)}),
+    "more data": case({"train": partial(loader, samples=60)}, "an epoch has 7 steps and 7 batches there, 8 and 8 here"),
+    "a sample less": case({"train": partial(loader, samples=49)}, "50", "49"),
+    "accumulation": case({"plugins": saving}, "there is the plugin accumulate here and not there"),
+    "other accumulation": case({"plugins": ["checkpoint", "accumulate:every=3"]},
+                               "an epoch has 4 steps and 7 batches there, 3 and 7 here", first={"plugins": saving}),
+    "shorter epochs": case({"steps_per_epoch": 5}, "an epoch has 7 steps and 7 batches there, 5 and 5 here"),
+    "a metric more": case({"metrics": {"accuracy": accuracy}}, "accuracy"),
+    "a metric fewer": case({}, "accuracy", first={"metrics": {"accuracy": accuracy}}),
+    "validation data more": case({"valid": [(torch.zeros(2, 6), torch.zeros(2, dtype=torch.long))]}, "validation data"),
+    "validation data fewer": case({}, "validation data", first={"valid": [(torch.zeros(2, 6), torch.zeros(2, dtype=torch.long))]}),
+    "a generator more": case({"train": lambda: loader(generator=torch.Generator())}, "generator"),
+    "a generator fewer": case({}, "generator", first={"train": lambda: loader(generator=torch.Generator())}),
+}
+
+
+@pytest.mark.parametrize("when", ["at an epoch's end", "within an epoch"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_another_run_is_refused_in_one_line(name, when, tmp_path):
+    first, then, words = REFUSED[name]
+    steps = []
+
+    class Count:
+        @hookimpl
+        def before_step(self, run):
+            steps.append(run.step)
+
+    if when == "within an epoch":
+        first = {**first, "plugins": ["checkpoint:every_steps=1", *list(first.get("plugins", ["checkpoint"]))[1:]]}
+        killed(tmp_path, 2, **first)
+    else:
+        run(tmp_path, epochs=1, **first)
+    file, before = checkpoint.find(tmp_path)[0], contents(tmp_path)
+    with pytest.raises(UsageError) as error:
+        run(tmp_path, resume=tmp_path, **{**then, "plugins": [*then.get("plugins", ["checkpoint"]), Count()], "epochs": 3})
+    said = str(error.value)
+    assert said.startswith(f"resume: {file} is of another run: ") or "another metric" in name
+    for word in words:
+        assert word in said
+    assert said.isprintable()
+    assert "Error" not in said
+    assert contents(tmp_path) == before
+    assert not steps
+
+
+@pytest.mark.parametrize(("first", "then"), [
+    ({}, {}),
+    ({}, {"plugins": ["checkpoint:every_steps=1", "csv"]}),
+    ({"plugins": ["checkpoint:every_steps=1", "csv", "progress"]}, {}),
+    ({}, {"plugins": ["checkpoint:every_steps=1", Look()]}),
+    ({}, {"plugins": ["checkpoint:every_steps=3,every_minutes=60,keep=5"]}),
+    ({"epochs": 2}, {}),
+    ({"max_steps": 11}, {}),
+    ({"max_steps": 11}, {"max_steps": 12}),
+    ({"eval_every": 3}, {"eval_every": 5}),
+], ids=repr)
+@pytest.mark.parametrize("step", [3, 7])
+def test_what_only_looks_on_may_differ_and_a_run_may_get_longer(first, then, step, tmp_path, same, capsys):
+    then = {"epochs": 3, "plugins": ["checkpoint:every_steps=1"], **then}
+    whole = run(tmp_path / "whole", **{**then, "plugins": ["checkpoint"]})
+    killed(tmp_path / "part", step, **{"epochs": 3, **first})
+    resumed = run(tmp_path / "part", resume=tmp_path / "part", **then)
+    same(resumed.model, whole.model)
+    assert repr(resumed.history) == repr(whole.history)
+    assert (resumed.epoch, resumed.step, resumed.seen) == (whole.epoch, whole.step, whole.seen)
+
+
+@pytest.mark.parametrize("step", [3, 7, 11])
+def test_a_run_killed_at_its_last_steps_goes_on_to_its_end(step, tmp_path, same):
+    """The last step's checkpoint is written before the epoch's end, which is what is left to do."""
+    whole = run(tmp_path / "whole", max_steps=step)
+    killed(tmp_path / "part", step, max_steps=step)
+    resumed = run(tmp_path / "part", resume=tmp_path / "part", max_steps=step, plugins=["checkpoint:every_steps=1"])
+    same(resumed.model, whole.model)
+    assert repr(resumed.history) == repr(whole.history)
+    assert resumed.over
+
+
+def test_what_ended_within_an_epoch_cannot_get_longer(tmp_path):
+    """Its last evaluation came early, and what plugins made of it."""
+    run(tmp_path, max_steps=11, epochs=3)
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=r"step-00000011\.pt ended within an epoch, at max_steps=11, .*; begin a new run"):
+        run(tmp_path, max_steps=12, epochs=3, resume=tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 11}, {"epochs": 1}, {"max_steps": 3}], ids=repr)
+def test_a_finished_run_trains_no_more(settings, tmp_path, same):
+    first = run(tmp_path, max_steps=11)
+    before = contents(tmp_path)
+    again = run(tmp_path, resume=tmp_path, **{"max_steps": 11} | settings)
+    same(again.model, first.model)
+    assert again.history == first.history
+    assert contents(tmp_path) == before
+
+
+def test_an_early_stopped_run_stays_stopped(tmp_path, same):
+    plugins = ["checkpoint", "early_stopping:patience=2,min_delta=9"]
+    first = run(tmp_path, epochs=9, plugins=plugins)
+    assert (first.epoch, bool(first.stop)) == (3, True)
+    before = contents(tmp_path)
+    again = run(tmp_path, epochs=20, plugins=plugins, resume=tmp_path)
+    same(again.model, first.model)
+    assert (again.epoch, again.stop, again.history) == (first.epoch, first.stop, first.history)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["run", "run/checkpoints", "run/checkpoints/step-00000007.pt", "copy"])
+def test_it_goes_on_from_a_file_or_a_folder_into_another(what, tmp_path, same):
+    whole = run(tmp_path / "whole", epochs=3)
+    run(tmp_path / "run", epochs=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    before = contents(tmp_path / "run")
+    resumed = run(tmp_path / "new", epochs=3, resume=tmp_path / what)
+    same(resumed.model, whole.model)
+    assert repr(resumed.history) == repr(whole.history)
+    assert contents(tmp_path / "run") == before
+    assert checkpoint.find(tmp_path / "new")[0].name == "step-00000021.pt"
+
+
+def test_it_goes_on_in_a_folder_said_in_another_way(tmp_path, monkeypatch, same):
+    whole = run(tmp_path / "whole", epochs=3)
+    run(tmp_path / "run", epochs=2)
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path / "run")
+    same(run(tmp_path / "link", epochs=3, resume=".").model, whole.model)
+    same(run(".", epochs=3, resume=tmp_path / "link" / "checkpoints").model, whole.model)
+
+
+@pytest.mark.parametrize("resume", [None, "step-00000007.pt", "elsewhere"])
+def test_nobodys_checkpoints_are_overwritten(resume, tmp_path):
+    """Not by a new run, nor by one that goes on from an older checkpoint or from another run's."""
+    run(tmp_path / "run")
+    run(tmp_path / "other")
+    paths = {None: None, "elsewhere": tmp_path / "other", "step-00000007.pt": tmp_path / "run" / "checkpoints" / "step-00000007.pt"}
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=r"checkpoint: .*step-00000014\.pt exists and is not overwritten; move it, or say another dir"):
+        run(tmp_path / "run", epochs=3, resume=paths[resume])
+    assert contents(tmp_path) == before
+
+
+def test_two_that_save_in_two_folders_go_on(tmp_path, same):
+    plugins = ["checkpoint:every_steps=2,dir=a", "checkpoint:every_steps=3,dir=b"]
+    whole = run(tmp_path / "whole", plugins=plugins)
+    for step in (8, 9):
+        killed(tmp_path / str(step), step, plugins=plugins)
+        resumed = run(tmp_path / str(step), plugins=plugins, resume=tmp_path / str(step))
+        same(resumed.model, whole.model)
+        for folder in "ab":
+            assert checkpoint.find(tmp_path / str(step) / folder)[0].name == "step-00000014.pt"
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_at_the_start(tmp_path, same, caplog):
+    """The best weights may be there already."""
+    whole = run(tmp_path / "whole")
+
+    class Die:
+        @hookimpl(trylast=True)
+        def epoch_end(self, run):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "part", plugins=["checkpoint", Die()])
+    assert [path.name for path in (tmp_path / "part" / "checkpoints").iterdir()] == ["best.safetensors"]
+    same(run(tmp_path / "part", resume=tmp_path / "part").model, whole.model)
+    assert caplog.messages == [f"{tmp_path / 'part'} has no checkpoint yet; beginning at the start"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_nowhere_is_nothing_to_go_on_from(there, tmp_path):
+    if there:
+        (tmp_path / "nowhere").mkdir()
+    with pytest.raises(UsageError, match=r"resume=.*nowhere: no checkpoint there; a run's folder has them in checkpoints/"):
+        run(tmp_path / "new", resume=tmp_path / "nowhere")
+
+
+# State that a checkpoint cannot hold
+
+
+class Keeps:
+    """A plugin with a state of its own."""
+
+    def __init__(self, state):
+        self.state = state
+
+    @hookimpl
+    def after_step(self, run):
+        raise AssertionError("a step")
+
+    def state_dict(self):
+        return {"kept": [self.state]}
+
+    def load_state_dict(self, state):
+        self.state = state["kept"][0]
+
+
+class Collects(nn.Module):
+    """A metric with a state of its own."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+
+    def forward(self, output, target): ...
+
+    def update(self, output, target): ...
+
+    def compute(self):
+        return 0.0
+
+    def reset(self): ...
+
+    def state_dict(self):
+        return {"kept": self.state}
+
+    def load_state_dict(self, state):
+        self.state = state["kept"]
+
+
+class Extra(nn.Linear):
+    """A layer with a state that is no tensor."""
+
+    def __init__(self, state):
+        torch.manual_seed(0)
+        super().__init__(6, 3)
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+class Odd(torch.optim.SGD):
+    """An optimizer with something of its own in its groups."""
+
+    def __init__(self, groups, state):
+        super().__init__([{**group, "state": state} for group in groups], lr=0.1)
+
+
+class Thing:
+    """Something of the user's."""
+
+
+PARTS = {
+    "plugin keeps": lambda state: {"plugins": ["checkpoint", Keeps(state)]},
+    "metric collects": lambda state: {"metrics": {"collects": Collects(state)}},
+    "model": lambda state: {"model": lambda: Extra(state)},
+    "optimizer": lambda state: {"optimizer": partial(Odd, state=state)},
+}
+
+
+@pytest.mark.parametrize("who", PARTS)
+@pytest.mark.parametrize(("state", "what"), [
+    (Thing(), "has a .*Thing"), (Path("here"), "has a pathlib"), ({"a": [Thing]}, "has a .*Thing"), (range(3), "has a .*range"),
+    (lambda: 0, "has something that cannot be written"),
+], ids=["an object", "a path", "a class", "a range", "a function"])
+def test_state_that_no_checkpoint_can_hold_is_refused_before_training(who, state, what, tmp_path):
+    class Stay(Look):
+        @hookimpl
+        def before_step(self, run):
+            raise AssertionError("a step")
+
+    settings = PARTS[who](state)
+    with pytest.raises(UsageError, match=rf"^checkpoint: {who}: its state {what}.*; a checkpoint holds tensors, numbers, text, None, "
+                                         "and lists, tuples and dicts of them$"):
+        run(tmp_path, **{**settings, "plugins": [*settings.get("plugins", ["checkpoint"]), Stay()]})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("who", [who for who in PARTS if who != "plugin keeps"])
+def test_without_a_checkpoint_it_may_be_anything(who, tmp_path):
+    run(tmp_path, **PARTS[who](lambda: 0), plugins=[])
+
+
+@pytest.mark.parametrize("who", [who for who in PARTS if who != "plugin keeps"])
+def test_what_it_can_hold_comes_back(who, tmp_path):
+    state = {"kept": [None, 1, 0.5, True, "text", b"bytes", (2, [3]), {1: {None: "a"}}, torch.arange(3), 2 ** 70, 1 + 2j, {4, 5}]}
+    whole = run(tmp_path / "whole", epochs=2, **PARTS[who](state))
+    run(tmp_path / "part", epochs=1, **PARTS[who](state))
+    resumed = run(tmp_path / "part", epochs=2, resume=tmp_path / "part", **PARTS[who](state if who == "optimizer" else None))
+    assert repr(resumed.history) == repr(whole.history)
+    assert repr(resumed.model.state_dict()) == repr(whole.model.state_dict())
+    assert repr(resumed.metric_fns) == repr(whole.metric_fns)
+
+
+# The command line
+
+
+@pytest.fixture
+def loopctl(tmp_path, monkeypatch):
+    """Call `loopctl run` in a folder of its own; its two streams."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, status=0):
+        first = [] if "--resume" in arguments else ["--model", "linear"]
+        result = CliRunner().invoke(main, ["run", *first, *[str(argument) for argument in arguments]])
+        assert result.exit_code == status, result.output
+        return result.stdout, result.stderr
+    return call
+
+
+@pytest.mark.parametrize(("option", "value", "was", "now"), [
+    ("--lr", "0.5", "lr is 0.001", "0.5"), ("--model", "mlp", "model is linear", "mlp"), ("--seed", "1", "seed is 0", "1"),
+    ("--optimizer", "sgd", "optimizer is adamw", "sgd"), ("--batch-size", "65", "batch_size is 64", "65"),
+    ("--data", "digits:channels=3", "data is digits", "digits:channels=3"),
+])
+def test_other_settings_are_refused_in_one_line(option, value, was, now, loopctl, tmp_path):
+    loopctl("--epochs", 1, "--out", "a")
+    before = contents(tmp_path)
+    out, errors = loopctl("--resume", "a", "--epochs", 2, option, value, status=2)
+    assert errors == f"error: resume: a/checkpoints/step-00000023.pt is of another run: {was} there and {now} here\n"
+    assert out == ""
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", [[], ["--workers", "1"], ["--device", "cpu"], ["--lr", "1e-3"], ["--seed", "0"]], ids=" ".join)
+def test_these_settings_may_change(change, loopctl, tmp_path):
+    """Within an epoch, to be strict."""
+    Path("kill.py").write_text(
+        "from loopctl import hookimpl\nclass Kill:\n    @hookimpl(trylast=True)\n    def safe_point(self, run):\n"
+        "        if run.attempts == 30 and not run.resume: raise KeyboardInterrupt\n")
+    plugins = ["--plugin", "kill.py:Kill", "--plugin", "checkpoint:every_steps=10"]
+    loopctl("--epochs", 3, "--out", "whole", "--plugin", "checkpoint:every_steps=10", "--without", "progress")
+    _, errors = loopctl("--epochs", 2, "--out", "a", *plugins, status=130)
+    assert errors == "interrupted; what it has written is in a\n"
+    loopctl("--resume", "a", "--epochs", 3, *change)
+    for file in ("weights.safetensors", "metrics.csv"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_anothers_checkpoint_in_ones_own_folder_is_refused(loopctl, tmp_path):
+    """The same model and data, and a right checksum; the seed tells."""
+    loopctl("--epochs", 1, "--out", "a")
+    loopctl("--epochs", 2, "--out", "b", "--seed", 1)
+    shutil.copy("b/checkpoints/step-00000046.pt", "a/checkpoints")
+    before = contents(tmp_path)
+    _, errors = loopctl("--resume", "a", "--epochs", 3, status=2)
+    assert errors == "error: resume: a/checkpoints/step-00000046.pt is of another run: seed is 1 there and 0 here\n"
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_lost_its_checkpoints_is_finished(loopctl, tmp_path):
+    loopctl("--epochs", 1, "--out", "a")
+    shutil.rmtree("a/checkpoints")
+    before = contents(tmp_path)
+    _, errors = loopctl("--resume", "a", "--epochs", 3, status=2)
+    assert errors == "error: --resume a: this run is finished and has no checkpoint to go on from; begin a new one\n"
+    assert contents(tmp_path) == before

@@ -1,0 +1,544 @@
+"""SIGTERM and SIGUSR1, which batch systems send: save at the next safe point, leave, and go on later with the same bits."""
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from loopctl import UsageError, checkpoint, fit, hookimpl
+from loopctl.files import Summed
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no such signals")
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
+cross_entropy = nn.CrossEntropyLoss()
+sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+# In this process: a plugin or the data sends the signal
+
+
+class Data(Dataset):
+    """Samples with noise; reading one of them, or what is given as `read`, may send a signal."""
+
+    def __init__(self, read=lambda: None):
+        self.read = read
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        self.read()
+        return torch.randn(6) + index % 3, index % 3
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def run(out, *plugins, read=lambda: None, epochs=3, **settings):
+    """Three epochs of five steps, two evaluations in each."""
+    return fit(small(), cross_entropy, sgd, DataLoader(Data(read), 8, shuffle=True), DataLoader(Data(read), 20), epochs=epochs, out=out,
+               eval_every=3, seed=1, **{"plugins": ["checkpoint", *plugins]} | settings)
+
+
+def send(number):
+    """Send this process a signal, unless it would die of it."""
+    assert signal.getsignal(number) is not signal.SIG_DFL
+    signal.raise_signal(number)
+
+
+class Send:
+    """Sends a signal at the first moment of a kind after so many steps."""
+
+    def __init__(self, number, moment, steps=7, times=1):
+        self.number, self.moment, self.steps, self.times = number, moment, steps, times
+
+    def at(self, moment, run):
+        if moment == self.moment and run.attempts >= self.steps and self.times:
+            self.times -= 1
+            send(self.number)
+
+    @hookimpl(tryfirst=True)
+    def epoch_start(self, run):
+        self.run = run
+        self.at("epoch_start", run)
+
+    @hookimpl
+    def before_step(self, run):
+        self.at("before_step", run)
+
+    @hookimpl(wrapper=True)
+    def compute_loss(self, run):
+        self.at("compute_loss" if torch.is_grad_enabled() else "evaluate", run)
+        return (yield)
+
+    @hookimpl
+    def grads_ready(self, run):
+        self.at("grads_ready", run)
+
+    @hookimpl
+    def after_step(self, run):
+        self.at("after_step", run)
+
+    @hookimpl
+    def safe_point(self, run):
+        self.at("safe_point", run)
+
+    @hookimpl
+    def after_evaluate(self, run):
+        self.at("after_evaluate", run)
+
+    @hookimpl
+    def epoch_end(self, run):
+        self.at("epoch_end", run)
+
+    def read(self):
+        if hasattr(self, "run"):
+            self.at("read", self.run)
+
+
+# The first such moment after seven steps, and the step after which the run leaves.
+MOMENTS = {"read": 8, "before_step": 8, "compute_loss": 8, "grads_ready": 8, "after_step": 7, "safe_point": 8, "evaluate": 10,
+           "after_evaluate": 10, "epoch_end": 10, "epoch_start": 11}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody disturbed."""
+    torch.set_num_threads(1)
+    return run(tmp_path_factory.mktemp("whole"), Send(0, ""))
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_it_saves_at_the_next_safe_point_and_goes_on_with_the_same_bits(number, moment, whole, tmp_path, same, caplog):
+    sender = Send(number, moment)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, sender, read=sender.read)
+    assert end.value.code == 128 + number
+    file, saved = checkpoint.find(tmp_path)
+    assert saved["position"]["step"] == MOMENTS[moment]
+    (line,) = caplog.messages
+    assert re.fullmatch(rf"checkpoint: left on {number.name} after {MOMENTS[moment]} updates, in epoch [23]; resuming goes on from {re.escape(str(file))}", line)
+    assert signal.getsignal(number) == signal.SIG_DFL
+    resumed = run(tmp_path, Send(0, ""), resume=tmp_path)
+    same(resumed.model, whole.model)
+    assert repr(resumed.history) == repr(whole.history)
+
+
+@pytest.mark.parametrize("second", SIGNALS)
+@pytest.mark.parametrize("moment", ["compute_loss", "evaluate", "read"])
+def test_a_second_one_ends_it_at_once(moment, second, tmp_path, caplog):
+    """Without a checkpoint, and without a word: somebody is in a hurry."""
+    sender, hurry = Send(signal.SIGTERM, moment), Send(second, moment)
+
+    def read():
+        sender.read()
+        hurry.read()
+
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, sender, hurry, read=read)
+    assert end.value.code == 128 + second
+    assert checkpoint.find(tmp_path)[1]["position"]["step"] == 7           # which was there before
+    assert not caplog.messages
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
+
+
+@pytest.mark.parametrize("write", [1, 5, 10, 15, 25])
+@pytest.mark.parametrize("kind", ["a second signal", "ctrl-c"])
+def test_what_ends_it_while_it_saves_leaves_nothing_half_written(kind, write, tmp_path, monkeypatch, caplog, same, whole):
+    """Torch calls back into Python while it writes, and has an error of its own where that does not return."""
+    writes, written = [], Summed.write
+
+    def interrupted(self, data):
+        writes.append(len(data))
+        if len(writes) == write:
+            if kind == "ctrl-c":
+                raise KeyboardInterrupt
+            send(signal.SIGUSR1)
+        return written(self, data)
+
+    class Patch:
+        @hookimpl
+        def safe_point(self, run):
+            if run.attempts == 8:
+                monkeypatch.setattr(Summed, "write", interrupted)
+
+    with pytest.raises(SystemExit if kind == "a second signal" else KeyboardInterrupt) as end:
+        run(tmp_path, plugins=[Patch(), Send(signal.SIGTERM, "before_step"), "checkpoint"])
+    monkeypatch.undo()
+    assert len(writes) >= write
+    if kind == "a second signal":
+        assert end.value.code == 128 + signal.SIGUSR1
+    assert not caplog.messages
+    assert {file.name for file in (tmp_path / "checkpoints").iterdir()} <= {
+        "best.safetensors", "best.pt", "step-00000005.pt", "step-00000007.pt"}
+    resumed = run(tmp_path, plugins=[Send(0, ""), "checkpoint"], resume=tmp_path)
+    same(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("moment", ["after_step", "evaluate", "epoch_end", "safe_point"])
+def test_one_that_comes_at_the_end_changes_nothing(moment, whole, tmp_path, same, caplog):
+    """The run is over before there is anything to leave."""
+    sender = Send(signal.SIGTERM, moment, steps=15)
+    if moment == "after_step":          # the step's own safe point is before the epoch's end
+        with pytest.raises(SystemExit):
+            run(tmp_path, sender)
+        caplog.clear()
+        done = run(tmp_path, Send(0, ""), resume=tmp_path)
+    else:
+        done = run(tmp_path, sender)
+    same(done.model, whole.model)
+    assert repr(done.history) == repr(whole.history)
+    assert not caplog.messages
+    assert checkpoint.find(tmp_path)[1]["position"]["epoch"] == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_in_another_thread_it_works_and_installs_nothing(tmp_path, whole, same):
+    seen, done = [], []
+
+    class Look:
+        @hookimpl
+        def before_step(self, run):
+            seen.append([signal.getsignal(number) for number in SIGNALS])
+
+    torch.manual_seed(1)
+    thread = threading.Thread(target=lambda: done.append(run(tmp_path, Look())))
+    thread.start()
+    thread.join()
+    same(done[0].model, whole.model)
+    assert seen == [[signal.SIG_DFL] * 2] * 15
+    assert checkpoint.find(tmp_path)[1]["position"]["step"] == 15
+
+
+class Raise:
+    """Raises an error at a moment."""
+
+    def __init__(self, moment):
+        self.moment = moment
+
+    @hookimpl
+    def train_start(self, run):
+        if self.moment == "train_start":
+            raise UsageError("no")
+
+    @hookimpl
+    def grads_ready(self, run):
+        if self.moment == "grads_ready":
+            raise ArithmeticError("no")
+        if self.moment == "ctrl-c":
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["train_start", "grads_ready", "ctrl-c", "never"])
+def test_handlers_are_restored_afterwards_also_after_an_error(moment, tmp_path):
+    if moment == "never":
+        run(tmp_path, Raise(moment), epochs=1)
+    else:
+        with pytest.raises((UsageError, ArithmeticError, KeyboardInterrupt)):
+            run(tmp_path, Raise(moment), epochs=1)
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("mine", ["a function", "ignored"])
+def test_a_handler_of_the_users_own_is_left_alone(mine, number, tmp_path, whole, same):
+    heard = []
+    handler = signal.SIG_IGN if mine == "ignored" else lambda number, frame: heard.append(number)
+    before = signal.signal(number, handler)
+    try:
+        done = run(tmp_path, Send(number, "compute_loss", times=2))
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, before)
+    assert heard == ([] if mine == "ignored" else [number] * 2)
+    same(done.model, whole.model)
+
+
+@pytest.mark.parametrize("folders", ["ab", ["checkpoints", "checkpoints"]], ids=["two folders", "one folder"])
+def test_two_that_save_leave_once(folders, whole, tmp_path, same, caplog):
+    plugins = [f"checkpoint:dir={folder}" for folder in folders]
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, plugins=[*plugins, Send(signal.SIGTERM, "compute_loss")])
+    assert end.value.code == 128 + signal.SIGTERM
+    assert len(caplog.messages) == 1
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
+    assert checkpoint.find(tmp_path)[1]["position"]["step"] == 8
+    resumed = run(tmp_path, plugins=[*plugins, Send(0, "")], resume=tmp_path)
+    same(resumed.model, whole.model)
+
+
+def test_without_a_checkpoint_nothing_is_installed(tmp_path):
+    class Look:
+        @hookimpl
+        def before_step(self, run):
+            assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
+
+    run(tmp_path, plugins=[Look()], epochs=1)
+
+
+# In a process of its own
+
+
+NURSERY = """
+import json, os, runpy, sys
+import sklearn.datasets, torch._dynamo
+import loopctl.cli.data, loopctl.cli.train, loopctl.plugins.checkpoint, loopctl.plugins.csv
+
+torch.set_num_threads(1)
+for line in sys.stdin:
+    folder, *words = json.loads(line)
+    child = os.fork()
+    if not child:
+        break
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+# From here on it is as if `python` had been called with these words.
+os.setsid()
+os.chdir(folder)
+for number, name in enumerate((os.devnull, "out", "err")):
+    os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
+sys.argv = words
+if words[0] == "loopctl":
+    loopctl.cli.main(words[1:])
+else:
+    runpy.run_path(words[0], run_name="__main__")
+"""
+
+# It says where it is, and waits there until it may go on, so that a signal comes at that moment and no other.
+TELL = """
+import time
+from dataclasses import dataclass
+from pathlib import Path
+import torch
+from loopctl import hookimpl
+
+@dataclass(eq=False)
+class Tell:
+    moment: str = ""
+    slow: float = 0.0
+
+    def at(self, moment, run):
+        if moment == self.moment and run.attempts >= 7 and not run.resume and not Path("there").exists():
+            Path("there").touch()
+            while not Path("go").exists():
+                time.sleep(0.01)
+
+    @hookimpl
+    def grads_ready(self, run):
+        self.at("train", run)
+        time.sleep(self.slow)
+
+    @hookimpl(wrapper=True)
+    def compute_loss(self, run):
+        if not torch.is_grad_enabled():
+            self.at("evaluate", run)
+        return (yield)
+"""
+
+# Samples whose noise is drawn in the loader's workers.
+SCRIPT = """
+import json, sys
+from functools import partial
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from loopctl import fit
+from tell import Tell
+
+class Noisy(Dataset):
+    def __len__(self):
+        return 40
+    def __getitem__(self, index):
+        return torch.randn(6) + index % 3, index % 3
+
+moment, workers, persist, out, resume = json.loads(sys.argv[1])
+loaders = [DataLoader(Noisy(), size, shuffle, num_workers=workers, persistent_workers=persist) for size, shuffle in ((4, True), (4, False))]
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+fit(model, nn.CrossEntropyLoss(), partial(torch.optim.SGD, lr=0.1, momentum=0.9), *loaders, epochs=2, seed=1, out=out,
+    resume=resume, plugins=["checkpoint", "csv", Tell(moment)])
+torch.save(model.state_dict(), f"{out}/final")
+"""
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    """A process that has imported everything, and forks one that runs what it is told."""
+    process = subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield process
+    process.stdin.close()
+    assert process.wait(60) == 0
+    process.stdout.close()
+
+
+class Child:
+    """A process that was begun, the leader of a session of its own."""
+
+    def __init__(self, nursery, folder, *words):
+        self.nursery, self.folder = nursery, folder
+        for name in ("there", "go"):
+            (folder / name).unlink(missing_ok=True)
+        nursery.stdin.write(json.dumps([str(folder), *map(str, words)]) + "\n")
+        nursery.stdin.flush()
+        self.pid = int(nursery.stdout.readline())
+        self.limit = threading.Timer(200, os.kill, (self.pid, signal.SIGKILL))
+        self.limit.start()
+
+    def session(self):
+        """The processes of its session, itself among them; a worker's parent may be gone."""
+        found = []
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, _, session = status.read_text().rpartition(")")[2].split()[:4]
+            except OSError:             # it has just ended
+                continue
+            if int(session) == self.pid and state not in "ZX":
+                found.append(int(status.parent.name))
+        return found
+
+    def until(self, fact):
+        """Wait for a fact, or for its end."""
+        while not fact() and self.session():
+            time.sleep(0.01)
+        assert fact(), self.errors()
+
+    def end(self):
+        """Its exit status; nothing that it began is left soon after."""
+        status = int(self.nursery.stdout.readline())
+        self.limit.cancel()
+        for _ in range(2000):
+            if not self.session():
+                break
+            time.sleep(0.01)
+        left = self.session()
+        for process in left:
+            os.kill(process, signal.SIGKILL)
+        assert not left
+        return status
+
+    def errors(self):
+        return (self.folder / "err").read_text()
+
+
+@pytest.fixture
+def start(nursery, tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("looks into /proc")
+    (tmp_path / "tell.py").write_text(TELL)
+    (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{SCRIPT}")
+    return lambda *words: Child(nursery, tmp_path, *words)
+
+
+def command(workers, moment="", **options):
+    return ["loopctl", "run", "--model", "linear", "--epochs", 2, "--workers", workers, "--without", "progress",
+            "--plugin", f"tell.py:Tell:moment={moment or 'none'}"]
+
+
+def files(folder, *names):
+    return [(folder / name).read_bytes() for name in names]
+
+
+@pytest.mark.parametrize(("number", "workers", "moment", "group"), [
+    (signal.SIGTERM, 0, "train", False), (signal.SIGUSR1, 0, "evaluate", False), (signal.SIGUSR1, 2, "train", False),
+    (signal.SIGTERM, 2, "train", True), (signal.SIGUSR1, 2, "evaluate", True), (signal.SIGTERM, 2, "evaluate", True),
+])
+def test_loopctl_run_saves_leaves_and_goes_on(number, workers, moment, group, start, tmp_path):
+    """The signal comes to the process, or to its workers too, as from a batch system or a terminal."""
+    assert start(*command(workers), "--out", "whole").end() == 0
+    child = start(*command(workers, moment), "--out", "part")
+    child.until((tmp_path / "there").exists)
+    assert len(child.session()) >= 1 + workers
+    (os.killpg if group else os.kill)(child.pid, number)
+    if group:
+        time.sleep(0.3)                 # in which a worker could die of it
+    (tmp_path / "go").touch()
+    assert child.end() == 128 + number
+    assert re.fullmatch(rf"checkpoint: left on {number.name} after (8|23|24) updates, in epoch [12]; resuming goes on from part/checkpoints/step-000000\d\d\.pt\n",
+                        child.errors())
+    assert not list(tmp_path.rglob("*.new"))
+    assert not (tmp_path / "part" / "weights.safetensors").exists()
+    resumed = start("loopctl", "run", "--resume", "part")
+    assert resumed.end() == 0
+    assert resumed.errors() == ""
+    names = ("weights.safetensors", "metrics.csv")
+    assert files(tmp_path / "part", *names) == files(tmp_path / "whole", *names)
+
+
+@pytest.mark.parametrize(("number", "workers", "persist", "moment"), [
+    (signal.SIGTERM, 0, False, "train"), (signal.SIGTERM, 2, False, "train"), (signal.SIGUSR1, 2, False, "evaluate"),
+    (signal.SIGTERM, 2, True, "train"), (signal.SIGTERM, 2, False, "evaluate"), (signal.SIGTERM, 2, True, "evaluate"),
+])
+def test_fit_in_a_script_saves_leaves_and_goes_on(number, workers, persist, moment, start, tmp_path):
+    """The signal comes to all its processes."""
+    def script(out, moment="none", resume=None):
+        return start("script.py", json.dumps([moment, workers, persist, out, resume]))
+
+    assert script("whole").end() == 0
+    child = script("part", moment)
+    child.until((tmp_path / "there").exists)
+    assert len(child.session()) >= 1 + workers
+    os.killpg(child.pid, number)
+    time.sleep(0.3)
+    (tmp_path / "go").touch()
+    assert child.end() == 128 + number
+    assert re.fullmatch(rf"checkpoint: left on {number.name} after \d+ updates, in epoch [12]; resuming goes on from part/checkpoints/step-0\d+\.pt\n",
+                        child.errors())
+    assert script("part", resume="part").end() == 0
+    assert files(tmp_path / "part", "metrics.csv") == files(tmp_path / "whole", "metrics.csv")
+    one, other = (torch.load(tmp_path / name / "final") for name in ("part", "whole"))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("workers", "moment"), [(0, "train"), (2, "train"), (2, "evaluate")])
+def test_a_second_signal_to_all_processes_ends_them_at_once(workers, moment, start, tmp_path):
+    """It stands still at that moment, and nobody lets it go on."""
+    child = start(*command(workers, moment), "--out", "part")
+    child.until((tmp_path / "there").exists)
+    for _ in range(2):
+        os.killpg(child.pid, signal.SIGTERM)
+        time.sleep(0.3)                 # else the two may count as one
+    assert child.end() == 128 + signal.SIGTERM
+    assert child.errors() == ""
+    assert not list(tmp_path.rglob("*.pt*"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(workers, start, tmp_path):
+    """At random moments after each time that it has come further; its workers notice and end."""
+    plugins = [*command(workers), "--plugin", "checkpoint:every_steps=3"]
+    assert start(*plugins, "--out", "whole").end() == 0
+    chance, killed, words = random.Random(workers), 0, [*plugins, "--out", "part"]
+    words[words.index("tell.py:Tell:moment=none")] = "tell.py:Tell:moment=none,slow=0.02"
+    while True:
+        before = {file.name for file in tmp_path.glob("part/checkpoints/step-*.pt")}
+        child = start(*words)
+        further = lambda: {file.name for file in tmp_path.glob("part/checkpoints/step-*.pt")} - before  # noqa: B023, E731
+        while not further() and child.session():
+            time.sleep(0.005)
+        time.sleep(chance.random() * 0.2)
+        if killed == 4 or not child.session():
+            break
+        os.kill(child.pid, signal.SIGKILL)
+        killed += child.end() == -signal.SIGKILL
+        words = ["loopctl", "run", "--resume", "part"]
+    assert child.end() == 0, child.errors()
+    assert killed >= 2
+    assert not list(tmp_path.rglob("*.pt.new"))
+    names = ("weights.safetensors", "metrics.csv")
+    assert files(tmp_path / "part", *names) == files(tmp_path / "whole", *names)
