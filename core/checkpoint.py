@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from loopctl.batches import known_length
 from loopctl.errors import UsageError, names, one_line
 from loopctl.files import Damaged, read
 from loopctl.meters import Meters
@@ -45,7 +44,7 @@ def state(run: Run) -> dict[str, Any]:
         "plugins": {name: plugin.state_dict() for name, plugin in stateful(run).items()},
         "composition": composition(run),
         "parameters": parameters(run),
-        "samples": samples(run.train),
+        "samples": run.feeds["train"].size,
         "plan": list(run.plan()),
         "max_steps": run.max_steps,
         "position": {name: getattr(run, name) for name in POSITION},
@@ -146,9 +145,9 @@ def compare(run: Run, saved: dict[str, Any]) -> list[str]:
     if saved["plan"] != list(run.plan()):
         found.append("an epoch has {} steps and {} batches there, ".format(*saved["plan"])
                      + "{} and {} here; keep data, batch size and accumulation".format(*run.plan()))
-    if saved["samples"] != samples(run.train):
+    if saved["samples"] != run.feeds["train"].size:
         found.append("the training data has {1} samples in batches of {0} there, ".format(*saved["samples"])
-                     + "{1} in batches of {0} here".format(*samples(run.train)))
+                     + "{1} in batches of {0} here".format(*run.feeds["train"].size))
     own = len(saved["random"]["generators"]), len(generators((run.train, run.valid)))
     if own[0] != own[1]:
         found.append("the data loaders have {} random generators of their own there and {} here".format(*own))
@@ -182,11 +181,6 @@ def defaults(run: Run) -> dict[str, Any]:
     """What the optimizer was made with, but for how it computes, which is the device's affair."""
     return {key: value for key, value in run.optimizer.defaults.items()
             if key not in ("foreach", "fused", "capturable", "differentiable")}
-
-
-def samples(source: Any) -> list[int | None]:
-    """The batch size and the number of samples of a data loader, as far as it knows them."""
-    return [getattr(source, "batch_size", None), known_length(getattr(source, "dataset", None))]
 
 
 def stateful(run: Run) -> dict[str, Any]:

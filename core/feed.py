@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from loopctl.batches import known_length
 from loopctl.randomness import host_state, random_state, set_host_state, set_random_state
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Feed:
         self.passing: Generator[Any] | None = None
         self.saved: dict[str, Any] = {}
         self.take()
+        # Batch size and samples, as far as they are known, of what the run began with.
+        self.size = [getattr(self.source, "batch_size", None), known_length(getattr(self.source, "dataset", None))]
 
     def take(self) -> None:
         """Give what the run has now, which a plugin may have replaced."""
@@ -230,7 +233,8 @@ class Workers:
         self.ahead.clear()
         for number, (batch, state) in enumerate(tasks, first - first % self.count):
             if number >= first:                                    # those before are empty
-                self.ahead.append((number, state))
+                if state:
+                    self.ahead.append((number, state))
                 self.follow(feed.first if feed.name == "train" else inf)
                 yield batch
 
@@ -246,13 +250,17 @@ class Workers:
 
 @dataclass
 class Collate:
-    """Collates in a worker, and adds where the worker's random numbers are after the batch."""
+    """Collates in a worker, and adds where the worker's random numbers are after the batch, if that has changed."""
 
     inner: Callable[[Any], Any]
+    last: dict[str, Any] | None = None
 
     def __call__(self, samples: Any) -> Any:
-        empty = isinstance(samples, list) and not samples
-        return (None, None) if empty else (self.inner(samples), host_state())
+        if isinstance(samples, list) and not samples:
+            return None, None
+        batch, before = self.inner(samples), self.last
+        self.last = host_state()
+        return batch, None if self.last == before else self.last
 
 
 class Start:

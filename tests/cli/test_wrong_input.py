@@ -407,7 +407,6 @@ def case(command, *words):
     case("run --out {tmp}/file", "--out {tmp}/file exists and is not overwritten", "say another folder"),
     case("run --out {tmp}/full", "--out {tmp}/full exists and is not overwritten", "or --resume {tmp}/full"),
     case("run --resume {tmp}/full", "--resume: there is no file {tmp}/full/run.toml"),
-    case("run --resume {tmp}/begun", "{tmp}/begun: no checkpoint there"),
     case("run --resume {tmp}/begun --out elsewhere", "a resumed run goes on in its own folder", "leave out --out"),
     # what only the composition shows
     case("run --plugin early_stopping:monitor=val_acuracy", "early_stopping: monitor=val_acuracy",
