@@ -221,6 +221,7 @@ def test_without_a_first_checkpoint_it_begins_again(size, files, loopctl, whole,
                         status=0 if size else 1)
     assert [name.rpartition("/")[2] for name in failed(errors[:len(files)])] == files
     assert all(line.endswith("; there is none yet") for line in errors[:len(files)] if "csv" not in line)
+    (tmp_path / "a" / "weights.safetensors").unlink(missing_ok=True)        # else it would be finished
     _, errors = loopctl("--resume", "a", "--epochs", 4)
     assert errors == ["a has no checkpoint yet; beginning at the start"]
     same_end(tmp_path / "a", whole)
@@ -401,14 +402,13 @@ def test_wherever_in_the_file_the_space_ends(disk, saved):
         for free in range(0, len(good) + 8192, 4096):
             path.write_bytes(b"the old one")
             fill(disk, free)
+            why = 0
             try:
                 write(path)
             except OSError as error:
-                assert error.errno == errno.ENOSPC
-                assert path.read_bytes() == b"the old one"
-                count += 1
-            else:
-                assert path.read_bytes() == good
+                why = error.errno
+            assert (why, path.read_bytes()) in [(errno.ENOSPC, b"the old one"), (0, good)]
+            count += why > 0
             (disk / "filler").unlink()
             assert [one.name for one in disk.iterdir()] == [name]
         path.unlink()
