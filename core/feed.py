@@ -146,10 +146,10 @@ class Feed:
             self.indices.prepare(first, drew)
             if self.workers:
                 self.workers.prepare(saved)
-            with held_back():
+                with held_back():
+                    batches = self.workers.heard(iter(self.loader), self)
+            else:
                 batches = iter(self.loader)
-            if self.workers:
-                batches = self.workers.heard(batches, self)
         else:
             batches = iter(self.source)
             for _ in islice(batches, first):
