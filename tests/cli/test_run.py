@@ -157,7 +157,9 @@ def test_hooks_are_the_tree(run):
 
 def test_ctrl_c_says_where_the_run_is_and_leaves_what_it_wrote(tmp_path):
     command = [sys.executable, "-m", "loopctl", "run", "--epochs", "500", "--model", "linear", "--out", "a"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Whoever runs the tests in the background has its children ignore Ctrl-C.
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     log = tmp_path / "a" / "metrics.csv"
     for _ in range(600):
         if log.exists():
