@@ -86,12 +86,17 @@ def from_file(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
         return None
     file = path / "run.toml" if param.name == "resume" else path
     try:
-        found = tomllib.loads(file.read_text())
+        with file.open("rb") as stream:
+            content = stream.read(2**20 + 1)
+        if len(content) > 2**20:                           # or endless, as /dev/zero
+            raise ValueError("it has more than a megabyte")
+        found = tomllib.loads(content.decode("utf-8-sig"))
+        str(found)                                         # so that whatever is in it can be said below
     except FileNotFoundError:
         raise click.UsageError(f"--{param.name}: there is no file {file}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise click.UsageError(f"--{param.name}: {file} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:          # also a number, or a nesting, that nobody wrote
         raise click.UsageError(f"--{param.name}: {file} is not TOML: {error}") from None
     not_here = ("config", "resume", "out", "traceback")
     known = {option.name: option for option in ctx.command.params if option.name not in not_here}

@@ -110,7 +110,9 @@ def prepared(settings: dict[str, Any]) -> Run:
 
 def explained(settings: dict[str, Any]) -> str:
     """The composition that the settings make, and its plan in numbers."""
-    return explain(run=prepared(settings))
+    run = prepared(settings)
+    with blame(run.hook):
+        return explain(run=run)
 
 
 def summarized(settings: dict[str, Any]) -> str:
@@ -133,11 +135,15 @@ class Recorder:
     @hookimpl
     def setup(self, run):
         run.config = {key: value for key, value in self.settings.items() if value is not None}
+        if self.new:
+            for name in ("run.toml", "explain.txt"):       # so that no plugin takes them for its own
+                (run.out / name).touch()
 
     @hookimpl
     def epoch_start(self, run):
         if self.started:
             return
+        explained = explain(run=run) + "\n"                # first, for it may find what is wrong
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         size = [len(loader.dataset) for loader in (run.train, run.valid)]
         print(f"{self.settings['model']} ({parameters:,} parameters) on {self.settings['data']} "
@@ -149,9 +155,9 @@ class Recorder:
                  for key, value in sorted(run.config.items())]
         try:
             with files.replacing(run.out / "run.toml") as file:
-                file.write_text(heading + "".join(lines))
+                file.write_text(heading + "".join(lines), encoding="utf-8")
             if self.new:
-                (run.out / "explain.txt").write_text(explain(run=run) + "\n")
+                (run.out / "explain.txt").write_text(explained, encoding="utf-8")
         except OSError as error:
             raise click.ClickException(f"{run.out} cannot be written: {error.strerror}") from error
         self.started = True
@@ -180,18 +186,22 @@ def make_folder(path: Path | None) -> tuple[Path, list[Path]]:
 
     Raises UsageError where something is in it already, or where it cannot be written.
     """
-    if path and path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        instead = f", or --resume {path}" if path.is_dir() else ""
-        raise UsageError(f"--out {path} exists and is not overwritten; say another folder{instead}")
     for place in [path] if path else by_time():
-        made = [parent for parent in (place, *place.parents) if not parent.exists()]
+        made: list[Path] = []
         try:
+            if place is path and place.exists() and not (place.is_dir() and not any(place.iterdir())):
+                instead = f", or --resume {path}" if place.is_dir() else ""
+                raise UsageError(f"--out {path} exists and is not overwritten; say another folder{instead}")
+            made = [parent for parent in (place, *place.parents) if not parent.exists()]
             place.mkdir(parents=True, exist_ok=place is path)
             with TemporaryFile(dir=place):              # it can be written
                 pass
         except FileExistsError:                          # another run, begun in the same second
             continue
         except OSError as error:
+            for parent in made:
+                with suppress(OSError):
+                    parent.rmdir()
             raise UsageError(f"--out {place} cannot be written: {error.strerror}; say another folder") from error
         return place, made
     raise UsageError(f"--out {path} cannot be written: it has just become a file; say another folder")

@@ -21,6 +21,15 @@ from loopctl.errors import one_line
 SEAL = b"loopctl crc32 "
 
 
+def writable(file: Path) -> None:
+    """Raise OSError where `file` cannot come to be. Makes nothing, so that a refused run leaves nothing behind."""
+    above = next(folder for folder in file.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise NotADirectoryError(0, f"{above} is no folder that can be written to")
+    if file.is_dir():
+        raise IsADirectoryError(0, f"{file} is a folder")
+
+
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """Give a path beside `file` to write to, then put what is there in its place, safe from a power cut too.

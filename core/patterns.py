@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -33,7 +34,9 @@ def matches(name: str, pattern: str) -> bool:
     """Whether `pattern` means the parameter called `name`."""
     if len(pattern) > 2 and pattern.startswith("/") and pattern.endswith("/"):
         try:
-            return re.search(pattern[1:-1], name) is not None
-        except re.error as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")              # of what will mean something else one day
+                return re.search(pattern[1:-1], name) is not None
+        except (re.error, OverflowError, RecursionError, FutureWarning) as error:
             raise UsageError(f"{pattern!r} is not a regular expression ({one_line(error)})") from error
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")

@@ -1,6 +1,7 @@
 """What happens between `fit(...)` and the first step: check what was asked for, then build what is missing."""
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from math import inf, nan
 from typing import Any
@@ -55,9 +56,13 @@ def find_device(device: Any, model: nn.Module | None = None) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        found = torch.device(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                 # torch's, of old names, which are refused below
+            found = torch.device(device)
     except RuntimeError:
         raise UsageError(f"device {device!r} is unknown; there are auto, cpu, mps, cuda and cuda:1") from None
+    if found.type == "cpu" and found.index:
+        raise UsageError(f"device {str(found)!r} is not here: there is one cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         has = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
         raise UsageError(f"device {str(found)!r} is not here: this machine has {has}; 'auto' takes what there is")

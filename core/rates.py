@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
+from math import inf, prod
 from typing import Any
 
 from torch import Tensor
 
-from loopctl.errors import UsageError
+from loopctl.errors import UsageError, names
 from loopctl.run import Run
+from loopctl.values import LARGEST
 
 
 def rates(run: Run) -> list[float]:
@@ -57,6 +58,19 @@ def set_momentum(run: Run, momentum: float) -> None:
         group |= {"betas": (momentum, *group["betas"][1:])} if "betas" in group else {"momentum": momentum}
 
 
+def checked(run: Run, step: int) -> list[float]:
+    """The rates where `run` is now. Raises UsageError where one is more than can be computed with."""
+    try:
+        found = rates(run)
+    except OverflowError:
+        found = [inf]
+    if not all(abs(rate) <= LARGEST for rate in found):
+        who = names(run.hook.acting["lr_scale"] or ["lr"])
+        raise UsageError(f"{who}: the learning rate is {max(found, key=abs):.3g} at step {step + 1:,}; "
+                         "say other numbers")
+    return found
+
+
 def curve(run: Run, points: int = 2000) -> Iterator[tuple[int, list[float]]]:
     """The step and each group's learning rate, at no more than `points` steps of a prepared run; nothing is trained."""
     per_epoch, micro_batches = run.plan()
@@ -66,6 +80,6 @@ def curve(run: Run, points: int = 2000) -> Iterator[tuple[int, list[float]]]:
         for step in sorted({*range(0, run.planned_steps, every), run.planned_steps - 1}):
             run.epoch, run.attempts = step // per_epoch, step
             run.seen = round(step / per_epoch * micro_batches)
-            yield step, rates(run)
+            yield step, checked(run, step)
     finally:                        # also where the drawing is broken off
         run.epoch, run.attempts, run.seen = here

@@ -74,14 +74,18 @@ class Checkpoint:
         self.watch.start(run)
         self.folder = run.out / self.dir
         self.since = time.monotonic()
+        try:
+            files.writable(self.folder / "best.safetensors")
+        except OSError as error:
+            raise UsageError(f"{self.folder} cannot be written ({error.strerror}); say another dir") from error
         there = [*checkpoint.numbered(self.folder), *self.folder.glob("best.*")]
         goes_on = [realpath(file) for file in checkpoint.candidates(run.resume)] if run.resume else []
         # A run that goes on and has no checkpoint was killed before its first, and begins at the start.
         if there and realpath(there[0]) not in goes_on and not (run.resume and not goes_on):
             raise UsageError(f"{there[0]} exists and is not overwritten; move it, or say another dir")
-        above = next(folder for folder in (self.folder.absolute(), *self.folder.absolute().parents) if folder.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK)):
-            raise UsageError(f"{self.folder} cannot be written; say another dir")
+        for name, other in run.hook.plugins.items():
+            if other is not self and isinstance(other, Checkpoint) and Path(other.dir) == Path(self.dir):
+                raise UsageError(f"{name} writes to dir={self.dir} too; say another dir in one of them")
 
     @hookimpl
     def epoch_start(self, run):

@@ -20,6 +20,10 @@ class Csv:
     @hookimpl
     def train_start(self, run):
         self.file = run.out / self.path
+        try:
+            files.writable(self.file)
+        except OSError as error:
+            raise UsageError(f"{self.file} cannot be written ({error.strerror}); say another path") from error
         if self.file.exists() and not run.resume:
             raise UsageError(f"{self.file} exists and is not overwritten; move it, or say another path")
 

@@ -119,6 +119,13 @@ CONFIGS = {
     "underscore": "lr = '1_0'",
 }
 
+BYTES = {
+    "huge.toml": b"epochs = " + b"9" * 5000,
+    "hex.toml": b"epochs = 0x" + b"f" * 5000,
+    "list.of.hex.toml": b"epochs = [0x" + b"f" * 5000 + b"]",
+    "deep.toml": b"plugin = " + b"[" * 3000 + b"]" * 3000,
+}
+
 MINE = """
     import torch
     from torch import nn
@@ -155,6 +162,8 @@ def files(tmp_path, monkeypatch):
     for name, text in CONFIGS.items():
         (folder / f"{name}.toml").write_text(text + "\n")
     (folder / "bytes.toml").write_bytes(b"\xff\xfe")
+    for name, content in BYTES.items():
+        (folder / name).write_bytes(content)
     (folder / "mine_for_wrong_input.py").write_text(textwrap.dedent(MINE))
     (folder / "file").write_text("not a folder")
     (folder / "full").mkdir()
@@ -262,6 +271,15 @@ def case(command, *words):
     case("plugins clip:max_nrm=1", "clip: no option 'max_nrm'", "did you mean 'max_norm'?"),
     case(["plugins", ""], "no plugin is called ''", "there are: accumulate, amp, "),
     case("run --without clip", "'--without'", "'clip' is not one of 'csv', 'checkpoint', 'progress'"),
+    case("explain --plugin exponential:gamma=1e38 --epochs 40",
+         "exponential: the learning rate is 1e+73 at step 47; say other numbers"),
+    case("run --plugin exponential:gamma=1e38,by=step --plugin warmup",
+         "exponential and warmup: the learning rate is ", " at step 3; say other numbers"),
+    case("lr --plugin onecycle:max_lr=0.1,final_div_factor=1e-308", "onecycle: the learning rate is "),
+    case("run --plugin cyclic:base_lr=1,2,max_lr=3 --optimizer sgd:momentum=0.9", "cyclic: base_lr has 2 values"),
+    case("explain --plugin lambda:lr_lambda=", "lambda: lr_lambda has 0 values; parameter groups: 1"),
+    case("run --plugin freeze:patterns=/[[a]/", "freeze: '/[[a]/' is not a regular expression (Possible nested set"),
+    case("run --plugin freeze:patterns=/a{9999999999999}/", "freeze: '/a{{9999999999999}}/' is not a regular expression"),
     # plugins of one's own
     case("run --plugin {tmp}/misspelt.py:Mine", "mine: no hook is called 'epoch_strat'", "did you mean 'epoch_start'?"),
     case("run --plugin {tmp}/argument.py:Mine", "mine: epoch_start has no argument 'rnu'", "did you mean 'run'?"),
@@ -376,6 +394,8 @@ def case(command, *words):
     case("runn", "No such command 'runn'"),
     case("run --epohcs 3", "No such option '--epohcs'", "--epochs"),
     case("run digits", "unexpected extra argument (digits)"),
+    case("run --device cpu:99", "device 'cpu:99' is not here: there is one cpu"),
+    case("run --device mkldnn", "device 'mkldnn' cannot be used"),
     case("run --device gpu", "device 'gpu' is unknown", "there are auto, cpu, mps, cuda and cuda:1"),
     case(["run", "--model", "a\0b"], "'--model'", "control character '\\x00'"),
     case(["run", "--data", "a\nb.py:data"], "'--data'", "control character '\\n'"),
@@ -388,6 +408,11 @@ def case(command, *words):
     case(["run", "--config", "a\0b"], "'--config'", "control character '\\x00'"),
     case("run --config {tmp}/control.toml", "--config: {tmp}/control.toml: data_root: ", "control character '\\x00'"),
     case("run --config {tmp}/underscore.toml", "--config: {tmp}/underscore.toml: lr: ", "'1_0' is not a valid float"),
+    case("run --config {tmp}/huge.toml", "--config: {tmp}/huge.toml is not TOML: Exceeds the limit (4300 digits)"),
+    case("run --config {tmp}/hex.toml", "--config: {tmp}/hex.toml is not TOML: Exceeds the limit (4300 digits)"),
+    case("run --config {tmp}/list.of.hex.toml", "--config: {tmp}/list.of.hex.toml is not TOML: Exceeds the limit"),
+    case("run --config {tmp}/deep.toml", "--config: {tmp}/deep.toml is not TOML: maximum recursion depth exceeded"),
+    case("run --config /dev/zero", "--config: /dev/zero is not TOML: it has more than a megabyte"),
     case("run --config {tmp}/absent.toml", "--config: there is no file {tmp}/absent.toml"),
     case("run --config {tmp}/full", "--config: {tmp}/full cannot be read"),
     case("run --config {tmp}/bytes.toml", "--config: {tmp}/bytes.toml cannot be read"),
@@ -403,6 +428,16 @@ def case(command, *words):
     case(["run", "--out", "a\nepochs = 3"], "'--out'", "control character '\\n'"),
     case(["run", "--out", "\udcff"], "'--out'", "control character '\\udcff'"),
     case(["run", "--resume", " "], "'--resume'", "' ' is no name"),
+    case(f"run --out {'n' * 300}", "cannot be written: File name too long; say another folder"),
+    case(f"run --out new/{'n' * 300}", "cannot be written: File name too long; say another folder"),
+    case("run --plugin csv:path=/dev/null/x", "csv: /dev/null/x cannot be written (/dev/null is no folder", "say another path"),
+    case(f"run --plugin csv:path={'n' * 300}", "cannot be written (File name too long); say another path"),
+    case("run --plugin csv:path=run.toml", "csv: ", "run.toml exists and is not overwritten"),
+    case("run --plugin csv:path=explain.txt", "csv: ", "explain.txt exists and is not overwritten"),
+    case(f"run --plugin checkpoint:dir={'n' * 300}", "cannot be written (File name too long); say another dir"),
+    case("run --plugin checkpoint:dir=/dev/null", "checkpoint: /dev/null cannot be written (/dev/null is no folder"),
+    case("run --plugin checkpoint --plugin checkpoint:monitor=val_accuracy",
+         "checkpoint: checkpoint.2 writes to dir=checkpoints too; say another dir in one of them"),
     case("run --out {tmp}/file/below", "--out {tmp}/file/below cannot be written", "say another folder"),
     case("run --out {tmp}/file", "--out {tmp}/file exists and is not overwritten", "say another folder"),
     case("run --out {tmp}/full", "--out {tmp}/full exists and is not overwritten", "or --resume {tmp}/full"),

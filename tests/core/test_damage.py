@@ -410,6 +410,29 @@ def test_what_is_another_runs_stops_with_one_line(name, made, tmp_path):
     assert refused(tmp_path).startswith(f"resume: {damaged} ")
 
 
+@pytest.mark.parametrize(("name", "words"), [
+    ("text", "is no checkpoint, or not a whole one"), ("cut to 5 tenths", "is no checkpoint, or not a whole one"),
+    ("a bit flipped at 24/48", "is damaged: its checksum does not match"), ("a folder", "cannot be read: Is a directory"),
+    ("eval in a checkpoint, sealed", "has something in it that no checkpoint has, which was not run"),
+    ("version 2", "is no checkpoint that this version of loopctl reads"), ("without model", "has no right 'model'"),
+])
+def test_the_line_says_what_is_wrong(name, words, made, tmp_path, caplog):
+    damaged = place(tmp_path, made, CASES[name])
+    assert checkpoint.find(tmp_path)[0].name == BEFORE
+    assert caplog.messages[0].startswith(f"{damaged} {words}")
+
+
+def test_the_furthest_one_is_the_newest(made, tmp_path):
+    """By its number, however many digits it has and in whichever folder it is."""
+    for folder, name in (("a", "step-99999999.pt"), ("b", "step-100000000.pt"), ("c", "step-00000012.pt")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(made.good)
+        (tmp_path / folder / "step-9.pt").write_bytes(made.before)
+    assert [str(file.relative_to(tmp_path)) for file in checkpoint.candidates(tmp_path)[:4]] == [
+        "b/step-100000000.pt", "a/step-99999999.pt", "c/step-00000012.pt", "c/step-9.pt"]
+    assert checkpoint.find(tmp_path)[0].name == "step-100000000.pt"
+
+
 def test_of_several_damaged_ones_each_has_its_line(made, tmp_path, caplog, same):
     damaged = place(tmp_path, made, CASES["zeros"])
     (damaged.with_name("step-00000011.pt")).write_bytes(made.good[:1000])
