@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import re
 import sys
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from loopctl.values import attribute, import_object
 
 def available() -> dict[str, EntryPoint]:
     """The installed plugins by name, from the entry points of group `loopctl`. None is imported."""
-    return {entry.name: entry for entry in sorted(entry_points(group="loopctl"), key=lambda entry: entry.name)}
+    return {entry.name: entry for entry in installed(tuple(sys.path))}
+
+
+@cache
+def installed(path: tuple[str, ...]) -> list[EntryPoint]:
+    """The entry points in `path`, read once: that takes milliseconds, and a run asks several times per plugin."""
+    return sorted(entry_points(group="loopctl"), key=lambda entry: entry.name)
 
 
 def load(name: str) -> type:
@@ -44,8 +51,12 @@ def load_class(name: str) -> type:
 
 def entry_point(name: str) -> EntryPoint:
     """The entry point of the plugin called `name`."""
-    found = {entry.value: entry for entry in entry_points(group="loopctl", name=name)}
-    if not found:
+    for _ in range(2):
+        found = {entry.value: entry for entry in installed(tuple(sys.path)) if entry.name == name}
+        if found:
+            break
+        installed.cache_clear()                   # it may have been installed meanwhile
+    else:
         raise UsageError(f"no plugin is called {name!r}; {nearest(name, available(), 'there are')}")
     if len(found) > 1:
         raise UsageError(f"{name}: more than one package has a plugin of this name; say which: {names(sorted(found))}")

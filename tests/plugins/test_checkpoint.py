@@ -48,6 +48,23 @@ def test_patience_goes_on_too(net, clone, tmp_path):
     assert resumed.epoch == 5
 
 
+def test_what_was_judged_is_not_judged_again(net, batches, valid, sgd, clone, tmp_path):
+    """An epoch's end that is an eval_every too, and a run killed right there, count once for everybody's patience."""
+    class Judge:
+        def __init__(self):
+            self.steps = []
+
+        @hookimpl
+        def after_evaluate(self, run):
+            self.steps.append(run.step)
+
+    whole, before, after = Judge(), Judge(), Judge()
+    fit(clone(net), cross_entropy, sgd, batches, valid, epochs=3, eval_every=4, plugins=[whole])
+    fit(clone(net), cross_entropy, sgd, batches, valid, epochs=1, eval_every=4, plugins=[before, "checkpoint"], out=tmp_path)
+    fit(net, cross_entropy, sgd, batches, valid, epochs=3, eval_every=4, plugins=[after, "checkpoint"], out=tmp_path, resume=tmp_path)
+    assert whole.steps == before.steps + after.steps == [4, 8, 12, 16, 20, 24]
+
+
 def test_best_and_last(net, batches, valid, sgd, tmp_path, clone, same):
     kept = []
 
