@@ -140,6 +140,19 @@ def test_a_loader_that_tells_its_state_goes_on_by_itself(net, clone, same, tmp_p
     check(net, clone, same, tmp_path, lambda: loader(TensorDataset(X, Y), 8, shuffle=True, num_workers=workers), (1, 3, 4))
 
 
+def test_what_it_was_told_it_can_tell_again(net, batches, sgd):
+    """A run may be saved again before a pass over its validation data begins."""
+    class Look:
+        @hookimpl
+        def safe_point(self, run):
+            before = run.feeds["valid"].state_dict()
+            run.feeds["valid"].load_state_dict(before | {"workers": {0: "somewhere"}})
+            assert run.feeds["valid"].state_dict() == before | {"workers": {0: "somewhere"}}
+            run.feeds["valid"].load_state_dict({})
+
+    fit(net, nn.CrossEntropyLoss(), sgd, batches, batches, plugins=[Look()])
+
+
 def test_what_was_consumed_is_not_read_again(net, clone, tmp_path):
     train(clone(net), lambda: DataLoader(Noisy(), 8, shuffle=True), tmp_path, kill=2)
     made = []

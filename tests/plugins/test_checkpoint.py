@@ -172,7 +172,8 @@ def test_its_own_folder_without_a_checkpoint_begins_at_the_start(net, batches, s
 
 def test_means_go_on_where_their_sums_were_cut(plain, clone, tmp_path):
     """More steps than are summed at a time; objects that collect by themselves; a metric before its first value."""
-    data = [(torch.randn(2, 6), torch.randint(0, 3, (2,))) for _ in range(300)]
+    # Sums of float32 losses are exact in float64, wherever they are cut.
+    plain, data = plain.double(), [(torch.randn(2, 6).double(), torch.randint(0, 3, (2,))) for _ in range(300)]
     torchmetrics = pytest.importorskip("torchmetrics")
 
     class Count:
@@ -199,7 +200,8 @@ def test_means_go_on_where_their_sums_were_cut(plain, clone, tmp_path):
 
         measures = {"accuracy": torchmetrics.Accuracy("multiclass", num_classes=3), "count": Count(),
                     "right": lambda output, target: (output.argmax(1) == target).float().mean()}
-        return fit(net, cross_entropy, adam, data, metrics=measures, plugins=["checkpoint:every_steps=7", Kill()],
+        saving = ["checkpoint:every_steps=7"] if kill or resume else []
+        return fit(net, cross_entropy, adam, data, metrics=measures, plugins=[*saving, Kill()],
                    out=tmp_path / str(resume or kill), resume=resume)
 
     whole = train(clone(plain), 0)

@@ -268,9 +268,8 @@ def test_a_handler_of_the_users_own_is_left_alone(mine, number, tmp_path, whole,
     same(done.model, whole.model)
 
 
-@pytest.mark.parametrize("folders", ["ab", ["checkpoints", "checkpoints"]], ids=["two folders", "one folder"])
-def test_two_that_save_leave_once(folders, whole, tmp_path, same, caplog):
-    plugins = [f"checkpoint:dir={folder}" for folder in folders]
+def test_two_that_save_leave_once(whole, tmp_path, same, caplog):
+    plugins = [f"checkpoint:dir={folder}" for folder in "ab"]
     with pytest.raises(SystemExit) as end:
         run(tmp_path, plugins=[*plugins, Send(signal.SIGTERM, "compute_loss")])
     assert end.value.code == 128 + signal.SIGTERM
