@@ -88,8 +88,8 @@ def epoch(run: Run) -> None:
     run.model.train()
     hook.epoch_start(run=run)
     if not ends(run):
-        for run.batches in hook.group_batches(run=run, batches=moved(run.feeds["train"], run.device)):
-            step(run)
+        for batches in hook.group_batches(run=run, batches=moved(run.feeds["train"], run.device)):
+            step(run, batches)
             hook.safe_point(run=run)
             if ends(run):
                 break
@@ -112,12 +112,12 @@ def ends(run: Run) -> bool:
     return run.ends or run.attempts - run.began[1] == run.steps_per_epoch
 
 
-def step(run: Run) -> None:
-    """One update of the parameters, from the micro-batches in `run.batches`."""
-    hook = run.hook
+def step(run: Run, batches: list[Any]) -> None:
+    """One update of the parameters, from a list of micro-batches."""
+    hook, run.batches = run.hook, batches
     if hook.acting["lr_scale"]:
         set_rates(run)
-    weights = [hook.batch_weight(run=run, batch=batch) for batch in run.batches]
+    weights = [hook.batch_weight(run=run, batch=batch) for batch in batches]
     run.weight, run.skipped = sum(weights), False
     hook.before_step(run=run)
     hook.optimizer_step(run=run, closure=partial(gradients, run, weights, [run.meters]))

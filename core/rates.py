@@ -31,13 +31,12 @@ def per_group(run: Run, group: dict[str, Any], name: str, value: Any) -> Any:
 
 
 def set_rates(run: Run) -> None:
-    """Set the learning rates, where there are schedules; else they are the user's own to change."""
-    if run.hook.acting["lr_scale"]:
-        for group, lr in zip(run.optimizer.param_groups, rates(run), strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)       # in place, so that compiled and captured steps see it
-            else:
-                group["lr"] = lr
+    """Set the learning rates to what the schedules say. Without schedules they are the user's own to change."""
+    for group, lr in zip(run.optimizer.param_groups, rates(run), strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)           # in place, so that compiled and captured steps see it
+        else:
+            group["lr"] = lr
 
 
 def claim_momentum(run: Run, plugin: Any) -> None:

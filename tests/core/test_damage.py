@@ -518,3 +518,13 @@ def test_a_good_one_is_read_with_a_plain_torch_load(made, tmp_path):
     with zipfile.ZipFile(tmp_path / "good") as packed:
         assert packed.testzip() is None
         assert packed.comment == made.good[-SEAL:]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc, which says what a handle is open for")
+def test_what_takes_another_file_s_place_is_on_the_disk_before_and_the_folder_after(tmp_path, monkeypatch):
+    """Else a power cut could leave the new name with nothing in it."""
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(Path(f"/proc/self/fd/{handle}").resolve().name), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("replaced"), replace(old, new)))
+    files.save({"a": torch.ones(2)}, tmp_path / "one.pt")
+    assert done == ["one.pt.new", "replaced", tmp_path.name]
