@@ -114,35 +114,34 @@ def ends(run: Run) -> bool:
 
 def step(run: Run, batches: list[Any]) -> None:
     """One update of the parameters, from a list of micro-batches."""
-    hook, run.batches = run.hook, batches
+    hook, run.batches, run.loss = run.hook, batches, None
     if hook.acting["lr_scale"]:
         set_rates(run)
     weights = [hook.batch_weight(run=run, batch=batch) for batch in batches]
     run.weight, run.skipped = sum(weights), False
     hook.before_step(run=run)
-    hook.optimizer_step(run=run, closure=partial(gradients, run, weights, [run.meters]))
+    hook.optimizer_step(run=run, closure=partial(gradients, run, weights))
+    if run.loss is not None:
+        run.meters.loss.add(run.loss, run.weight)
     run.attempts += 1
-    run.seen += len(weights)
+    run.seen += len(batches)
     run.step += not run.skipped
     hook.after_step(run=run)
 
 
-def gradients(run: Run, weights: list[Any], looks: list[Meters]) -> Tensor:
-    """Clear the gradients and compute them anew; return the loss. This is the closure of `optimizer.step(closure)`.
-
-    looks: where the loss is reported; an optimizer may look at it more than once, and its first look counts.
-    """
-    hook, losses, meters = run.hook, [], looks.pop() if looks else None
+def gradients(run: Run, weights: list[Any]) -> Tensor:
+    """Clear the gradients and compute them anew; return the loss. This is the closure of `optimizer.step(closure)`."""
+    hook, losses, meters = run.hook, [], run.meters
+    first = run.loss is None            # an optimizer may look again; what the run reports is its first look
     zero_grad(run.optimizer)
     for number, (batch, weight) in enumerate(zip(run.batches, weights, strict=True), 1):
         share, last = weight / run.weight, number == len(weights)
         losses.append(hook.micro_step(run=run, batch=batch, weight=share, last=last))
-        if meters and meters.functions:
+        if first and meters.functions:
             meters.observe(run.outputs, batch, weight)
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-    if meters:
+    if first:
         run.loss = loss
-        meters.loss.add(loss, run.weight)
     hook.after_backward(run=run)
     hook.grads_ready(run=run)
     return loss

@@ -56,7 +56,7 @@ class Run:
     # The step at hand.
     batches: list[Any] = field(default_factory=list)
     weight: Any = 0                           # what they count together: samples, unless batch_weight says otherwise
-    loss: Tensor | None = None                # detached, on the device
+    loss: Tensor | None = None                # detached, on the device; None until it is known
     outputs: Any = None
     skipped: bool = False                     # this step changed no weight
 
