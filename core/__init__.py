@@ -10,7 +10,7 @@ from loopctl.hooks import hookimpl
 
 if TYPE_CHECKING:
     from loopctl.average import fill, swapped
-    from loopctl.batches import grouped, moved, tensors
+    from loopctl.batches import grouped, mapped, moved, tensors
     from loopctl.explanation import explain
     from loopctl.lengths import Length
     from loopctl.loop import fit
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from loopctl.run import Run
 
 __all__ = ["Length", "Monitor", "Run", "UsageError", "available", "claim_momentum", "explain", "fill", "fit", "grouped",
-           "hookimpl", "load", "matching", "moved", "per_group", "set_momentum", "swapped", "tensors"]
+           "hookimpl", "load", "mapped", "matching", "moved", "per_group", "set_momentum", "swapped", "tensors"]
 
 # What needs torch is imported when it is first used, so that `loopctl --help` answers at once.
 LATER = {
     "average": ("fill", "swapped"),
-    "batches": ("grouped", "moved", "tensors"),
+    "batches": ("grouped", "mapped", "moved", "tensors"),
     "explanation": ("explain",),
     "lengths": ("Length",),
     "loop": ("fit",),

@@ -2,32 +2,49 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
 
 
+def mapped(function: Callable[..., Any], *batches: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """The nesting of mappings, sequences and dataclasses that `batches` share, with `function` of their leaves in it.
+
+    is_leaf: whether to go no deeper; what is no such nesting is a leaf in any case.
+    """
+    first = batches[0]
+    if is_leaf and is_leaf(first):
+        return function(*batches)
+    if isinstance(first, Mapping):
+        return type(first)({key: mapped(function, *(batch[key] for batch in batches), is_leaf=is_leaf)
+                            for key in first})   # type: ignore[call-arg]
+    if isinstance(first, list | tuple):
+        inner = [mapped(function, *items, is_leaf=is_leaf) for items in zip(*batches, strict=True)]
+        return type(first)(*inner) if hasattr(first, "_fields") else type(first)(inner)
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        return dataclasses.replace(first, **{
+            field.name: mapped(function, *(getattr(batch, field.name) for batch in batches), is_leaf=is_leaf)
+            for field in dataclasses.fields(first) if field.init})
+    return function(*batches)
+
+
 def move(batch: Any, device: torch.device) -> Any:
-    """`batch` with every tensor in it on `device`; any nesting of mappings, sequences and dataclasses.
+    """`batch` with every tensor in it on `device`.
 
     What has a `to` method moves itself. From pinned memory to a GPU the copy does not wait.
     """
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=device.type == "cuda")
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return type(batch)({key: move(value, device) for key, value in batch.items()})   # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(move(value, device) for value in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return dataclasses.replace(batch, **{field.name: move(getattr(batch, field.name), device)
-                                             for field in dataclasses.fields(batch) if field.init})
-    return batch
+    def to_device(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.to(device, non_blocking=device.type == "cuda")
+        return leaf.to(device) if moves_itself(leaf) else leaf
+
+    return mapped(to_device, batch, is_leaf=moves_itself)
+
+
+def moves_itself(batch: Any) -> bool:
+    return hasattr(batch, "to")
 
 
 def moved(batches: Iterable[Any], device: torch.device) -> Iterable[Any]:

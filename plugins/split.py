@@ -1,6 +1,6 @@
 """Batches cut to fit memory."""
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from loopctl import Run, UsageError, hookimpl, randomness, tensors
+from loopctl import Run, UsageError, hookimpl, mapped, randomness, tensors
 
 
-@dataclasses.dataclass(eq=False)
+@dataclass(eq=False)
 class Split:
     """Cut each batch into parts that fit in memory: the same gradient, one part at a time.
 
@@ -115,9 +115,8 @@ def cut(batch: Any, parts: int) -> list[Any]:
     if parts == 1:
         return [batch]
 
-    def one(begin: int, end: int) -> Callable[[list[Any]], Any]:
-        def take(values: list[Any]) -> Any:
-            value = values[0]
+    def one(begin: int, end: int) -> Callable[[Any], Any]:
+        def take(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.ndim:
                 return value
             if len(value) != samples:
@@ -125,27 +124,13 @@ def cut(batch: Any, parts: int) -> list[Any]:
             return value[begin:end]
         return take
 
-    return [rebuilt([batch], one(begin, end)) for begin, end in pairwise(ends)]
+    return [mapped(one(begin, end), batch) for begin, end in pairwise(ends)]
 
 
 def join(outputs: list[Any], sizes: list[int]) -> Any:
     """What a model returned for the parts as if for the whole; what is no tensor of samples is the last part's."""
-    def together(values: list[Any]) -> Any:
+    def together(*values: Any) -> Any:
         per_sample = all(isinstance(value, Tensor) and value.ndim and len(value) == size
                          for value, size in zip(values, sizes, strict=True))
         return torch.cat(values) if per_sample else values[-1]
-    return rebuilt(outputs, together)
-
-
-def rebuilt(values: list[Any], leaf: Callable[[list[Any]], Any]) -> Any:
-    """The nesting that all `values` share, each leaf made by `leaf` of theirs."""
-    first = values[0]
-    if isinstance(first, Mapping):
-        return type(first)({key: rebuilt([value[key] for value in values], leaf) for key in first})   # type: ignore[call-arg]
-    if isinstance(first, list | tuple):
-        inner = [rebuilt(list(items), leaf) for items in zip(*values, strict=True)]
-        return type(first)(*inner) if hasattr(first, "_fields") else type(first)(inner)
-    if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        return dataclasses.replace(first, **{field.name: rebuilt([getattr(value, field.name) for value in values], leaf)
-                                             for field in dataclasses.fields(first) if field.init})
-    return leaf(values)
+    return mapped(together, *outputs)

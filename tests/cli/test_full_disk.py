@@ -275,9 +275,10 @@ def test_a_disk_that_may_only_be_read_is_refused_before_training(loopctl, disk, 
     refused = loopctl(*LINEAR, "b", place=disk, status=2)
     assert refused == ("", ["error: --out b cannot be written: Read-only file system; say another folder"])
     refused = loopctl("--resume", "a", "--epochs", 2, place=disk, status=2)
-    assert refused == ("", ["error: checkpoint: a/checkpoints cannot be written; say another dir"])
+    assert refused == ("", [f"error: csv: a/metrics.csv cannot be written ({disk}/a is no folder that can be written to); say another path"])
     refused = loopctl(*LINEAR, "c", "--plugin", f"checkpoint:dir={disk}/c", status=2)
-    assert refused == ("", [f"error: checkpoint: {disk}/c cannot be written; say another dir"])
+    why = f"({disk} is no folder that can be written to)"
+    assert refused == ("", [f"error: checkpoint: {disk}/c cannot be written {why}; say another dir"])
     assert contents(disk) == before
     assert not (tmp_path / "c").exists()
 
