@@ -1,6 +1,6 @@
 """Automatic mixed precision."""
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -22,6 +22,7 @@ class Amp:
     dtype: Literal["auto", "float16", "bfloat16"] = "auto"
     init_scale: float = 65536.0
     growth_interval: int = 2000
+    capturable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.init_scale >= 1:

@@ -1,7 +1,7 @@
 """Gradient clipping."""
 from dataclasses import dataclass
 from math import nan
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
@@ -24,6 +24,7 @@ class Clip:
     max_norm: Annotated[float, "or inf"] | None = None
     norm_type: Annotated[float, "or inf"] = 2.0
     value: float | None = None
+    capturable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.max_norm is not None and self.value is not None:

@@ -3,6 +3,7 @@ from dataclasses import dataclass, field
 from math import ceil, inf
 from typing import Any
 
+import torch
 from torch import nn
 
 from loopctl import Length, UsageError, hookimpl, matching
@@ -63,6 +64,9 @@ class Freeze:
             later = run.length(self.gradual, "epoch") if self.gradual else 0.0
             # Rounded up to a whole step, but 7 % of 100 steps are 7.000000000000001.
             self.starts = [max(1, ceil((first + part * later) * per_epoch - 1e-6)) for part in range(len(self.parts))]
+            if any(group["dampening"] for group in fused_momentum(run.optimizer)):
+                raise UsageError("torch's fused SGD cannot begin with a parameter later where there is dampening; "
+                                 "use sgd:fused=false")
         self.follow(run)
         if not any(parameter.requires_grad for parameter in run.model.parameters()):
             raise UsageError("nothing is left to train at the start; keep at least the last part trainable")
@@ -87,6 +91,10 @@ class Freeze:
                 parameter.requires_grad_(name not in held)
             if name in held:
                 parameter.grad = None       # what an earlier backward left would be clipped and measured
+        for group in fused_momentum(run.optimizer) if run.attempts else ():
+            for parameter in group["params"]:
+                if parameter.requires_grad and not run.optimizer.state.get(parameter):
+                    run.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         still = asleep(run.model)
         for module in self.asleep | still:  # one by one, for train() and eval() would reach what is in them too
             module.training = module not in still
@@ -98,6 +106,12 @@ class Freeze:
         """The names of what this plugin wants frozen where the run is now."""
         parts = zip(self.starts, self.parts, strict=True)
         return [name for start, names in parts if run.attempts < start for name in names]
+
+
+def fused_momentum(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The parameter groups of torch's fused SGD, which begins with the momentum of all its parameters at once or not at all."""
+    return [group for group in optimizer.param_groups
+            if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]]
 
 
 def top_level(names: list[str]) -> list[list[str]]:

@@ -2,7 +2,7 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,12 +13,15 @@ STREAMS = ("cuda",)                     # devices that copy and compute at once
 
 @dataclass(eq=False)
 class Prefetch:
-    """Copy batches to the GPU on a stream of their own, while it computes; they are the same, to the bit.
+    """Copy batches to the GPU while it computes, on a stream of their own.
 
-    The next step's batches are read as soon as this one's backward pass is on its way, if they come from a list or from
-    loader workers; reading in the main process draws random numbers, whose order stays as it is. Copies overlap with
-    computing only from pinned memory, DataLoader(pin_memory=True), which `loopctl run` has. On a CPU nothing is copied.
+    They are the same batches, to the bit. The next step's are read as soon as this one's backward pass is on its way,
+    if they come from a list or from loader workers; reading in the main process draws random numbers, whose order stays
+    as it is. Copies overlap with computing only from pinned memory, DataLoader(pin_memory=True), which `loopctl run`
+    has. On a CPU there is nothing to copy.
     """
+
+    capturable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.groups: Iterator[list[Any]] | None = None         # of the epoch at hand
@@ -40,7 +43,7 @@ class Prefetch:
     @hookimpl
     def grads_ready(self, run):
         elsewhere = isinstance(run.train, list | tuple) or getattr(run.train, "num_workers", 0)
-        if self.groups and elsewhere and not self.coming:
+        if self.groups and elsewhere and not self.coming and not torch.cuda.is_current_stream_capturing():
             self.coming = [self.fetch(self.groups)]
 
     def ahead(self, run: Run, groups: Iterator[list[Any]]) -> Iterator[list[Any]]:

@@ -1,6 +1,7 @@
 """A report of the model, layer by layer."""
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import ClassVar
 
 from loopctl import hookimpl, layers
 
@@ -24,6 +25,7 @@ class Summary:
     """
 
     depth: int | None = None
+    capturable: ClassVar[bool] = True       # it looks on at the first step only
 
     def __post_init__(self) -> None:
         if self.depth is not None and self.depth < 1:

@@ -6,7 +6,7 @@ from torch import nn
 
 from loopctl import UsageError, available, fit
 
-NAMES = sorted(available())
+NAMES = sorted({*available()} - {"cudagraph"})        # which needs a GPU, and has its own test of every other
 REFUSED = {("cyclic", "onecycle"): "cycles the momentum too", ("amp", "sam"): "one computation of gradients per step"}
 ORDERED = {("ema", "swa")}        # two averages: the one given last is evaluated and kept
 

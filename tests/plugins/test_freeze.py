@@ -12,6 +12,7 @@ cross_entropy = nn.CrossEntropyLoss()
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-2),
     "adam": partial(torch.optim.Adam, lr=1e-2, weight_decay=1e-2),
+    "fused sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True, fused=True),
 }
 optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 FREEZE, LAYERS = "loopctl.plugins.freeze:Freeze", "loopctl.plugins.layerwise_lr:LayerwiseLr"
@@ -283,6 +284,12 @@ def test_what_cannot_be_is_refused_in_one_line(net, batches, specs, message):
     with pytest.raises(UsageError) as refused:
         fit(net, cross_entropy, OPTIMIZERS["sgd"], batches, plugins=[f"{FREEZE}:{spec}" for spec in specs])
     assert str(refused.value) == message
+
+
+def test_fused_sgd_with_dampening_is_refused(net, batches):
+    with pytest.raises(UsageError, match="^freeze: torch's fused SGD cannot begin with a parameter later where there is dampening; "):
+        fit(net, cross_entropy, partial(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.1, fused=True), batches,
+            plugins=["freeze:patterns=0,until=1ep"])
 
 
 def test_a_text_in_place_of_a_list_is_refused():
