@@ -32,6 +32,7 @@ class Cudagraph:
         if self.warmup < 1:
             raise ValueError(f"warmup is at least 1, not {self.warmup}")
         self.graph: Any = None
+        self.loss: Any = None
         self.seen: dict[Any, int] = {}      # steps so far, by the shapes of their batches
 
     @hookimpl

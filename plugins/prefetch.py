@@ -42,7 +42,7 @@ class Prefetch:
 
     @hookimpl
     def grads_ready(self, run):
-        elsewhere = isinstance(run.train, list | tuple) or getattr(run.train, "num_workers", 0)
+        elsewhere = isinstance(run.train, list | tuple) or getattr(run.train, "num_workers", 0) > 0
         if self.groups and elsewhere and not self.coming and not torch.cuda.is_current_stream_capturing():
             self.coming = [self.fetch(self.groups)]
 
