@@ -57,6 +57,7 @@ class Cudagraph:
     @hookimpl
     def optimizer_step(self, run, closure):
         if not self.seen:
+            self.side = torch.cuda.Stream(run.device)
             self.rates = [torch.tensor(float(group["lr"]), device=run.device) for group in run.optimizer.param_groups]
         for group, rate in zip(run.optimizer.param_groups, self.rates, strict=True):
             if group["lr"] is not rate:     # somebody has set a number, or a checkpoint has brought a tensor
@@ -87,14 +88,11 @@ class Cudagraph:
     def as_usual(self, run: Run, closure: Callable[[], Tensor]) -> Tensor:
         # On a stream of its own, as torch asks for before a capture: gradients remember the stream they came from.
         here = torch.cuda.current_stream(run.device)
-        if self.graph is None:
-            self.side = torch.cuda.Stream(run.device)
-            self.side.wait_stream(here)
-        with torch.cuda.stream(self.side if self.graph is None else here):
+        self.side.wait_stream(here)
+        with torch.cuda.stream(self.side):
             loss = closure()
             run.optimizer.step()
-        if self.graph is None:
-            here.wait_stream(self.side)
+        here.wait_stream(self.side)
         return loss
 
     def capture(self, run: Run, closure: Callable[[], Tensor], shapes: Any) -> None:

@@ -109,7 +109,7 @@ class Freeze:
 
 
 def fused_momentum(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The parameter groups of torch's fused SGD, which begins the momentum of all its parameters at once or not at all."""
+    """The parameter groups of torch's fused SGD, which begins momentum for all its parameters at once or for none."""
     return [group for group in optimizer.param_groups
             if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]]
 
