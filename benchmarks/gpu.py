@@ -175,7 +175,8 @@ def vit() -> nn.Module:
 def compare(name: str, make: Callable[[], nn.Module], loops: Loops, batches: list[Any],
             args: argparse.Namespace) -> None:
     """Print each loop's images per second and its ratio to the first."""
-    print(f"\n{name}, batches of {' x '.join(map(str, batches[0][0].shape))}\n\n| loop | images/s | of by hand |\n|---|---|---|")
+    print(f"\n{name}, batches of {' x '.join(map(str, batches[0][0].shape))}\n\n"
+          "| loop | images/s | of by hand |\n|---|---|---|")
     rates: dict[str, list[float]] = {}
     for _ in range(args.rounds):
         for loop, train in loops.items():
