@@ -25,7 +25,8 @@ LAYOUT = {"config": dict, "model": dict, "optimizer": dict, "plugins": dict, "co
           "samples": list, "plan": list, "max_steps": int | float, "position": dict, "meters": dict, "data": dict,
           "random": dict}
 
-# A plugin that joins one of these has a say in what is trained; one that does not, and keeps no state, looks on.
+# A plugin that joins one of these has a say in what is trained, unless it says `looks_on = True`; one that joins none
+# of them, and keeps no state, looks on too.
 SHAPING = ("setup", "param_groups", "wrap_model", "group_batches", "lr_scale", "batch_weight", "optimizer_step",
            "micro_step", "compute_loss", "backward", "after_backward", "grads_ready")
 
@@ -190,7 +191,8 @@ def stateful(run: Run) -> dict[str, Any]:
 def composition(run: Run) -> list[str]:
     """The plugins that have a say in what is trained, in their order."""
     shaping = {name for hook in SHAPING for name in run.hook.acting[hook]}
-    return [name for name in run.hook.plugins if name in shaping]
+    return [name for name, plugin in run.hook.plugins.items()
+            if name in shaping and not getattr(plugin, "looks_on", False)]
 
 
 def check(run: Run) -> None:

@@ -22,6 +22,7 @@ class Prefetch:
     """
 
     capturable: ClassVar[bool] = True
+    looks_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.groups: Iterator[list[Any]] | None = None         # of the epoch at hand

@@ -55,8 +55,8 @@ EXAMPLES = {
     "cyclic": "base_lr=0.01,max_lr=0.1,step_size_up=3", "early_stopping": "patience=1,min_delta=9,restore_best=true",
     "exponential": "gamma=0.9", "freeze": "patterns=0,until=1ep", "lambda": "lr_lambda=math:exp",
     "layerwise_lr": "decay=0.5,no_decay=true", "multiplicative": "lr_lambda=math:cos", "multistep": "milestones=1",
-    "onecycle": "max_lr=0.1", "plateau": "patience=0", "step": "step_size=1",
-    "ema": "decay=0.9", "swa": "start=50%",
+    "onecycle": "max_lr=0.1", "plateau": "patience=0", "profile": "start=1,steps=2", "step": "step_size=1",
+    "ema": "decay=0.9", "swa": "start=50%", "throughput": "peak=1",
     "torch_scheduler": "cls=torch.optim.lr_scheduler:ExponentialLR,gamma=0.9",
     "trapezoidal": "max_lr=0.2,step_size=25%", "warmup": "length=50%",
 }

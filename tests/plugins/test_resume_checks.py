@@ -194,6 +194,8 @@ def test_another_run_is_refused_in_one_line(name, when, tmp_path):
     ({}, {"plugins": ["checkpoint:every_steps=1", "csv"]}),
     ({"plugins": ["checkpoint:every_steps=1", "csv", "progress"]}, {}),
     ({}, {"plugins": ["checkpoint:every_steps=1", Look()]}),
+    ({}, {"plugins": ["checkpoint:every_steps=1", "throughput", "prefetch"]}),
+    ({"plugins": ["throughput", "checkpoint:every_steps=1"]}, {}),
     ({}, {"plugins": ["checkpoint:every_steps=3,every_minutes=60,keep=5"]}),
     ({"epochs": 2}, {}),
     ({"max_steps": 11}, {}),
@@ -207,7 +209,8 @@ def test_what_only_looks_on_may_differ_and_a_run_may_get_longer(first, then, ste
     killed(tmp_path / "part", step, **{"epochs": 3, **first})
     resumed = run(tmp_path / "part", resume=tmp_path / "part", **then)
     same(resumed.model, whole.model)
-    assert repr(resumed.history) == repr(whole.history)
+    for row, expected in zip(resumed.history, whole.history, strict=True):
+        assert repr({name: row[name] for name in expected}) == repr(expected)
     assert (resumed.epoch, resumed.step, resumed.seen) == (whole.epoch, whole.step, whole.seen)
 
 
