@@ -22,7 +22,12 @@ PLAIN = {name: {"aux_logits": False, "init_weights": True} for name in ("googlen
 
 def known() -> list[str]:
     """The names, without importing torch."""
-    return sorted([*SMALL, *names_in_source("torchvision", "models", r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(")])
+    return sorted([*SMALL, *theirs()])
+
+
+def theirs() -> list[str]:
+    """torchvision's models. It is not imported for a name: that takes a second or two, which a small model need not."""
+    return names_in_source("torchvision", "models", r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(")
 
 
 def make(spec: str, data: Data) -> nn.Module:
@@ -31,31 +36,37 @@ def make(spec: str, data: Data) -> nn.Module:
     A factory is given `num_classes`, `in_channels` and `image_size` where it has arguments of these names.
     Raises UsageError where the model cannot be made, or does not map the images to the classes.
     """
-    import torchvision
     from torch import nn
 
     small: dict[str, Callable[..., Any]] = {"cnn": cnn, "linear": linear, "mlp": mlp, "vit": vit}
-    theirs = torchvision.models.list_models(module=torchvision.models)
-    name, factory, options = resolve(
-        "model", spec, lambda: [*small, *theirs],
-        lambda name: small.get(name) or partial(torchvision.models.get_model, name, weights=None))
+    large = theirs()
+    name, factory, options = resolve("model", spec, lambda: [*small, *large],
+                                     lambda name: small.get(name) or large_one(name))
     fitted = {"num_classes": data.classes, "in_channels": data.shape[0], "image_size": data.shape[-1]}
-    if name in theirs:
+    if name in large:
+        from torchvision.models import get_model_weights
+
         options = {"num_classes": data.classes} | PLAIN.get(name, {}) | options
         if options.get("aux_logits"):
             raise UsageError(f"model {name}: with aux_logits it returns more than scores while training; leave it out")
-        known = list(torchvision.models.get_model_weights(name).__members__)
-        if options.get("weights") not in (None, *known):
-            raise UsageError(f"model {name}: weights takes none or {', '.join(known)}, not {options['weights']!r}")
+        weights = list(get_model_weights(name).__members__)
+        if options.get("weights") not in (None, *weights):
+            raise UsageError(f"model {name}: weights takes none or {', '.join(weights)}, not {options['weights']!r}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")       # trying it out tells
-        if name in small or name in theirs:
+        if name in small or name in large:
             weigh(name, factory, options, fitted)
         model = call(f"model {name}", factory, options, fitted)
         if not isinstance(model, nn.Module):
             raise UsageError(f"model {name} made a {type(model).__name__}, not a torch.nn.Module")
         try_out(name, model, data)
     return model
+
+
+def large_one(name: str) -> Callable[..., Any]:
+    from torchvision.models import get_model
+
+    return partial(get_model, name, weights=None)
 
 
 def weigh(name: str, factory: Callable[..., Any], options: dict[str, Any], fitted: dict[str, Any]) -> None:

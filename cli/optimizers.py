@@ -27,6 +27,8 @@ def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[An
     """
     import torch
 
+    from loopctl import updates
+
     classes = {name.lower(): cls for name, cls in vars(torch.optim).items()
                if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer}
     name, cls, options = resolve("optimizer", spec, lambda: sorted(classes), classes.__getitem__)
@@ -50,7 +52,8 @@ def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[An
             raise UsageError(f"optimizer {name}: {one_line(error)}") from error
 
     weight = torch.full((1, 1), 2.5, requires_grad=True)
-    tried = factory([weight])                                      # so that a wrong option is known now
+    with updates.unlayered():
+        tried = factory([weight])                                  # so that a wrong option is known now
     if not isinstance(tried, torch.optim.Optimizer):
         raise UsageError(f"optimizer {name} made a {type(tried).__name__}, not a torch.optim.Optimizer")
     if cls in classes.values() and device == "cpu":                # what a GPU has may not work with this weight
@@ -71,6 +74,8 @@ def step(name: str, tried: torch.optim.Optimizer, weight: torch.Tensor) -> None:
     """Try one update, on the way to the minimum of weight**4: some of torch's classes look at an option only there."""
     import torch
 
+    from loopctl import updates
+
     looks = iter(range(99))
 
     def closure() -> torch.Tensor:
@@ -81,7 +86,7 @@ def step(name: str, tried: torch.optim.Optimizer, weight: torch.Tensor) -> None:
 
     try:
         closure()
-        tried.step(closure)      # type: ignore[arg-type]   # it returns a tensor, as all closures do
+        updates.step(tried, closure)
     except StopIteration:               # it looks on and on, as it may
         return
     except Exception as error:

@@ -18,6 +18,7 @@ from loopctl.meters import Meters
 from loopctl.options import spec
 from loopctl.randomness import generators, random_state, set_random_state
 from loopctl.run import Run
+from loopctl.updates import unlayered
 
 POSITION = {"epoch": int, "step": int, "attempts": int, "seen": int, "began": tuple, "judged": int, "stop": str,
             "metrics": dict, "history": list}
@@ -37,11 +38,13 @@ log = logging.getLogger("loopctl")
 
 def state(run: Run) -> dict[str, Any]:
     """Everything that changes while training, in types that `torch.load(weights_only=True)` takes."""
+    with unlayered():
+        optimizer = run.optimizer.state_dict()
     return {
         "loopctl": 1,
         "config": run.config or config(run),
         "model": run.model.state_dict(),
-        "optimizer": {"class": type(run.optimizer).__name__, "defaults": defaults(run), **run.optimizer.state_dict()},
+        "optimizer": {"class": type(run.optimizer).__name__, "defaults": defaults(run), **optimizer},
         "plugins": {name: plugin.state_dict() for name, plugin in stateful(run).items()},
         "composition": composition(run),
         "parameters": parameters(run),
@@ -108,7 +111,8 @@ def roll_back(run: Run) -> None:
 
 def load(run: Run, saved: dict[str, Any]) -> None:
     run.model.load_state_dict(saved["model"])
-    run.optimizer.load_state_dict({key: saved["optimizer"][key] for key in ("state", "param_groups")})
+    with unlayered():
+        run.optimizer.load_state_dict({key: saved["optimizer"][key] for key in ("state", "param_groups")})
     for name, plugin in stateful(run).items():
         plugin.load_state_dict(saved["plugins"][name])
 
@@ -201,7 +205,8 @@ def check(run: Run) -> None:
     parts |= {f"metric {name}": one for name, one in run.meters.state_dict().items() if name}
     parts["model"] = {name: one for name, one in run.model.state_dict().items()
                       if type(one) not in (torch.Tensor, nn.Parameter)}
-    parts["optimizer"] = run.optimizer.state_dict()["param_groups"]
+    with unlayered():
+        parts["optimizer"] = run.optimizer.state_dict()["param_groups"]
     for who, part in parts.items():
         stream = io.BytesIO()
         try:

@@ -11,9 +11,7 @@ from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 from loopctl.meters import Meters
 from loopctl.modes import evaluating
-
-# These do nothing with a closure but call it once, first: what a plain loop does, a little dearer.
-LOOKS_ONCE = {kind for kind in vars(torch.optim).values() if isinstance(kind, type)} - {torch.optim.LBFGS}
+from loopctl.updates import step
 
 
 @hookimpl(trylast=True)
@@ -33,11 +31,7 @@ def batch_weight(run, batch):
 
 @hookimpl(trylast=True)
 def optimizer_step(run, closure):
-    if type(run.optimizer) not in LOOKS_ONCE:
-        return run.optimizer.step(closure)
-    loss = closure()
-    run.optimizer.step()
-    return loss
+    return step(run.optimizer, closure)
 
 
 @hookimpl(trylast=True)

@@ -14,6 +14,7 @@ from loopctl.errors import UsageError, one_line
 from loopctl.meters import keeps_own_state
 from loopctl.randomness import seed_everything
 from loopctl.run import Run
+from loopctl.updates import unlayered
 
 
 def prepare(run: Run, metrics: dict[str, Any] | None, device: Any, seed: int | None) -> None:
@@ -100,7 +101,8 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
         groups = run.hook.param_groups(run=run)
         if not any(group["params"] for group in groups):
             raise UsageError("nothing is left to train: the model has no parameter with requires_grad")
-        optimizer = run.optimizer(groups)
+        with unlayered():
+            optimizer = run.optimizer(groups)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UsageError(f"optimizer made a {type(optimizer).__name__}, not a torch.optim.Optimizer")
     for group in optimizer.param_groups:
