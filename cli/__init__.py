@@ -128,7 +128,8 @@ COMPOSITION = (
     choice("--model", model_names, default="cnn", type=Text(), metavar="M",
            help="cnn, linear, mlp, vit, any of torchvision's, package.module:factory or file.py:factory."),
     choice("--data", lambda: DATA, default="digits", type=Text(), metavar="D",
-           help=f"{', '.join(DATA)}, package.module:factory or file.py:factory."),
+           help=f"{', '.join(DATA)}, package.module:factory or file.py:factory; "
+                "with :on_device=true all of it is kept there."),
     choice("--data-root", default="data", type=Place(str), metavar="DIR", help="Where data sets are."),
     choice("--download", is_flag=True, help="Get the data set if it is not there."),
     choice("--workers", default=0, type=Whole(0), metavar="N", help="Processes that load data."),
@@ -145,6 +146,8 @@ COMPOSITION = (
            help="Leave out a plugin that run adds by itself."),
     choice("--device", default="auto", type=Text(), metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:1."),
     choice("--seed", default=0, type=Whole(0, 2**64 - 1), metavar="N", help="Seed of all random numbers."),
+    choice("--matmul", type=click.Choice(["highest", "high", "medium"]), default="highest",
+           help="Precision of float32 matrix products; high and medium are faster on recent GPUs."),
     choice("--deterministic", is_flag=True, help="Only deterministic algorithms."),
     choice("--config", type=Place(), is_eager=True, callback=from_file, metavar="FILE.toml",
            help="Take options from a run's run.toml; those given here win."),

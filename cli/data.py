@@ -6,16 +6,24 @@ command line's own `--data-root` and `--download`.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from loopctl.cli import on_device
 from loopctl.cli.specs import at_least_one, at_most, call, resolve, room
 from loopctl.errors import UsageError, one_line
+from loopctl.options import Option
+
+# The option that every data set has, besides its function's own.
+HELD = {"on_device": Option("on_device", bool, False, "")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +34,13 @@ class Data:
     valid: Dataset[Any]
     classes: int
     shape: tuple[int, int, int]      # channels, height, width
+
+    # To hold it on the device as a whole, see on_device.py.
+    name: str = ""
+    on_device: bool = False
+    pictures: bool = False           # the sets have all pictures as bytes, in .data, and .transform takes many at once
+    still: Dataset[Any] | None = None                        # `train` without what is done to it at random, ...
+    augment: Callable[[Tensor], Tensor] | None = None        # ... and what does that to a whole batch
 
     def loaders(self, batch_size: int, workers: int, device: torch.device) -> tuple[DataLoader[Any], DataLoader[Any]]:
         """Batches of `train`, shuffled anew each epoch, and of `valid`, in order; in pinned memory for a GPU.
@@ -38,6 +53,8 @@ class Data:
         images = min(batch_size, len(self.train))        # type: ignore[arg-type]
         room(f"a batch of {images:,} images of {'x'.join(map(str, self.shape))}", 4 * images * prod(self.shape),
              "say a smaller --batch-size, or smaller images")
+        if self.on_device:
+            return on_device.loaders(self, batch_size, workers, device)
 
         def loader(part: Dataset[Any], shuffle: bool) -> DataLoader[Any]:
             # Workers that persist would draw their seed once and not every epoch: other random numbers than those of
@@ -50,9 +67,11 @@ def make(spec: str, root: str, download: bool) -> Data:
     """The data that `spec` says, read from the folder `root`.
 
     A factory of one's own returns a Data, or a pair (train, valid) of map-style data sets of which the first has
-    `classes`. Raises UsageError where the data is not there, or is empty.
+    `classes`. The option on_device=true, which all have, holds the data on the device. Raises UsageError where the data
+    is not there, or is empty.
     """
-    name, factory, options = resolve("data", spec, lambda: NAMES, NAMES.__getitem__)
+    name, factory, options = resolve("data", spec, lambda: NAMES, NAMES.__getitem__, HELD)
+    held = options.pop("on_device", False)
     made = call(f"data {name}", factory, options, {"root": root, "download": download})
     if isinstance(made, tuple | list) and len(made) == 2:
         made = from_pair(name, *made)
@@ -62,7 +81,7 @@ def make(spec: str, root: str, download: bool) -> Data:
     for part, samples in (("training", made.train), ("validation", made.valid)):
         if len(samples) == 0:        # type: ignore[arg-type]
             raise UsageError(f"data {name} has no {part} images")
-    return made
+    return replace(made, name=name, on_device=held)
 
 
 def from_pair(name: str, train: Any, valid: Any) -> Data:
@@ -110,7 +129,7 @@ def from_torchvision(name: str, cls: Any, root: str, download: bool, train: Any,
             raise UsageError(f"data {name} could not be downloaded to {root}: {one_line(error)}") from error
         raise UsageError(f"data {name} is not in {Path(root).absolute()}, or not whole; "
                          "add --download to get it, or --data-root DIR") from error
-    return Data(sets[0], sets[1], len(sets[0].classes), shape)
+    return Data(sets[0], sets[1], len(sets[0].classes), shape, pictures=True)
 
 
 def one_or_three(who: str, channels: int) -> None:
@@ -153,8 +172,15 @@ def cifar100(root: str, download: bool, augment: bool = True) -> Data:
 def cifar(name: str, cls: Any, root: str, download: bool, augment: bool, mean: Any, std: Any) -> Data:
     from torchvision.transforms import v2
 
-    crops = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if augment else []
-    return from_torchvision(name, cls, root, download, transforms(mean, std, crops), transforms(mean, std), (3, 32, 32))
+    crops, plain = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()], transforms(mean, std)
+    with_crops = transforms(mean, std, crops) if augment else plain
+    found = from_torchvision(name, cls, root, download, with_crops, plain, (3, 32, 32))
+    if not augment:
+        return found
+    still: Any = copy(found.train)
+    still.transform = plain
+    black = plain(torch.zeros(3, 1, 1, dtype=torch.uint8))
+    return replace(found, still=still, augment=on_device.CropAndMirror(4, black))
 
 
 def imagenet(root: str, size: int = 224, augment: bool = True) -> Data:

@@ -22,10 +22,11 @@ TYPES: dict[str, Any] = {inspect.formatannotation(hint): hint
 
 
 def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Callable[[str], Callable[..., Any]],
-            ) -> tuple[str, Callable[..., Any], dict[str, Any]]:
+            more: dict[str, Option] | None = None) -> tuple[str, Callable[..., Any], dict[str, Any]]:
     """The name, the factory and the options that `spec` says.
 
-    known: the names there are. get: the factory of one of them. Raises UsageError for a name or an option that is none.
+    known: the names there are. get: the factory of one of them. more: options that are no arguments of a factory.
+    Raises UsageError for a name or an option that is none.
     """
     head, _, text = spec.partition(":")
     names = list(known())
@@ -44,7 +45,7 @@ def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Calla
         factory = get(head)
     if not callable(factory):
         raise UsageError(f"{kind} {head} is a {type(factory).__name__}; name a class or a function")
-    return head, factory, arguments(f"{kind} {head}", factory, text)
+    return head, factory, arguments(f"{kind} {head}", factory, text, more or {})
 
 
 def choices(word: str, names: list[str]) -> str:
@@ -54,8 +55,9 @@ def choices(word: str, names: list[str]) -> str:
     return near if near.endswith("?") else f"there are {', '.join(few)}, or package.module:name"
 
 
-def arguments(who: str, factory: Callable[..., Any], text: str) -> dict[str, Any]:
-    """The options in `text`, each an argument of `factory`, of its annotated type or else of what it looks like."""
+def arguments(who: str, factory: Callable[..., Any], text: str, more: dict[str, Option]) -> dict[str, Any]:
+    """The options in `text`, each an argument of `factory`, of its annotated type or else of what it looks like, or one
+    of `more`."""
     try:
         parameters = inspect.signature(factory).parameters.values()
     except ValueError as error:                 # some that are written in C
@@ -65,6 +67,7 @@ def arguments(who: str, factory: Callable[..., Any], text: str) -> dict[str, Any
     known = {name: Option(name, widened(types[name], p.default), p.default, "") for name, p in named.items()}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         known |= {name: Option(name, Any, None, "") for name in re.findall(r"(?:^|,)\s*(\w+)\s*=", text)}
+    known |= more
     values = parse_options(who, text, known)
     for name, value in values.items():
         default = known[name].default

@@ -75,7 +75,7 @@ def run(settings: dict[str, Any]) -> None:
                          "begin a new one")
     recorder = Recorder(resolved, new=not resume)
     arguments["plugins"].append(recorder)
-    with folder(resume or out, recorder) as place:
+    with folder(resume or out, recorder) as place, matmul(settings["matmul"]):
         try:
             done = fit(**arguments, resume=resume, out=place)
         except KeyboardInterrupt:
@@ -93,6 +93,17 @@ def run(settings: dict[str, Any]) -> None:
                                    f"loopctl run --resume {place} tries again") from error
     click.echo(f"stopped early: {done.stop}" if done.stop else f"finished: {done.epoch} epochs, {done.step:,} updates")
     click.echo(f"run folder: {place}")
+
+
+@contextmanager
+def matmul(precision: str) -> Iterator[None]:
+    """Have float32 matrices multiplied as precisely as torch.set_float32_matmul_precision has it, for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def prepared(settings: dict[str, Any]) -> Run:

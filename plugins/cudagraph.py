@@ -10,8 +10,8 @@ from loopctl import Run, UsageError, hookimpl, mapped
 
 GRAPHS = ("cuda",)                          # devices whose work can be captured
 # What happens in these is captured, or decides what is: their code does not run again in a replayed step.
-INSIDE = ("batch_weight", "before_step", "optimizer_step", "micro_step", "compute_loss", "backward", "after_backward",
-          "grads_ready")
+INSIDE = ("wrap_model", "batch_weight", "before_step", "optimizer_step", "micro_step", "compute_loss", "backward",
+          "after_backward", "grads_ready")
 
 
 @dataclass(eq=False)

@@ -1,6 +1,7 @@
 """Stochastic weight averaging."""
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from math import cos, pi, prod
@@ -142,10 +143,12 @@ def recompute(run: Run, norms: Iterable[_BatchNorm]) -> None:
             norm.reset_running_stats()
             norm.momentum = None        # every batch counts alike; 0 would keep the old statistics
         groups = run.hook.group_batches(run=run, batches=moved(run.train, run.device))
-        for group in islice(groups, run.steps_per_epoch):
-            for batch in group:
-                run.hook.compute_loss(run=run, batch=batch)
-                read = True
+        compiling = "torch._dynamo" in sys.modules          # a mean without a momentum is nothing that compiles
+        with torch.compiler.set_stance("force_eager") if compiling else nullcontext():
+            for group in islice(groups, run.steps_per_epoch):
+                for batch in group:
+                    run.hook.compute_loss(run=run, batch=batch)
+                    read = True
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum

@@ -51,7 +51,7 @@ def make_batches(sizes, seed=0):
 
 # A spec of each built-in that must have options, or that does something in a short run only with some.
 EXAMPLES = {
-    "accumulate": "every=3", "amp": "dtype=float16", "clip": "max_norm=0.1", "cosine_restarts": "t_0=1",
+    "accumulate": "every=3", "amp": "dtype=float16", "clip": "max_norm=0.1", "compile": "backend=eager", "cosine_restarts": "t_0=1",
     "cyclic": "base_lr=0.01,max_lr=0.1,step_size_up=3", "early_stopping": "patience=1,min_delta=9,restore_best=true",
     "exponential": "gamma=0.9", "freeze": "patterns=0,until=1ep", "lambda": "lr_lambda=math:exp",
     "layerwise_lr": "decay=0.5,no_decay=true", "multiplicative": "lr_lambda=math:cos", "multistep": "milestones=1",

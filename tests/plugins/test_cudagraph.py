@@ -222,6 +222,7 @@ def test_the_host_reads_nothing_while_it_captures(net, batches, tapes):
     (["onecycle:max_lr=0.1"], sgd, "cudagraph: onecycle joins before_step"),
     (["sam"], sgd, "cudagraph: sam joins optimizer_step"),
     (["split"], sgd, "cudagraph: split joins before_step"),
+    (["compile:mode=reduce-overhead"], sgd, "cudagraph: compile joins wrap_model"),
     (["amp:dtype=float16"], sgd, "cudagraph and amp both replace optimizer_step; choose one"),
     ([], partial(torch.optim.SGD, lr=0.1), "cudagraph: SGD takes no tensor as learning rate; use one that is capturable"),
 ])
