@@ -47,6 +47,7 @@ class Amp:
             raise UsageError("float16 scaling cannot serve LBFGS, which computes gradients several times per step; "
                              "use dtype=bfloat16")
         self.scaler = torch.amp.GradScaler(run.device.type, self.init_scale, growth_interval=self.growth_interval)
+        self.scale = self.init_scale
 
     @hookimpl
     def before_step(self):
@@ -67,11 +68,12 @@ class Amp:
 
     @hookimpl
     def optimizer_step(self, run, closure):
-        loss, scale, states = closure(), self.scaler.get_scale(), run.optimizer.state
+        loss, states = closure(), run.optimizer.state
         known = len(states)
         self.scaler.step(run.optimizer)
         self.scaler.update()
-        run.skipped = self.scaler.get_scale() < scale      # waits for the device, as GradScaler does
+        before, self.scale = self.scale, self.scaler.get_scale()       # waits for the device, as GradScaler does
+        run.skipped = self.scale < before
         if run.skipped and len(states) > known:            # torch's fused SGD has put memory there that nobody wrote to
             for parameter in list(states)[known:]:
                 del states[parameter]
@@ -83,3 +85,4 @@ class Amp:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self.scaler.load_state_dict(state)
+            self.scale = self.scaler.get_scale()

@@ -43,7 +43,6 @@ class TorchScheduler:
         if self.optimizer is None or position < self.done:
             self.start(run)
         while self.done < position:
-            self.optimizer.step()
             try:
                 self.scheduler.step()
             except Exception as error:          # such as an option that it divides by
@@ -58,6 +57,7 @@ class TorchScheduler:
             self.scheduler = self.cls(self.optimizer, **self.options)
         except Exception as error:                  # a class may raise anything on options that it does not take
             raise UsageError(f"cls={self.name}: {' '.join(str(error).split())}") from error
+        self.optimizer.step()                       # once; a scheduler warns where none has been
         if not isinstance(self.scheduler, LRScheduler):
             raise UsageError(f"cls={self.name} made a {type(self.scheduler).__name__}, not a torch LRScheduler")
         try:
