@@ -1,0 +1,69 @@
+"""The documentation as a site: python -m sphinx -W docs site. A page for each plugin is written from its docstring."""
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import loopctl
+from loopctl.compose import SPECS
+from loopctl.options import options
+
+project = "loopctl"
+extensions = ["myst_parser"]
+html_theme = "furo"
+html_title = "loopctl"
+html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+myst_heading_anchors = 3
+exclude_patterns = ["examples"]
+suppress_warnings = ["myst.xref_missing"]       # links to files of the repository, which the site does not have
+PLUGINS = Path(__file__).parent / "generated"
+
+
+def page(name: str, cls: type) -> str:
+    """What a plugin is for, its options, and the hooks that it joins."""
+    summary, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
+    known = options(cls)
+    prose, described = sections(rest.strip(), set(known))
+    lines = [f"# {name}", "", summary, "", prose, ""]
+    if known:
+        lines += ["| option | default | |", "|---|---|---|"]
+        for option in known.values():
+            default = f"`{option.default}`"
+            if option.default is None or option.default is dataclasses.MISSING:
+                default = "" if option.default is None else "must be said"
+            lines.append(f"| `{option.name}` | {default} | {described.get(option.name, '')} |")
+    own = [hook for hook in SPECS if hasattr(vars(cls).get(hook), "loopctl_impl")]
+    lines += ["", "It joins " + ", ".join(f"[`{hook}`](../hooks.md#{hook})" for hook in own) + ".", ""]
+    return "\n".join(lines)
+
+
+def sections(text: str, names: set[str]) -> tuple[str, dict[str, str]]:
+    """A docstring's prose, and what it says of each option."""
+    prose, described, name = [], {}, ""
+    for line in text.splitlines():
+        head, colon, tail = line.partition(":")
+        if colon and head in names:
+            name, described[head] = head, tail.strip()
+        elif name and line.startswith("    "):
+            described[name] += f" {line.strip()}"
+        else:
+            name = ""
+            prose.append(line)
+    return "\n".join(prose), {key: value.replace("|", "\\|") for key, value in described.items()}
+
+
+def write(app: Any) -> None:
+    PLUGINS.mkdir(exist_ok=True)
+    for name in loopctl.available():
+        text = page(name, loopctl.load(name))
+        file = PLUGINS / f"{name}.md"
+        if not file.exists() or file.read_text() != text:           # else all of them are read anew
+            file.write_text(text)
+
+
+def setup(app: Any) -> None:
+    app.connect("builder-inited", write)
