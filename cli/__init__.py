@@ -209,6 +209,15 @@ def summary(**settings: Any) -> None:
 
 
 @main.command()
+@click.argument("runs", nargs=-1, required=True, type=Place())
+@click.option("--out", type=Place(), metavar="FILE", help="Write a page with the curves too: compare.html.")
+def compare(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Show what differs between the runs in these folders: what they were asked for, and what came of it."""
+    from loopctl.cli.compare import compared  # by its path: here `compare` is this command
+    click.echo(compared(runs, out))
+
+
+@main.command()
 @click.argument("name", required=False, type=Text(), shell_complete=completes(plugin_names))
 @click.option("--check", is_flag=True, help="Import each plugin, and mark the broken ones.")
 def plugins(name: str | None, check: bool) -> None:

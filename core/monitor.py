@@ -14,6 +14,12 @@ SMALLER = ("loss", "error", "err", "mse", "mae", "rmse", "perplexity", "ppl", "n
 LARGER = ("accuracy", "acc", "auc", "auroc", "f1", "precision", "recall", "iou", "dice", "map", "bleu", "psnr", "r2")
 
 
+def direction(metric: str) -> str:
+    """Which way a metric is better, from its name: min, max, or "" where that does not tell."""
+    kind = metric.lower().replace("-", "_").rpartition("_")[2]
+    return "max" if kind in LARGER else "min" if kind in SMALLER else ""
+
+
 @dataclass(eq=False)
 class Monitor:
     """The best value of a metric so far.
@@ -35,10 +41,10 @@ class Monitor:
             has = nearest(self.metric, run.metrics, "it has")
             raise UsageError(f"monitor={self.metric}: the run has no such metric; {has}")
         if self.mode == "auto":
-            kind = self.metric.lower().replace("-", "_").rpartition("_")[2]
-            if kind not in SMALLER + LARGER:
+            mode = direction(self.metric)
+            if not mode:
                 raise UsageError(f"monitor={self.metric}: which way is better is unclear; add mode=min or mode=max")
-            self.mode = "max" if kind in LARGER else "min"
+            self.mode = mode
 
     def improved(self, run: Run) -> bool:
         """Whether the metric is better than the best so far; if so, it is the best now. NaN is never better."""

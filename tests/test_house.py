@@ -39,7 +39,7 @@ def test_a_plugin_imports_from_loopctl_only_what_everybody_may(name):
     for module, names in imports(ROOT / "plugins" / f"{name}.py"):
         assert not module.startswith("loopctl."), f"{name} imports {module}"
         if module == "loopctl":
-            assert set(names) <= {*loopctl.__all__, "checkpoint", "files", "layers", "randomness"}
+            assert set(names) <= {*loopctl.__all__, "charts", "checkpoint", "files", "layers", "page", "randomness"}
 
 
 def test_core_imports_no_plugin_and_no_command_line():

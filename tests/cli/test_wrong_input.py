@@ -171,6 +171,9 @@ def files(tmp_path, monkeypatch):
     (folder / "empty").mkdir()
     (folder / "begun").mkdir()
     (folder / "begun" / "run.toml").write_text("epochs = 1\n")
+    (folder / "other").mkdir()
+    (folder / "other" / "run.toml").write_text("epochs = 2\n")
+    (folder / "page.html").write_text("not loopctl's")
     monkeypatch.syspath_prepend(folder)
     yield folder
     for name in ("mine_for_wrong_input", "nebula", "quasar"):
@@ -444,6 +447,23 @@ def case(command, *words):
     case("run --plugin csv:path=/dev/null/x", "csv: /dev/null/x cannot be written (/dev/null is no folder", "say another path"),
     case(f"run --plugin csv:path={'n' * 300}", "cannot be written (File name too long); say another path"),
     case("run --plugin csv:path=run.toml", "csv: ", "run.toml exists and is not overwritten"),
+    case("run --plugin report:path=/dev/null/x", "report: /dev/null/x cannot be written (/dev/null is no folder", "say another"),
+    case(f"run --plugin report:path={'n' * 300}", "cannot be written (File name too long); say another path"),
+    case("run --plugin report:path=explain.txt", "report: ", "explain.txt exists and is not overwritten"),
+    case("run --plugin report:path=", "report: ", "cannot be written"),
+    case("run --plugin report:dir=x", "report: no option 'dir'", "it has: path"),
+    case("compare", "Missing argument 'RUNS...'"),
+    case("compare {tmp}/begun", "compare takes two runs or more; name their folders"),
+    case("compare {tmp}/begun {tmp}/full/../begun", "begun is given twice; name two runs or more"),
+    case("compare {tmp}/begun {tmp}/absent", "there is no folder {tmp}/absent; name the folders of runs"),
+    case("compare {tmp}/begun {tmp}/file", "there is no folder {tmp}/file; name the folders of runs"),
+    case(f"compare {{tmp}}/begun {'n' * 300}", "there is no folder nnn"),
+    case("compare {tmp}/begun {tmp}/full", "{tmp}/full is not the folder of a run: it has neither run.toml nor metrics.csv"),
+    case(["compare", "{tmp}/begun", " "], "'RUNS...'", "' ' is no name"),
+    case("compare {tmp}/begun {tmp}/other --out page.png", "--out page.png: what is written is a page of HTML; say page.png.html"),
+    case("compare {tmp}/begun {tmp}/other --out {tmp}/page.html", "--out {tmp}/page.html exists, is no page of loopctl's"),
+    case("compare {tmp}/begun {tmp}/other --out {tmp}/file/page.html", "page.html cannot be written: Not a directory; say another"),
+    case(f"compare {{tmp}}/begun {{tmp}}/other --out {'n' * 300}.html", "cannot be written: File name too long; say another"),
     case("run --plugin csv:path=explain.txt", "csv: ", "explain.txt exists and is not overwritten"),
     case(f"run --plugin checkpoint:dir={'n' * 300}", "cannot be written (File name too long); say another dir"),
     case("run --plugin checkpoint:dir=/dev/null", "checkpoint: /dev/null cannot be written (/dev/null is no folder"),
