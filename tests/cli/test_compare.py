@@ -146,8 +146,10 @@ def test_text_is_never_markup():
     assert text.count("<script>") == 1
     assert "<i>" not in text
     assert "&lt;b&gt;" in text
-    made("[red]", "lr = 1")
-    assert "[red]" in compare("a", "[red]")
+    made("[red]", "lr = 1", "epoch,[i]_loss\n1,2\n")
+    shown = compare("a", "[red]")
+    assert "[red]" in shown
+    assert "[i]_loss last" in shown
 
 
 def test_a_page_is_replaced_and_nothing_else_is(runs):

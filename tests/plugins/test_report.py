@@ -250,7 +250,18 @@ def test_the_layers_are_those_of_the_summary(reported, batches):
     report = layers.table(found)
     rows = [[str(cell) for cell in cells] for cells in zip(*(column.cells for column in report.columns), strict=True)]
     assert [[str(column.header) for column in report.columns], *rows] in read.tables
-    assert not any(module._forward_hooks for module in run.model.modules())
+
+
+def test_it_looks_on_at_the_first_step_only(net, batches, sgd, tmp_path):
+    class Look:
+        hooks = []
+
+        @hookimpl
+        def grads_ready(self, run):
+            self.hooks.append(sum(len(module._forward_hooks) for module in run.model.modules()))
+
+    fit(net, cross_entropy, sgd, batches, plugins=["report", Look()], out=tmp_path)
+    assert Look.hooks == [6] + [0] * 7
 
 
 def test_curves_are_those_of_the_history(reported):
