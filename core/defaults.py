@@ -68,7 +68,8 @@ def evaluate(run):
         for batch in moved(run.feeds["valid"], run.device):
             weight = run.hook.batch_weight(run=run, batch=batch)
             meters.loss.add(run.hook.compute_loss(run=run, batch=batch), weight)
-            meters.observe(run.outputs, batch, weight)
+            if meters.functions:
+                meters.observe(run.outputs, batch, weight)
     if not meters.loss.weight and not meters.loss.values:
         raise UsageError("valid has no batches; leave it out, or pass a list or a DataLoader, which can be read again")
     return meters.result()

@@ -49,13 +49,13 @@ class Checkpoint:
                 raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
         if self.every_minutes is not None and not self.every_minutes > 0:
             raise ValueError(f"every_minutes is above 0, not {self.every_minutes}")
+
+    @hookimpl(wrapper=True)
+    def train(self):
         self.watch = Monitor(self.monitor, self.mode)
         self.due = self.best = self.checked = False
         self.signal = 0
         self.good: list[Path] = []              # the checkpoints to keep, the last one first
-
-    @hookimpl(wrapper=True)
-    def train(self):
         before = {number: signal.signal(number, self.heed) for number in free_signals()}
         try:
             return (yield)

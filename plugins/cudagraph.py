@@ -31,12 +31,12 @@ class Cudagraph:
     def __post_init__(self) -> None:
         if self.warmup < 1:
             raise ValueError(f"warmup is at least 1, not {self.warmup}")
-        self.graph: Any = None
-        self.loss: Any = None
-        self.seen: dict[Any, int] = {}      # steps so far, by the shapes of their batches
 
     @hookimpl
     def train_start(self, run):
+        self.graph: Any = None
+        self.loss: Any = None
+        self.seen: dict[Any, int] = {}      # steps so far, by the shapes of their batches
         if run.device.type not in GRAPHS:
             raise UsageError(f"captures the work of a GPU, and this run is on {run.device}; leave it out")
         for hook in INSIDE:

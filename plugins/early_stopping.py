@@ -27,12 +27,12 @@ class EarlyStopping:
             raise ValueError(f"patience is at least 1, not {self.patience}")
         if not self.min_delta >= 0:
             raise ValueError(f"min_delta is at least 0, not {self.min_delta}")
-        self.watch = Monitor(self.monitor, self.mode, self.min_delta)
-        self.waited = 0
-        self.weights: dict[str, Any] = {}
 
     @hookimpl
     def train_start(self, run):
+        self.watch = Monitor(self.monitor, self.mode, self.min_delta)
+        self.waited = 0
+        self.weights: dict[str, Any] = {}
         self.watch.start(run)
 
     @hookimpl

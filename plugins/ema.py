@@ -27,13 +27,13 @@ class Ema:
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay is between 0 and 1, not {self.decay}")
-        self.average: dict[str, Any] = {}       # empty until it starts
-        self.count = 0
 
     @hookimpl
     def train_start(self, run):
         if self.start is not None and run.length(self.start, "step") > run.planned_steps:
             raise UsageError(f"start={self.start} is after the run's end, so nothing would be averaged")
+        self.average: dict[str, Any] = {}       # empty until it starts
+        self.count = 0
         weights = {name: weight for name, weight in run.model.named_parameters() if weight.is_floating_point()}
         statistics = {name: buffer for name, buffer in run.model.named_buffers()
                       if name.rpartition(".")[2] in ("running_mean", "running_var")}

@@ -42,15 +42,15 @@ class NanGuard:
     def __post_init__(self) -> None:
         if self.limit < 1:
             raise ValueError(f"limit is at least 1, not {self.limit}")
+
+    @hookimpl
+    def setup(self, run):
         self.run: Run | None = None
         self.in_a_row = 0
         self.due = ""                                                   # why to go back, until that is done
         self.kept: list[Tensor] = []                                    # what a step may change,
         self.copies: list[Tensor] = []                                  # and what it was before
         self.coming: deque[tuple[int, bool, Tensor, Any]] = deque()     # verdicts on their way to the host
-
-    @hookimpl
-    def setup(self, run):
         if self.action != "stop":
             run.metrics["skipped_steps"] = 0
 

@@ -19,7 +19,7 @@ log = logging.getLogger("loopctl")
 
 @dataclass(eq=False)
 class Report:
-    """Write one page of HTML when the run ends: curves, layers, composition, configuration, environment.
+    """Write a page about the run when it ends: curves, layers, composition, configuration.
 
     The page is whole in itself, and opens in any browser without a network. It is written after an error or Ctrl-C too,
     if an epoch was complete by then. For the layers it looks on at the first step, as `summary` does, so the run is

@@ -39,14 +39,14 @@ class Swa:
             self.lr_scale = None        # type: ignore[assignment, method-assign]
         elif not self.swa_lr >= 0:
             raise ValueError(f"swa_lr is at least 0, not {self.swa_lr}")
-        self.average: dict[str, Any] = {}       # empty until it starts
-        self.count = 0
-        self.due = False
 
     @hookimpl
     def train_start(self, run):
         if self.first(run) * run.plan()[0] >= run.planned_steps:
             raise UsageError(f"start={self.start} is not before the run's end, so nothing would be averaged")
+        self.average: dict[str, Any] = {}       # empty until it starts
+        self.count = 0
+        self.due = False
 
     @hookimpl
     def epoch_start(self, run):

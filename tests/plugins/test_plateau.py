@@ -103,8 +103,8 @@ def test_no_part_of_the_state_is_idle(value):
     def resumed(at, forget):
         run = prepared(plugin := Plateau(patience=2, cooldown=2, factor=0.5))
         begun = list(judged(run, values[:at]))
-        fresh = Plateau().state_dict()
-        plugin.load_state_dict(plugin.state_dict() | {key: fresh[key] for key in forget})
+        prepared(fresh := Plateau())
+        plugin.load_state_dict(plugin.state_dict() | {key: fresh.state_dict()[key] for key in forget})
         return begun + list(judged(run, values[at:]))
 
     whole = list(judged(prepared(plugin), values))
