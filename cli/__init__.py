@@ -237,3 +237,15 @@ def hooks() -> None:
     """Show every moment of training that a plugin can join."""
     from loopctl import hooks
     click.echo((hooks.__doc__ or "").rstrip())
+
+
+@main.command("new-plugin")
+@click.argument("name", type=Text())
+@click.option("--kind", type=click.Choice(["schedule", "observer", "wrapper", "replacer"]), default="observer",
+              show_default=True,
+              help="What it begins with: a learning rate, a metric, something on in the forward pass, or a loss.")
+@click.option("--out", type=Place(), metavar="DIR", help="The package's folder, a new one.  [default: loopctl-NAME]")
+def new_plugin(name: str, kind: str, out: Path | None) -> None:
+    """Write a package with a plugin, its test and its help, ready to install."""
+    from loopctl.cli import scaffold
+    click.echo(scaffold.write(name, kind, out))

@@ -7,6 +7,7 @@ import sys
 from dataclasses import MISSING
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 
@@ -87,7 +88,7 @@ def source(module: str) -> Path | None:
     """The file of a module; of its parent packages only those that are imported already are asked."""
     path: list[str] | None = None
     parts = module.split(".")
-    for count, part in enumerate(parts, 1):
+    for count in range(1, len(parts) + 1):
         name = ".".join(parts[:count])
         if name in sys.modules:
             found = sys.modules[name]
@@ -95,7 +96,8 @@ def source(module: str) -> Path | None:
                 return Path(found.__file__) if found.__file__ else None
             path = list(getattr(found, "__path__", []))
             continue
-        spec = PathFinder.find_spec(part if path is None else name, path)
+        # Of the first part every finder is asked: one of them knows what `pip install -e` has left in its folder.
+        spec = find_spec(name) if path is None else PathFinder.find_spec(name, path)
         if spec is None or spec.origin is None:
             return None
         path = list(spec.submodule_search_locations or [])

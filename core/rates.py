@@ -6,6 +6,7 @@ from math import inf, prod
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from loopctl.errors import UsageError, names
 from loopctl.run import Run
@@ -32,7 +33,12 @@ def per_group(run: Run, group: dict[str, Any], name: str, value: Any) -> Any:
 
 def set_rates(run: Run) -> None:
     """Set the learning rates to what the schedules say. Without schedules they are the user's own to change."""
-    for group, lr in zip(run.optimizer.param_groups, rates(run), strict=True):
+    put_rates(run.optimizer, rates(run))
+
+
+def put_rates(optimizer: Optimizer, values: list[float]) -> None:
+    """Set the learning rate of each parameter group."""
+    for group, lr in zip(optimizer.param_groups, values, strict=True):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)           # in place, so that compiled and captured steps see it
         else:

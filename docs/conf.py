@@ -18,7 +18,7 @@ html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 myst_heading_anchors = 3
-exclude_patterns = ["examples"]
+exclude_patterns = ["examples"]        # packages of their own
 suppress_warnings = ["myst.xref_missing"]       # links to files of the repository, which the site does not have
 PLUGINS = Path(__file__).parent / "generated"
 

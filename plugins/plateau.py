@@ -42,13 +42,14 @@ class Plateau:
         for lr in self.min_lr if isinstance(self.min_lr, list | tuple) else [self.min_lr]:
             if not lr >= 0:
                 raise ValueError(f"min_lr is at least 0, not {lr}")
+        self.rates: list[float] = []                 # of the parameter groups, once they were reduced
 
     @hookimpl
     def train_start(self, run):
         self.watch = Monitor(self.monitor, self.mode)
         self.best: float | None = None
         self.bad = self.cooling = 0                  # evaluations: without improvement, and still to cool down
-        self.rates: list[float] = []                 # of the parameter groups, once they were reduced
+        self.rates = []
         self.watch.start(run)
         for group in run.optimizer.param_groups:
             per_group(run, group, "min_lr", self.min_lr)         # refuses a list of another length

@@ -40,7 +40,10 @@ class TorchScheduler:
     @hookimpl
     def lr_scale(self, run, initial_lr, group):
         position = run.position(self.by)
-        if self.optimizer is None or position < self.done:
+        groups = [id(one) for one in run.optimizer.param_groups]
+        number = groups.index(id(group))
+        if (self.optimizer is None or position < self.done
+                or self.optimizer.param_groups[number]["begins_at"] != initial_lr):
             self.start(run)
         while self.done < position:
             try:
@@ -48,8 +51,7 @@ class TorchScheduler:
             except Exception as error:          # such as an option that it divides by
                 raise UsageError(f"cls={self.name}: {' '.join(str(error).split())}") from error
             self.done += 1
-        groups = [id(one) for one in run.optimizer.param_groups]
-        return float(self.optimizer.param_groups[groups.index(id(group))]["lr"]) / initial_lr
+        return float(self.optimizer.param_groups[number]["lr"]) / initial_lr
 
     def start(self, run: Any) -> None:
         self.done, self.optimizer = 0, StandIn(run.optimizer)
@@ -80,7 +82,7 @@ class StandIn(torch.optim.Optimizer):
     def __init__(self, real: torch.optim.Optimizer) -> None:
         groups = [{**group, "params": [torch.zeros(1)], "lr": group["initial_lr"]} for group in real.param_groups]
         for group in groups:
-            del group["initial_lr"]                 # a scheduler that finds it takes it for another one's
+            group["begins_at"] = group.pop("initial_lr")    # a scheduler that finds it takes it for another one's
         super().__init__(groups, {"momentum": 0.0, **real.defaults})
 
     def step(self, closure: Any = None) -> None:    # type: ignore[override]

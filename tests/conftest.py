@@ -1,5 +1,8 @@
 """Small things that many tests train."""
 import copy
+import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -54,9 +57,9 @@ EXAMPLES = {
     "accumulate": "every=3", "amp": "dtype=float16", "clip": "max_norm=0.1", "compile": "backend=eager", "cosine_restarts": "t_0=1",
     "cyclic": "base_lr=0.01,max_lr=0.1,step_size_up=3", "early_stopping": "patience=1,min_delta=9,restore_best=true",
     "exponential": "gamma=0.9", "freeze": "patterns=0,until=1ep", "lambda": "lr_lambda=math:exp",
-    "layerwise_lr": "decay=0.5,no_decay=true", "multiplicative": "lr_lambda=math:cos", "multistep": "milestones=1",
+    "layerwise_lr": "decay=0.5,no_decay=true", "lr_finder": "num_steps=5", "multiplicative": "lr_lambda=math:cos", "multistep": "milestones=1",
     "onecycle": "max_lr=0.1", "plateau": "patience=0", "profile": "start=1,steps=2", "step": "step_size=1",
-    "ema": "decay=0.9", "swa": "start=50%", "throughput": "peak=1",
+    "ema": "decay=0.9", "swa": "start=50%", "tensorboard": "every_steps=2", "throughput": "peak=1",
     "torch_scheduler": "cls=torch.optim.lr_scheduler:ExponentialLR,gamma=0.9",
     "trapezoidal": "max_lr=0.2,step_size=25%", "warmup": "length=50%",
 }
@@ -80,3 +83,16 @@ def same():
 @pytest.fixture
 def clone():
     return copy.deepcopy
+
+
+@pytest.fixture(scope="session")
+def install(tmp_path_factory):
+    """Install packages from their folders into a new one, which it returns; needs no network and leaves them as they are."""
+    def installed(*folders):
+        place = tmp_path_factory.mktemp("installed")
+        copies = [shutil.copytree(folder, place / folder.name) for folder in folders]
+        done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps",
+                               "--no-build-isolation", "--target", place / "site", *copies], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return place / "site"
+    return installed

@@ -9,8 +9,6 @@ Left out, for it takes several processes to show them:
     C2  a schedule stepped once per process (huggingface/transformers#24088, huggingface/accelerate#2318)
     E6  one rank stops, the others hang (Lightning-AI/pytorch-lightning#379, talmolab/sleap-nn#471)
     F6  a broadcast per batch makes the ranks wait (Lightning-AI/pytorch-lightning#21487)
-
-E7 is of a rate finder, which there is not; its test has the rates drawn instead, in the middle of a run.
 """
 import copy
 import math
@@ -737,6 +735,21 @@ def test_E5_other_parameter_groups(net, batches, clone, same, tmp_path, at):
     same(net, whole)
     with pytest.raises(UsageError, match="the optimizer has parameter groups of .* parameters there and of .* here"):
         fit(net, cross_entropy, adam, batches, epochs=3, plugins=plugins[:1], resume=tmp_path)
+
+
+@pytest.mark.parametrize("plugins", [[], ["amp:dtype=float16", "accumulate:every=2", "clip"], ["nan_guard:action=skip", "sam", "ema"]], ids="+".join)
+def test_E7_the_rate_finder_leaves_nothing_behind(net, clone, same, tmp_path, plugins):
+    """Other weights and rates were left behind (Lightning-AI/pytorch-lightning#12670, #21068)."""
+    def train(model, *finder):
+        watch, data = Watch(), Samples()
+        loader = DataLoader(data, 8, shuffle=True, generator=torch.Generator().manual_seed(2))
+        run = fit(model, cross_entropy, adam, loader, epochs=2, plugins=[*finder, *plugins, "cosine:by=step", watch], seed=1, out=tmp_path)
+        optimizer = copy.deepcopy(run.optimizer.state_dict())
+        return watch.losses, watch.rates, optimizer, run.history, data.read[-80:], torch.get_rng_state(), loader.generator.get_state()
+
+    other = clone(net)
+    torch.testing.assert_close(train(net, "lr_finder:num_steps=40"), train(other), rtol=0, atol=0)
+    same(net, other)
 
 
 def test_E7_drawing_the_rates_changes_nothing(net, batches, clone, same, sgd):

@@ -34,12 +34,16 @@ def test_files_entry_points_and_the_table_in_the_docs_agree():
     assert sorted(rows) == PLUGINS
 
 
+# Besides the public names.
+MODULES = {"charts", "checkpoint", "files", "layers", "page", "plots", "randomness", "rehearsal"}
+
+
 @pytest.mark.parametrize("name", PLUGINS)
 def test_a_plugin_imports_from_loopctl_only_what_everybody_may(name):
     for module, names in imports(ROOT / "plugins" / f"{name}.py"):
         assert not module.startswith("loopctl."), f"{name} imports {module}"
         if module == "loopctl":
-            assert set(names) <= {*loopctl.__all__, "charts", "checkpoint", "files", "layers", "page", "randomness"}
+            assert set(names) <= {*loopctl.__all__, *MODULES}
 
 
 def test_core_imports_no_plugin_and_no_command_line():

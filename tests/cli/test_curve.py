@@ -1,13 +1,22 @@
 """Learning rates drawn without training, and a model's layers shown without a run."""
+import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+from loopctl import Run, available, load, plots
 from loopctl.cli import main
-from loopctl.cli.curve import chart
+from loopctl.cli.curve import chart, phases, said
+from loopctl.compose import compose
+from loopctl.prepare import prepare
+from loopctl.rates import curve
+
+ROOT = Path(__file__).parents[2]
+GALLERY = re.findall(r"^loopctl lr .*$", (ROOT / "docs" / "gallery.md").read_text(), re.MULTILINE)
 
 
 @pytest.fixture
@@ -61,6 +70,100 @@ def test_without_matplotlib_it_says_how_to_get_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run("lr", "--out", "lr.png", status=2).stderr == (
         "error: --out needs matplotlib; install it with: pip install 'loopctl[plot]'\n")
+
+
+def test_the_same_picture_has_the_same_bytes(run, tmp_path):
+    for kind in ("svg", "png", "pdf"):
+        for name in ("one", "two"):
+            run("lr", "--plugin", "cosine", "--out", f"{name}.{kind}")
+        assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
+    assert len((tmp_path / "one.svg").read_bytes()) < 30_000
+
+
+def labels(file):
+    """The words in a picture."""
+    return re.findall(r">([^<>\n]+)</text>", file.read_text())
+
+
+def test_the_axes_have_units_and_the_schedules_their_bars(run, tmp_path):
+    run("lr", "--plugin", "warmup", "--plugin", "cosine", "--plugin", "plateau", "--out", "lr.svg")
+    words = labels(tmp_path / "lr.svg")
+    assert {"epoch", "step", "learning rate", "warmup", "cosine"} < {*words}
+    assert "plateau" not in words                               # which moves nothing before there is a metric
+    assert not [word for word in words if word.startswith("group")]
+
+
+def test_every_parameter_group_has_its_curve_and_alike_ones_share_it(run, tmp_path):
+    run("lr", "--model", "mlp", "--optimizer", "sgd", "--lr", "0.1", "--plugin", "layerwise_lr:decay=0.5,no_decay=true", "--out", "lr.svg")
+    words = [word for word in labels(tmp_path / "lr.svg") if word.startswith("group")]
+    assert len(words) >= 2
+    assert words[0].startswith("groups 0 and 1: ")              # with weight decay and without
+
+
+@pytest.mark.parametrize(("plugins", "expected"), [
+    (["warmup:length=2ep"], {"warmup": (0, 6)}),
+    (["constant:total_iters=4"], {"constant": (0, 12)}),
+    (["multistep:milestones=2,5"], {"multistep": (5, 15)}),
+    (["cosine:by=step"], {"cosine": (0, 29)}),
+    (["step:step_size=50", "plateau"], {}),
+    (["warmup:length=50%", "step:step_size=3"], {"warmup": (0, 15), "step": (8, 27)}),
+    (["swa:start=50%,swa_lr=0.01,anneal_epochs=2", "warmup:length=1ep"], {"swa": (17, 21), "warmup": (0, 3)}),
+], ids=str)
+def test_when_which_schedule_moves_the_rate(plugins, expected):
+    """Ten epochs of three steps; a span begins with the last step before the first move."""
+    batches = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.long))] * 3
+    hooks = compose(plugins)
+    one = Run(torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss(), lambda groups: torch.optim.SGD(groups, lr=0.1), batches, epochs=10, hook=hooks)
+    prepare(one, None, None, None)
+    points = [(step, said(one), lr) for step, lr in curve(one)]
+    assert phases([step for step, _, _ in points], [factors for _, factors, _ in points]) == expected
+    for _, factors, lr in points:                               # together they are the rate
+        assert lr[0] == pytest.approx(0.1 * math.prod(factors.values()))
+
+
+def test_the_chart_fits_the_terminal(monkeypatch):
+    for columns, width in ((200, 72), (60, 48), (30, 18), (5, 8)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        rows = chart([1.0] * 300, "all").splitlines()
+        assert len(rows[0]) == width + 11
+        assert columns < 20 or len(rows[0]) <= columns
+
+
+def test_the_colours_are_seen_on_a_light_and_on_a_dark_page():
+    """A contrast of 3 at least, as WCAG 2.1 asks of graphics, with white and with GitHub's dark page."""
+    def luminance(colour):
+        parts = [int(colour[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+        return sum(weight * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
+                   for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+    for colour in (*plots.COLOURS, plots.GREY):
+        for page in ("#ffffff", "#0d1117"):
+            low, high = sorted([luminance(colour), luminance(page)])
+            assert (high + 0.05) / (low + 0.05) >= 3, (colour, page)
+    assert len({str(plots.stroke(number)) for number in range(20)}) == 20
+
+
+# docs/gallery.md
+
+
+def test_the_gallery_shows_every_schedule():
+    page = (ROOT / "docs" / "gallery.md").read_text()
+    for name in available():
+        if hasattr(getattr(load(name), "lr_scale", None), "loopctl_impl"):
+            assert f"## `{name}`\n" in page
+    pictures = set(re.findall(r"!\[\w+\]\((gallery/\w+\.svg)\)", page))
+    assert pictures == {f"gallery/{file.name}" for file in (ROOT / "docs" / "gallery").iterdir()}
+    assert {f"docs/{picture}" for picture in pictures} == {command.split()[-1] for command in GALLERY}
+
+
+@pytest.mark.parametrize("command", GALLERY, ids=lambda command: command.split("/")[-1])
+def test_a_command_of_the_gallery_is_valid(run, tmp_path, command):
+    (tmp_path / "docs" / "gallery").mkdir(parents=True)
+    words = command.split()
+    run(*words[1:])
+    shown = (ROOT / words[-1]).read_text()
+    assert labels(tmp_path / words[-1]) == labels(ROOT / words[-1])         # other versions of matplotlib draw other paths
+    assert "<svg" in shown
 
 
 def test_the_layers_of_a_model(run, tmp_path):

@@ -1,10 +1,12 @@
 """Plugins are found without importing them, and come from three kinds of places."""
 import subprocess
 import sys
+from importlib.util import spec_from_file_location
 
 import pytest
 
 from loopctl import UsageError, available, load
+from loopctl.cli import listing
 from loopctl.find import build, entry_point, name_of, split
 
 PLUGIN = """
@@ -84,3 +86,23 @@ def test_one_name_from_two_packages_is_refused(tmp_path, monkeypatch):
     assert "mine" in available()
     with pytest.raises(UsageError, match="clip: more than one package has a plugin of this name"):
         entry_point("clip")
+
+
+def test_a_package_that_only_a_finder_knows_is_listed_with_its_help(tmp_path, monkeypatch):
+    """As `pip install -e` leaves it. It is not imported."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "far_away.py").write_text(PLUGIN.replace("class MyPlugin:", "class MyPlugin:\n    \"Far away.\"") + "1 / 0\n")
+    info = tmp_path / "near" / "far-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: far\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[loopctl]\nfar = far_away:MyPlugin\n")
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return spec_from_file_location(name, tmp_path / "far" / "far_away.py") if name == "far_away" else None
+    monkeypatch.syspath_prepend(tmp_path / "near")
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+    (line,) = [line for line in listing.table(False)[0].splitlines() if line.startswith("far ")]
+    assert line.split() == ["far", "Far", "away.", "[far", "1.0]"]
+    assert "far_away" not in sys.modules

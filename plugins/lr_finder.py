@@ -1,0 +1,159 @@
+"""The learning-rate range test."""
+from dataclasses import dataclass
+from math import inf, isfinite, nan
+from pathlib import Path
+
+from loopctl import Run, UsageError, files, hookimpl, plots, rehearsal
+
+
+@dataclass(eq=False)
+class LrFinder:
+    """Try rising learning rates on a copy of the run before it begins, and say which are good.
+
+    It is the range test of arXiv:1506.01186, section 3.3: each step has a larger rate than the one before, and the loss
+    tells where learning begins and where it breaks down. The steps are the run's own, with all that has a say in
+    them, such as accumulation, half precision and clipping, but schedules; the run itself is left as it is, to the last
+    bit. Of several parameter groups the largest rate is meant, and the others keep their ratio to it. It tries nothing
+    where a run goes on.
+
+    Two rates are suggested: where the smoothed loss falls most steeply, and a tenth of where it is lowest. They are
+    attributes of the plugin, steepest and tenth, NaN where the loss does not fall; so are rates and losses.
+
+    start_lr: the first rate
+    end_lr: the last rate
+    num_steps: how many to try, at least 3, evenly spaced on a logarithmic scale
+    beta: how much of the running mean of the loss each step keeps, from 0 to below 1; 0 does not smooth
+    diverge: the test ends where the smoothed loss is this many times its lowest, or no finite number
+    use: train with the steepest rate, in place of the optimizer's
+    only: end after the test
+    path: the picture, a .png, .svg or .pdf file relative to the run's folder, where matplotlib is installed; it must
+        not exist yet
+    """
+
+    start_lr: float = 1e-7
+    end_lr: float = 10.0
+    num_steps: int = 100
+    beta: float = 0.98
+    diverge: float = 4.0
+    use: bool = False
+    only: bool = False
+    path: str = "lr_finder.png"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start_lr < self.end_lr:
+            raise ValueError(f"start_lr is above 0 and below end_lr, not {self.start_lr} with end_lr={self.end_lr}")
+        if self.num_steps < 3:
+            raise ValueError(f"num_steps is at least 3, not {self.num_steps}")
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta is from 0 to below 1, not {self.beta}")
+        if not self.diverge > 1:
+            raise ValueError(f"diverge is above 1, not {self.diverge}")
+        if self.use and self.only:
+            raise ValueError("only=true ends the run before it could use the rate; leave out use or only")
+        if Path(self.path).suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"path is a .png, .svg or .pdf file, not {self.path!r}")
+        self.rates: list[float] = []
+        self.losses: list[float] = []       # smoothed
+        self.steepest = self.tenth = nan
+
+    @hookimpl
+    def train_start(self, run):
+        self.file = run.out / self.path
+        try:
+            files.writable(self.file)
+        except OSError as error:
+            raise UsageError(f"{self.file} cannot be written ({error.strerror}); say another path") from error
+        if self.file.exists() and not run.resume:
+            raise UsageError(f"{self.file} exists and is not overwritten; move it, or say another path")
+        if not any(group["initial_lr"] for group in run.optimizer.param_groups):
+            raise UsageError("every learning rate is 0, and those of the groups keep their ratio; say one above 0")
+
+    # When all others are ready to train, and a run that goes on is where it was. A wrapper, so that it comes before
+    # those who look at the clock here.
+    @hookimpl(wrapper=True)
+    def epoch_start(self, run):
+        if run.seen == 0 and not self.rates:
+            self.search(run)
+            self.report(run)
+            if self.only:
+                run.stop = "the test of learning rates is done, and only=true asks for no more"
+            elif self.use:
+                self.take(run)
+        return (yield)
+
+    def search(self, run: Run) -> None:
+        ratios = [initial / top_rate(run) for initial in initial_rates(run)]
+        growth, mean, lowest = (self.end_lr / self.start_lr) ** (1 / (self.num_steps - 1)), 0.0, inf
+        with rehearsal.rehearsal(run) as copy:
+            for number in range(self.num_steps):
+                rate = self.start_lr * growth ** number
+                loss = copy.step([rate * ratio for ratio in ratios]).item()
+                mean = self.beta * mean + (1 - self.beta) * loss
+                smoothed = mean / (1 - self.beta ** (number + 1))       # without the 0 it begins with
+                if not isfinite(smoothed) or smoothed - lowest > (self.diverge - 1) * abs(lowest):
+                    break
+                lowest = min(lowest, smoothed)
+                self.rates.append(rate)
+                self.losses.append(smoothed)
+        self.steepest, self.tenth = suggestions(self.rates, self.losses)
+
+    def report(self, run: Run) -> None:
+        if not self.rates:
+            raise UsageError(f"the loss is no finite number at the first rate, {self.start_lr:.3g}")
+        caption = f"smoothed loss at rates {self.rates[0]:.3g} to {self.rates[-1]:.3g}, logarithmic"
+        print(plots.bars(self.losses, caption))        # a live progress bar stays below what is printed
+        if isfinite(self.steepest):
+            print(f"learning rate: the loss falls most steeply at {self.steepest:.3g}; a tenth of where it is lowest "
+                  f"is {self.tenth:.3g}; the run has {top_rate(run):.3g}")
+        else:
+            print(f"learning rate: the loss falls nowhere from {self.start_lr:.3g} to {self.end_lr:.3g}")
+        try:
+            self.draw()
+        except (UsageError, OSError) as error:
+            print(f"no picture: {error}")
+
+    def draw(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with plots.picture(self.file) as figure:
+            axes = figure.add_subplot(xlabel="learning rate", ylabel="loss, smoothed", xscale="log")
+            axes.plot(self.rates, self.losses, **plots.stroke(0))
+            axes.grid(color=plots.GREY, linewidth=0.4, linestyle=":")
+            marks = {"steepest descent": self.steepest, "a tenth of the lowest loss's": self.tenth}
+            for number, (name, rate) in enumerate(marks.items(), 1):
+                if isfinite(rate):
+                    axes.axvline(rate, label=f"{name}: {rate:.3g}", **plots.stroke(number))
+                    axes.legend(fontsize=8, handlelength=4)
+        print(f"picture: {self.file}")
+
+    def take(self, run: Run) -> None:
+        if not isfinite(self.steepest):
+            raise UsageError("use=true: there is no rate to use, for the loss falls nowhere; say another start_lr or "
+                             "end_lr, or leave out use")
+        factor = self.steepest / top_rate(run)
+        for group in run.optimizer.param_groups:
+            group["initial_lr"] *= factor
+            if hasattr(group["lr"], "fill_"):
+                group["lr"].fill_(group["initial_lr"])
+            else:
+                group["lr"] = group["initial_lr"]
+
+
+def initial_rates(run: Run) -> list[float]:
+    return [group["initial_lr"] for group in run.optimizer.param_groups]
+
+
+def top_rate(run: Run) -> float:
+    return max(initial_rates(run))
+
+
+def suggestions(rates: list[float], losses: list[float]) -> tuple[float, float]:
+    """The rate where the loss falls most steeply, and a tenth of the rate where it is lowest; NaN where it never falls.
+
+    The first tenth is not judged, since a mean of few losses is not smooth yet.
+    """
+    judged = range(max(1, len(losses) // 10), len(losses) - 1)
+    slopes = {at: losses[at + 1] - losses[at - 1] for at in judged}        # rates are evenly spaced, on their scale
+    at = min(slopes, key=slopes.__getitem__, default=0)
+    if slopes.get(at, 0.0) >= 0:
+        return nan, nan
+    return rates[at], rates[losses.index(min(losses))] / 10

@@ -1,0 +1,258 @@
+"""`loopctl new-plugin`: what it writes installs, passes its own tests and trains as it is; what is wrong leaves nothing."""
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from click.shell_completion import BashComplete
+from click.testing import CliRunner
+
+from loopctl.cli import main, scaffold
+
+ROOT = Path(__file__).parents[2]
+KINDS = ["schedule", "observer", "wrapper", "replacer"]
+
+
+def invoke(*arguments, status=0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """A folder with a package of each kind."""
+    place = tmp_path_factory.mktemp("packages")
+    for kind in KINDS:
+        invoke("new-plugin", f"my-own-{kind}", "--kind", kind, "--out", place / f"loopctl-my-own-{kind}")
+    return place
+
+
+@pytest.fixture(scope="module")
+def site(packages, install):
+    return install(*sorted(packages.iterdir()))
+
+
+@pytest.fixture
+def _installed(site, monkeypatch):
+    monkeypatch.syspath_prepend(site)
+    yield
+    for kind in KINDS:
+        sys.modules.pop(f"loopctl_my_own_{kind}", None)
+
+
+# What it writes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_package_of_four_files_that_knows_its_name(packages, kind):
+    folder, plugin = packages / f"loopctl-my-own-{kind}", f"my_own_{kind}"
+    assert {path.name for path in folder.iterdir()} == {
+        "pyproject.toml", "README.md", f"loopctl_{plugin}.py", f"test_{plugin}.py"}
+    project = tomllib.loads((folder / "pyproject.toml").read_text())
+    assert project["project"]["name"] == f"loopctl-my-own-{kind}"
+    assert project["project"]["entry-points"]["loopctl"] == {plugin: f"loopctl_{plugin}:MyOwn{kind.title()}"}
+    for path in folder.iterdir():
+        assert not re.search("my.plugin|myplugin", path.read_text(), re.IGNORECASE)
+    source = (folder / f"loopctl_{plugin}.py").read_text()
+    assert len(source.splitlines()) < 40, "it is read in a minute"
+
+
+def test_their_own_tests_pass(packages, site):
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sorted(packages.iterdir())], cwd=packages,
+                          env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "9 passed" in done.stdout
+    assert not [path for path in packages.rglob("*") if path.name.endswith(("egg-info", "build"))]
+
+
+@pytest.mark.usefixtures("_installed")
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_listed_shown_and_trains(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = f"my_own_{kind}"
+    lines = [line for line in invoke("plugins").stdout.splitlines() if line.startswith(name)]
+    assert len(lines) == 1
+    assert lines[0].endswith(f"[loopctl-my-own-{kind} 0.1.0]")
+    page = invoke("plugins", name).stdout
+    assert re.search(r"^options\n  \w+ +\w", page, re.MULTILINE)
+    assert "; default " in page
+    hook = {"schedule": "lr_scale", "observer": "setup, after_step", "wrapper": "compute_loss (wraps)", "replacer": "compute_loss"}
+    assert f"hooks    {hook[kind]}\n" in page
+    result = invoke("run", "--plugin", name, "--epochs", 1, "--model", "linear")
+    assert "finished: 1 epochs" in result.stdout
+    assert result.stderr == ""
+    assert (kind == "observer") == ("my_own_observer" in result.stdout)
+
+
+@pytest.mark.usefixtures("_installed")
+def test_all_four_at_once_and_again_from_where_it_stopped(tmp_path, monkeypatch):
+    """The observer's average is part of what a checkpoint holds."""
+    monkeypatch.chdir(tmp_path)
+    plugins = [word for kind in KINDS for word in ("--plugin", f"my_own_{kind}")]
+    common = ["run", *plugins, "--model", "linear", "--without", "progress"]
+    invoke(*common, "--epochs", 2, "--out", "whole")
+    invoke(*common, "--epochs", 1, "--out", "cut")
+    invoke("run", "--resume", "cut", "--epochs", 2)
+    assert (tmp_path / "cut/metrics.csv").read_text() == (tmp_path / "whole/metrics.csv").read_text()
+
+
+def test_it_says_what_it_has_written_and_what_to_type_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert invoke("new-plugin", "grad-noise").stdout == """written:
+  loopctl-grad-noise/pyproject.toml
+  loopctl-grad-noise/README.md
+  loopctl-grad-noise/loopctl_grad_noise.py
+  loopctl-grad-noise/test_grad_noise.py
+next:
+  pip install -e 'loopctl-grad-noise[test]'
+  python -m pytest loopctl-grad-noise
+  loopctl run --plugin grad_noise
+"""
+    said = invoke("new-plugin", "grad_noise", "--out", "new/with a space").stdout
+    assert "pip install -e 'new/with a space[test]'\n  python -m pytest 'new/with a space'\n" in said
+    assert (tmp_path / "new" / "with a space" / "loopctl_grad_noise.py").is_file()
+
+
+def test_what_is_written_passes_the_linter(packages):
+    pytest.importorskip("ruff")
+    for options in ([], ["--config", ROOT / "pyproject.toml"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", *options, packages], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_a_wheel_has_the_templates(tmp_path, copy_of_the_source):
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps",
+                    "--no-build-isolation", "--wheel-dir", tmp_path, copy_of_the_source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    templates = {path.name for path in scaffold.TEMPLATES.iterdir()}
+    assert templates == {"pyproject.txt", "readme.txt", *(f"{kind}{end}.txt" for kind in KINDS for end in ("", "_test"))}
+    assert templates == {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("loopctl/cli/templates/")}
+
+
+@pytest.fixture
+def copy_of_the_source(tmp_path):
+    copied = tmp_path / "source"
+    copied.mkdir()
+    for name in ("core", "plugins", "cli"):
+        shutil.copytree(ROOT / name, copied / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copied)
+    return copied
+
+
+def test_it_imports_no_torch(tmp_path):
+    code = ("import sys; from loopctl.cli import main\n"
+            "try: main(['new-plugin', 'quick'])\n"
+            "except SystemExit as end: assert not end.code, end.code\n"
+            "sys.exit('imports torch' if 'torch' in sys.modules else 0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "loopctl-quick").is_dir()
+
+
+def test_the_shell_completes_the_kinds():
+    def completed(start):
+        found = BashComplete(main, {}, "loopctl", "_LOOPCTL_COMPLETE").get_completions(["new-plugin", "x", "--kind"], start)
+        return [item.value for item in found]
+    assert completed("") == KINDS
+    assert completed("s") == ["schedule"]
+
+
+# What it refuses
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refused(folder, *arguments):
+    """The one line that the command says; nothing in `folder` is another after it."""
+    before = contents(folder)
+    result = invoke("new-plugin", *arguments, status=2)
+    assert contents(folder) == before
+    assert result.stdout == ""
+    assert re.fullmatch("error: .{,480}\n", result.stderr), result.stderr
+    return result.stderr
+
+
+def test_nothing_is_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    invoke("new-plugin", "mine")
+    (tmp_path / "loopctl-mine" / "loopctl_mine.py").write_text("precious")
+    assert "loopctl-mine exists and is not overwritten; say another folder with --out" in refused(tmp_path, "mine")
+    assert "loopctl-mine exists" in refused(tmp_path, "mine", "--kind", "wrapper")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    for there in ("loopctl-mine/README.md", "empty", "link", "."):
+        assert f"{there} exists and is not overwritten" in refused(tmp_path, "mine", "--out", there)
+
+
+NO_NAME = "is no name of a plugin, which has lower-case letters, digits and underscores and begins with a letter"
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("GradNoise", [f"'GradNoise' {NO_NAME}; say grad_noise"]),
+    ("grad noise", ["say grad_noise"]),
+    ("grad.noise", ["say grad_noise"]),
+    ("grad__noise", ["say grad_noise"]),
+    ("_noise", ["say noise"]),
+    ("noise_", ["say noise"]),
+    ("../noise", ["say noise"]),
+    ("noise:std=1", ["say noise_std_1"]),
+    ("2nd", [f"'2nd' {NO_NAME}; say another"]),
+    ("é", [f"'é' {NO_NAME}; say another"]),
+    ("٣", ["say another"]),
+    ("", [f"'' {NO_NAME}; say another"]),
+    ("...", ["say another"]),
+    ("none", ["none: its class would be called None, a word of Python; say another name"]),
+    ("loopctl-noise", ["the package is called loopctl-... by itself; say noise"]),
+    ("clip", ["clip: loopctl 0.1.0 has a plugin of this name; say another"]),
+    ("early-stopping", ["early_stopping: loopctl 0.1.0 has a plugin of this name"]),
+    ("a\nb", ["control character '\\n'"]),
+    ("n" * 300, ["cannot be written: File name too long"]),
+])
+def test_a_name_that_cannot_be(name, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refused(tmp_path, "--", name) if name else refused(tmp_path, name)
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.usefixtures("_installed")
+def test_a_name_that_another_package_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refused(tmp_path, "my-own-wrapper")
+    assert "my_own_wrapper: loopctl-my-own-wrapper 0.1.0 has a plugin of this name" in said
+
+
+def test_a_kind_that_there_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "'metric' is not one of 'schedule', 'observer', 'wrapper', 'replacer'" in refused(tmp_path, "mine", "--kind", "metric")
+
+
+def test_a_folder_that_cannot_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("not a folder")
+    assert "file/below cannot be written: Not a directory; say another folder with --out" in refused(tmp_path, "mine", "--out", "file/below")
+    assert "cannot be written: File name too long" in refused(tmp_path, "mine", "--out", f"new/and/{'n' * 300}")
+    assert "'--out'" in refused(tmp_path, "mine", "--out", "")
+
+
+@pytest.mark.parametrize("out", ["mine", "new/and/deep"])
+def test_a_disk_that_is_full_leaves_no_half_package(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    usual = Path.write_text
+
+    def fill(path, text, **settings):
+        usual(path, text[:3], **settings)
+        if path.name.startswith("loopctl_"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Path, "write_text", fill)
+    assert f"{out} cannot be written: No space left on device" in refused(tmp_path, "mine", "--out", out)
