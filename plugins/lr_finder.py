@@ -52,12 +52,12 @@ class LrFinder:
             raise ValueError("only=true ends the run before it could use the rate; leave out use or only")
         if Path(self.path).suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"path is a .png, .svg or .pdf file, not {self.path!r}")
-        self.rates: list[float] = []
-        self.losses: list[float] = []       # smoothed
-        self.steepest = self.tenth = nan
 
     @hookimpl
     def train_start(self, run):
+        self.rates: list[float] = []
+        self.losses: list[float] = []       # smoothed
+        self.steepest = self.tenth = nan
         self.file = run.out / self.path
         try:
             files.writable(self.file)
