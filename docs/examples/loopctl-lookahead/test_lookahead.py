@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from loopctl import UsageError, fit, hookimpl
+from loopctl.testing import plugin_checks
 from loopctl_lookahead import Lookahead
 
 cross_entropy = nn.CrossEntropyLoss()
@@ -268,3 +269,8 @@ def test_what_is_not_trained_is_not_copied(net, batches):
 def test_a_wrong_option_is_refused(net, batches, spec, message):
     with pytest.raises(UsageError, match=message):
         train(net, sgd, batches, 1, [spec])
+
+
+@pytest.mark.parametrize("check", plugin_checks(Lookahead, {"k": 3}))
+def test_it_is_as_can_be_expected_of_any_plugin(check):
+    check()
