@@ -139,6 +139,8 @@ def summarized(settings: dict[str, Any]) -> str:
 class Recorder:
     """Writes what the run is made of into its folder, once nothing speaks against training any more."""
 
+    looks_on = True
+
     settings: dict[str, Any]
     new: bool
     started: bool = False

@@ -7,11 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from loopctl import UsageError, fit, hookimpl, rehearsal
+from loopctl.cli import main
 from loopctl.compose import compose
 from loopctl.plugins.lr_finder import LrFinder, suggestions
 from loopctl.plugins.torch_scheduler import TorchScheduler
@@ -327,3 +329,10 @@ def test_wrong_options(spec, message):
     with pytest.raises(UsageError) as refused:
         compose([f"lr_finder:{spec}"])
     assert str(refused.value) == f"lr_finder: {message}"
+
+
+def test_from_the_command_line_the_run_is_announced_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["run", "--model", "linear", "--epochs", "1", "--out", "run", "--plugin", "lr_finder:num_steps=5"])
+    assert done.exit_code == 0, done.output
+    assert done.output.count(" parameters) on digits ") == 1
