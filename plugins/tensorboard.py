@@ -144,12 +144,18 @@ class Tensorboard:
         self.flush()
 
     def write_hyperparameters(self, run: Run) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
         config = run.config or checkpoint.config(run)
         optimizer = {"optimizer": type(run.optimizer).__name__, "lr": run.optimizer.param_groups[0]["initial_lr"]}
         told = {key: value if isinstance(value, int | float) else ", ".join(value) if isinstance(value, list)
                 else str(value) for key, value in (optimizer | config).items() if value is not None}
         final = {f"final/{name}": value for name, value in run.metrics.items() if isinstance(value, int | float)}
-        self.writers["."].add_hparams(told, final, run_name=".", global_step=run.attempts)
+        # add_hparams would write them into a file of its own, whose place among the others depends on the second.
+        for summary in hparams(told, final):
+            self.writers["."].file_writer.add_summary(summary)
+        for name, value in final.items():
+            self.writers["."].add_scalar(name, value, run.attempts)
 
     def attempt(self, write: Callable[..., None], *arguments: Any) -> None:
         """Write, unless the disk has refused; then a line says so, and the run goes on."""
