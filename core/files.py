@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
-from loopctl.errors import one_line
+from loopctl.errors import UsageError, one_line
 
 SEAL = b"loopctl crc32 "
 
@@ -28,6 +28,20 @@ def writable(file: Path) -> None:
         raise NotADirectoryError(0, f"{above} is no folder that can be written to")
     if file.is_dir():
         raise IsADirectoryError(0, f"{file} is a folder")
+
+
+def claim(file: Path, replace: bool) -> None:
+    """Raise UsageError where a plugin cannot write `file`, the file that its option `path` names.
+
+    replace: it may take the place of one that is there, as that of the run which goes on.
+    """
+    try:
+        writable(file)
+        there = file.exists() and not replace
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written ({error.strerror}); say another path") from error
+    if there:
+        raise UsageError(f"{file} exists and is not overwritten; move it, or say another path")
 
 
 @contextmanager

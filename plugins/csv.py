@@ -3,7 +3,7 @@ import csv
 import logging
 from dataclasses import dataclass
 
-from loopctl import UsageError, files, hookimpl
+from loopctl import files, hookimpl
 
 log = logging.getLogger("loopctl")
 
@@ -20,12 +20,7 @@ class Csv:
     @hookimpl
     def train_start(self, run):
         self.file = run.out / self.path
-        try:
-            files.writable(self.file)
-        except OSError as error:
-            raise UsageError(f"{self.file} cannot be written ({error.strerror}); say another path") from error
-        if self.file.exists() and not run.resume:
-            raise UsageError(f"{self.file} exists and is not overwritten; move it, or say another path")
+        files.claim(self.file, replace=bool(run.resume))
 
     @hookimpl
     def epoch_end(self, run):

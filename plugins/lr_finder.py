@@ -59,12 +59,7 @@ class LrFinder:
         self.losses: list[float] = []       # smoothed
         self.steepest = self.tenth = nan
         self.file = run.out / self.path
-        try:
-            files.writable(self.file)
-        except OSError as error:
-            raise UsageError(f"{self.file} cannot be written ({error.strerror}); say another path") from error
-        if self.file.exists() and not run.resume:
-            raise UsageError(f"{self.file} exists and is not overwritten; move it, or say another path")
+        files.claim(self.file, replace=bool(run.resume))
         if not any(group["initial_lr"] for group in run.optimizer.param_groups):
             raise UsageError("every learning rate is 0, and those of the groups keep their ratio; say one above 0")
 

@@ -65,12 +65,7 @@ class Profile:
     @hookimpl
     def train_start(self, run):
         self.file = run.out / self.path
-        try:
-            files.writable(self.file)
-        except OSError as error:
-            raise UsageError(f"{self.file} cannot be written ({error.strerror}); say another path") from error
-        if self.file.exists() and not run.resume:
-            raise UsageError(f"{self.file} exists and is not overwritten; move it, or say another path")
+        files.claim(self.file, replace=bool(run.resume))
         self.wanted = not self.file.exists()
         if self.wanted and self.start + self.steps > run.planned_steps:
             raise UsageError(f"steps {self.start + 1} to {self.start + self.steps} are to be recorded, and the run has "
