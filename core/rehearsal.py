@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,8 @@ def rehearsal(run: Run) -> Iterator[Rehearsal]:
         raise UsageError("train can be read only once, so nothing can be tried before; pass a list or a DataLoader")
     random = random_state(run.train)
     try:
-        yield Rehearsal(run)
+        with closing(Rehearsal(run)) as copy:
+            yield copy
     finally:
         set_random_state(random, run.train)
 
@@ -67,7 +68,7 @@ class Rehearsal:
         twin.hook.epoch_start(run=twin)
         self.groups = self.endless()
 
-    def endless(self) -> Iterator[list[Any]]:
+    def endless(self) -> Generator[list[Any]]:
         """The micro-batches of one step after another, from the data's beginning as often as it takes."""
         twin, found = self.twin, True
         while found:
@@ -76,6 +77,10 @@ class Rehearsal:
                 found = True
                 yield group
         raise UsageError("train gave no batches")
+
+    def close(self) -> None:
+        """End the loader's workers now; in the middle of an import, when Python might come to it, they do not hear."""
+        self.groups.close()
 
     def step(self, rates: list[float]) -> torch.Tensor:
         """Train the copy for one step with these learning rates, one per parameter group. Returns the step's loss."""

@@ -72,7 +72,8 @@ def follow(install, tmp_path, monkeypatch):
         words = {"pip": [sys.executable, "-m", "pip"], "python": [sys.executable]}[words[0]] + words[1:]
         if "wheel" in words:
             words += ["--quiet", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path[:2]), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path[:2]), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+                                    "PYTEST_ADDOPTS": "-k 'not composes'"}        # which is tried elsewhere, and takes seconds
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert done.returncode == (1 if fails else 0), done.stdout + done.stderr
         return done.stdout

@@ -1,5 +1,6 @@
 """lr_finder against a range test by hand, and a run that must not know of it."""
 import math
+import multiprocessing
 import random
 import sys
 from functools import partial
@@ -161,6 +162,16 @@ def test_workers_that_draw_random_numbers(net, clone, same, sgd, persistent):
         loader = DataLoader(data, 8, shuffle=True, num_workers=2, persistent_workers=persistent)
         fit(model, cross_entropy, sgd, loader, epochs=2, seed=1, plugins=plugins)
     same(net, other)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
+def test_the_copys_workers_end_with_it(net, sgd, monkeypatch):
+    """Left to Python, they would end while matplotlib is imported, and hear of it ten seconds later."""
+    there = []
+    monkeypatch.setattr(LrFinder, "report", lambda self, run: there.append(multiprocessing.active_children()))
+    data = TensorDataset(torch.randn(24, 6), torch.randint(0, 3, (24,)))
+    fit(net, cross_entropy, sgd, DataLoader(data, 8, num_workers=2), plugins=["lr_finder:num_steps=5"])
+    assert there == [[]]
 
 
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.LBFGS, lr=0.5, max_iter=3), partial(torch.optim.SGD, lr=torch.tensor(0.1))], ids=["lbfgs", "tensor"])
