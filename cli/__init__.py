@@ -1,6 +1,7 @@
 """The command line. Nothing here imports torch; what a command needs, it imports when it runs."""
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from loopctl.cli.parameters import Number, Place, Text, Whole
+from loopctl.cli.parameters import Devices, Number, Place, Text, Whole
 from loopctl.errors import UsageError, nearest, one_line
 
 DEFAULTS = ("csv", "checkpoint", "progress")       # the plugins that `run` adds by itself
@@ -20,18 +21,22 @@ DEFAULTS = ("csv", "checkpoint", "progress")       # the plugins that `run` adds
 class Commands(click.Group):
     """A group that says what is wrong in one line: usage errors exit with 2, failures with 1."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["loopctl.arguments"] = list(args)
+        return super().parse_args(ctx, args)
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
         try:
             sys.exit(super().main(*args, **kwargs) or 0)
         except click.ClickException as error:
-            click.echo(f"error: {one_line(error.format_message())}", err=True)
+            complain(error.format_message(), error)
             sys.exit(error.exit_code)
         except UsageError as error:
-            click.echo(f"error: {one_line(error)}", err=True)
+            complain(error, error)
             sys.exit(2)
-        except (click.Abort, KeyboardInterrupt):
-            click.echo("interrupted", err=True)
+        except (click.Abort, KeyboardInterrupt) as error:
+            complain("interrupted", error, "")
             sys.exit(130)
         except BrokenPipeError:                      # what reads our output, such as `head`, has seen enough
             sys.stderr.close()
@@ -39,7 +44,7 @@ class Commands(click.Group):
         except Exception as error:
             if "--traceback" in sys.argv:
                 raise
-            click.echo(f"error: {one_line(f'{failure(error)}; --traceback shows where')}", err=True)
+            complain(f"{failure(error)}; --traceback shows where", error)
             sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -47,6 +52,18 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except EOFError as error:                    # which click takes for an end of the user's input
             raise OSError(f"a file ends too early ({failure(error)})") from error
+
+
+def complain(text: object, error: BaseException, start: str = "error: ") -> None:
+    """Say on stderr what is wrong. Of several processes that train together, one says it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
+        from loopctl import world
+        if not world.speaks(world.lost(error)):
+            return
+        if world.lost(error):
+            text = f"another process of the run has ended, and said nothing ({text})"
+        start += f"process {world.rank()}: " if world.rank() else ""
+    click.echo(f"{start}{one_line(text)}", err=True)
 
 
 def failure(error: BaseException) -> str:
@@ -145,6 +162,8 @@ COMPOSITION = (
     choice("--without", type=click.Choice(DEFAULTS), multiple=True,
            help="Leave out a plugin that run adds by itself."),
     choice("--device", default="auto", type=Text(), metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:1."),
+    choice("--devices", type=Devices(), metavar="0,1",
+           help="Train in several processes, one per GPU; on a CPU, in as many as are named. Adds ddp."),
     choice("--seed", default=0, type=Whole(0, 2**64 - 1), metavar="N", help="Seed of all random numbers."),
     choice("--matmul", type=click.Choice(["highest", "high", "medium"]), default="highest",
            help="Precision of float32 matrix products; high and medium are faster on recent GPUs."),
@@ -177,10 +196,11 @@ def main(ctx: click.Context) -> None:
               help="The run's folder.  [default: a new one in runs/]")
 @click.option("--resume", type=Place(), is_eager=True, callback=from_file, metavar="DIR",
               help="Go on with the run in this folder.")
-def run(**settings: Any) -> None:
+@click.pass_context
+def run(ctx: click.Context, **settings: Any) -> None:
     """Train a model. Without options: a small network on images of digits."""
     from loopctl.cli import train
-    train.run(settings)
+    train.run(settings, ctx.meta["loopctl.arguments"])
 
 
 @main.command()

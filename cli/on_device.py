@@ -62,6 +62,9 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
+as_it_is.keeps_samples = True       # type: ignore[attr-defined]   # as many as there are indices, see Parallel
+
+
 def free(device: torch.device) -> float:
     """The bytes of memory that `device` has free; infinite where it does not tell."""
     if device.type == "cuda":

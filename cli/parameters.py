@@ -33,6 +33,20 @@ class Text(click.types.StringParamType):
         return super().convert(shown(self, value, param, ctx), param, ctx)
 
 
+class Devices(click.ParamType):
+    """Numbers of devices, such as 0,1."""
+
+    name = "devices"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        numbers = str(value).split(",")
+        if not all(re.fullmatch(r"0|[1-9][0-9]{0,2}", number) for number in numbers):
+            self.fail(f"{value!r} is no list of devices, such as 0,1.", param, ctx)
+        if len(set(numbers)) < len(numbers):
+            self.fail(f"{value!r} names a device twice.", param, ctx)
+        return str(value)
+
+
 class Place(click.Path):
     """A file or a folder, there or not."""
 

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -19,8 +21,8 @@ import click
 import torch
 from torch import nn
 
-from loopctl import checkpoint, explain, files, fit, hookimpl
-from loopctl.cli import DEFAULTS, data, models, optimizers
+from loopctl import Parallel, checkpoint, explain, files, fit, hookimpl, world
+from loopctl.cli import DEFAULTS, data, launch, models, optimizers
 from loopctl.compose import blame, compose
 from loopctl.errors import UsageError
 from loopctl.find import build, split
@@ -39,13 +41,8 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def assemble(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Make what the settings name. Return the arguments of `fit`, and the settings with nothing left to choose."""
-    specs = list(settings["plugin"])
-    given = {build(text)[0] for text in specs}
-    specs += [f"{name}:unit=images" if name == "progress" else name for name in DEFAULTS
-              if name not in given and name not in settings["without"]]
-    plugins = [build(text)[1] for text in specs]
-    compose(plugins)                          # what does not go together is refused before the data is read
-    device = find_device(settings["device"])
+    specs, plugins = chosen(settings)
+    device = find_device(on(settings))
     factory, lr = optimizers.make(settings["optimizer"], settings["lr"], device.type)
     if settings["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -60,37 +57,77 @@ def assemble(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         "epochs": settings["epochs"], "max_steps": settings["max_steps"], "eval_every": settings["eval_every"],
         "plugins": plugins, "metrics": {"accuracy": accuracy}, "device": device, "seed": settings["seed"]}
     written = [spec(split(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=True)]
-    return arguments, settings | {"lr": lr, "device": str(device), "plugin": written}
+    several = world.launched() > 1 or settings["devices"]               # then each process has its own
+    return arguments, settings | {"lr": lr, "device": device.type if several else str(device), "plugin": written}
 
 
-def run(settings: dict[str, Any]) -> None:
-    """Train as the settings say, in a folder of the run's own."""
+def chosen(settings: dict[str, Any]) -> tuple[list[str], list[Any]]:
+    """The plugins that the settings name, as specs and made. Raises UsageError where they do not go together."""
+    launch.check(settings["devices"], settings["device"])
+    specs = list(settings["plugin"])
+    given = {build(text)[0] for text in specs}
+    specs += [f"{name}:unit=images" if name == "progress" else name for name in DEFAULTS
+              if name not in given and name not in settings["without"]]
+    plugins = [build(text)[1] for text in specs]
+    if len(launch.wanted(settings["devices"])) > 1 and not any(isinstance(plugin, Parallel) for plugin in plugins):
+        specs, plugins = ["ddp", *specs], [build("ddp")[1], *plugins]
+    compose(plugins)                          # what does not go together is refused before the data is read
+    return specs, plugins
+
+
+def on(settings: dict[str, Any]) -> str:
+    """The device that the settings name: of --devices the only one, else torchrun says which is this process's."""
+    numbers, device = launch.wanted(settings["devices"]), settings["device"]
+    if len(numbers) == 1 and torch.cuda.is_available() and device in ("auto", "cuda"):
+        return f"cuda:{numbers[0]}"
+    return device
+
+
+def run(settings: dict[str, Any], arguments: list[str]) -> None:
+    """Train as the settings say, in a folder of the run's own. `arguments` are those of the command line."""
+    if len(numbers := launch.wanted(settings["devices"])) > 1 and world.launched() == 1:
+        chosen(settings)
+        sys.exit(launch.launch(numbers, arguments))
     out, resume = settings.pop("out"), settings.pop("resume")
     settings.pop("config")
     if resume and out:
         raise UsageError("a resumed run goes on in its own folder; leave out --out")
+    if world.rank():
+        logging.getLogger("loopctl").setLevel(logging.ERROR)            # the first process speaks for all
+    elif world.restarts() and not resume:
+        begun = Path(world.recall("out") or out or "")
+        out, resume = (None, begun) if begun.name and begun.exists() else (out, None)
+    train(settings, out, resume)
+
+
+def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> None:
     arguments, resolved = assemble(settings)
     if resume and (resume / "weights.safetensors").exists() and not checkpoint.candidates(resume):
         raise UsageError(f"--resume {resume}: this run is finished and has no checkpoint to go on from; "
                          "begin a new one")
     recorder = Recorder(resolved, new=not resume)
     arguments["plugins"].append(recorder)
-    with folder(resume or out, recorder) as place, matmul(settings["matmul"]):
+    # Of several processes, the first has the folder; the others learn of it when they have joined.
+    mine = folder(resume or out, recorder) if world.rank() == 0 else nullcontext(Path())
+    with mine as place, matmul(settings["matmul"]):
         try:
             done = fit(**arguments, resume=resume, out=place)
         except KeyboardInterrupt:
             where = f"; what it has written is in {place}" if recorder.started else ""
-            click.echo(f"interrupted{where}", err=True)
+            if world.rank() == 0:
+                click.echo(f"interrupted{where}", err=True)
             raise SystemExit(130) from None
         weights = place / "weights.safetensors"
         if not recorder.started and weights.exists():
             more = f"{done.epoch} epochs); to go on, ask for more --epochs"
             raise UsageError(f"{place}: this run is finished ({f'{done.stop})' if done.stop else more}")
     try:
-        files.save_weights(done.model, weights)
+        files.save_weights(done.model, weights)         # which takes all processes where each has a part
     except OSError as error:
         raise click.ClickException(f"{weights} cannot be written ({error.strerror or error}); "
                                    f"loopctl run --resume {place} tries again") from error
+    if world.rank():
+        return
     click.echo(f"stopped early: {done.stop}" if done.stop else f"finished: {done.epoch} epochs, {done.step:,} updates")
     click.echo(f"run folder: {place}")
 
@@ -113,7 +150,7 @@ def prepared(settings: dict[str, Any]) -> Run:
     hooks = compose(arguments.pop("plugins"))
     device, seed, metrics = (arguments.pop(name) for name in ("device", "seed", "metrics"))
     arguments["max_steps"] = arguments["max_steps"] or inf
-    run = Run(**arguments, hook=hooks)
+    run = Run(**arguments, hook=hooks, world_size=max(1, len(launch.wanted(settings["devices"]))))
     with blame(hooks):
         prepare(run, metrics, device, seed)
     return run
@@ -140,6 +177,7 @@ class Recorder:
     """Writes what the run is made of into its folder, once nothing speaks against training any more."""
 
     looks_on = True
+    on_first_rank = True
 
     settings: dict[str, Any]
     new: bool
@@ -160,7 +198,8 @@ class Recorder:
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         size = [len(loader.dataset) for loader in (run.train, run.valid)]
         print(f"{self.settings['model']} ({parameters:,} parameters) on {self.settings['data']} "
-              f"({size[0]:,} + {size[1]:,} images), {self.settings['optimizer']}, {run.device}")
+              f"({size[0]:,} + {size[1]:,} images), {self.settings['optimizer']}, {self.settings['device']}"
+              f"{f', {run.world_size} processes' if run.world_size > 1 else ''}")
         versions = f"loopctl {version('loopctl')}, torch {torch.__version__}"
         heading = f"# {versions}\n# loopctl run --config {run.out}/run.toml\n"
         # Names, numbers, truth values and lists of them are written in TOML as in JSON.
@@ -184,6 +223,7 @@ def folder(path: Path | None, recorder: Recorder) -> Iterator[Path]:
     else:
         place, made = path or Path(), []
     try:
+        world.remember("out", str(place))
         yield place
     finally:
         if recorder.new and not recorder.started:

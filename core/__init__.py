@@ -10,26 +10,29 @@ from loopctl.hooks import hookimpl
 
 if TYPE_CHECKING:
     from loopctl.average import fill, swapped
-    from loopctl.batches import grouped, mapped, moved, tensors
+    from loopctl.batches import grouped, mapped, moved, tensors, weighed
     from loopctl.explanation import explain
     from loopctl.lengths import Length
     from loopctl.loop import fit
     from loopctl.monitor import Monitor
+    from loopctl.parallel import Parallel
     from loopctl.patterns import matching
     from loopctl.rates import claim_momentum, per_group, set_momentum
     from loopctl.run import Run
 
-__all__ = ["Length", "Monitor", "Run", "UsageError", "available", "claim_momentum", "explain", "fill", "fit", "grouped",
-           "hookimpl", "load", "mapped", "matching", "moved", "per_group", "set_momentum", "swapped", "tensors"]
+__all__ = ["Length", "Monitor", "Parallel", "Run", "UsageError", "available", "claim_momentum", "explain", "fill",
+           "fit", "grouped", "hookimpl", "load", "mapped", "matching", "moved", "per_group", "set_momentum", "swapped",
+           "tensors", "weighed"]
 
 # What needs torch is imported when it is first used, so that `loopctl --help` answers at once.
 LATER = {
     "average": ("fill", "swapped"),
-    "batches": ("grouped", "mapped", "moved", "tensors"),
+    "batches": ("grouped", "mapped", "moved", "tensors", "weighed"),
     "explanation": ("explain",),
     "lengths": ("Length",),
     "loop": ("fit",),
     "monitor": ("Monitor",),
+    "parallel": ("Parallel",),
     "patterns": ("matching",),
     "rates": ("claim_momentum", "per_group", "set_momentum"),
     "run": ("Run",),

@@ -60,6 +60,11 @@ def samples(batch: Any) -> int:
     return 1 if first is None or first.ndim == 0 else first.shape[0]
 
 
+def weighed(loss: torch.Tensor, weight: Any) -> torch.Tensor:
+    """`loss` times the weight of its micro-batch in the step, unless that is all of it: then there is nothing to do."""
+    return loss if isinstance(weight, float) and weight == 1 else loss * weight
+
+
 def tensors(batch: Any) -> Iterator[torch.Tensor]:
     """The tensors of a batch, in order."""
     if isinstance(batch, torch.Tensor):

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from loopctl.batches import mapped
 from loopctl.errors import UsageError, names, one_line
 from loopctl.files import Damaged, read
 from loopctl.meters import Meters
 from loopctl.options import spec
 from loopctl.randomness import generators, random_state, set_random_state
+from loopctl.regroup import own_part
 from loopctl.run import Run
 from loopctl.updates import unlayered
+from loopctl.world import gathered, told
 
 POSITION = {"epoch": int, "step": int, "attempts": int, "seen": int, "began": tuple, "judged": int, "stop": str,
             "metrics": dict, "history": list}
 LAYOUT = {"config": dict, "model": dict, "optimizer": dict, "plugins": dict, "composition": list, "parameters": list,
-          "samples": list, "plan": list, "max_steps": int | float, "position": dict, "meters": dict, "data": dict,
-          "random": dict}
+          "samples": list, "plan": list, "max_steps": int | float, "position": dict, "ranks": list}
 
 # A plugin that joins one of these has a say in what is trained, unless it says `looks_on = True`; one that joins none
 # of them, and keeps no state, looks on too.
@@ -32,12 +34,21 @@ SHAPING = ("setup", "param_groups", "wrap_model", "group_batches", "lr_scale", "
            "micro_step", "compute_loss", "backward", "after_backward", "grads_ready")
 
 # What `loopctl run` was told, and may be told otherwise when the run goes on.
-FREE = ("epochs", "max_steps", "eval_every", "workers", "device", "data_root", "download", "plugin", "without")
+FREE = ("epochs", "max_steps", "eval_every", "workers", "device", "devices", "data_root", "download", "plugin",
+        "without")
 
 log = logging.getLogger("loopctl")
 
 def state(run: Run) -> dict[str, Any]:
-    """Everything that changes while training, in types that `torch.load(weights_only=True)` takes."""
+    """Everything that changes while training, in types that `torch.load(weights_only=True)` takes.
+
+    Model, optimizer, plugins and position are the same in all processes. What is each one's own is under "ranks"; to
+    collect it, all of them must call this.
+    """
+    own = {"meters": run.meters.state_dict(), "data": {name: feed.state_dict() for name, feed in run.feeds.items()},
+           "random": random_state(run.train, run.valid)}
+    if run.world_size > 1:
+        own = mapped(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, own)
     with unlayered():
         optimizer = run.optimizer.state_dict()
     return {
@@ -52,9 +63,7 @@ def state(run: Run) -> dict[str, Any]:
         "plan": list(run.plan()),
         "max_steps": run.max_steps,
         "position": {name: getattr(run, name) for name in POSITION},
-        "meters": run.meters.state_dict(),
-        "data": {name: feed.state_dict() for name, feed in run.feeds.items()},
-        "random": random_state(run.train, run.valid),
+        "ranks": gathered(run, own),
     }
 
 
@@ -78,25 +87,31 @@ def restore(run: Run) -> None:
         return
     file, saved = find(path, run.device)
     try:
-        if differences := compare(run, saved):
+        if differences := told(run, compare(run, saved)):           # the first process has all the plugins
             raise UsageError(f"resume: {file} is of another run: {differences[0]}")
         load(run, saved)
+        cut = saved["position"]["step"] >= saved["max_steps"] and within(saved)
+        own = own_part(run, saved)
         for name in POSITION:
             setattr(run, name, saved["position"][name])
         run.meters = Meters(run.metric_fns["train"], "train_")
-        run.meters.load_state_dict(saved["meters"])
+        run.meters.load_state_dict(own["meters"])
         for name, feed in run.feeds.items():
-            feed.load_state_dict(saved["data"][name])
-        cut = run.step >= saved["max_steps"] and not run.batch and run.seen % saved["plan"][1] != 0
-        set_random_state(saved["random"], run.train, run.valid)
+            feed.load_state_dict(own["data"][name])
+        set_random_state(own["random"], run.train, run.valid)
     except (UsageError, torch.OutOfMemoryError):
         raise
     except Exception as error:                      # a plugin may raise anything over a state that is not its own
         raise UsageError(f"resume: {file} cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
-    if cut and not run.over:
+    if cut and not run.batch and not run.over:
         raise UsageError(f"resume: {file} ended within an epoch, at max_steps={saved['max_steps']}, so what it did "
                          "at the epoch's end came too early to go on; begin a new run from its weights")
     run.saved = file
+
+
+def within(saved: dict[str, Any]) -> bool:
+    """Whether the last of its epochs ended before its data did."""
+    return saved["position"]["seen"] % saved["plan"][1] != 0
 
 
 def roll_back(run: Run) -> None:
@@ -114,7 +129,8 @@ def load(run: Run, saved: dict[str, Any]) -> None:
     with unlayered():
         run.optimizer.load_state_dict({key: saved["optimizer"][key] for key in ("state", "param_groups")})
     for name, plugin in stateful(run).items():
-        plugin.load_state_dict(saved["plugins"][name])
+        if run.rank == 0 or not getattr(plugin, "on_first_rank", False):
+            plugin.load_state_dict(saved["plugins"][name])
 
 
 def compare(run: Run, saved: dict[str, Any]) -> list[str]:
@@ -144,16 +160,17 @@ def compare(run: Run, saved: dict[str, Any]) -> list[str]:
     if not found and orders[0] != orders[1]:
         found.append("the plugins act in the order {} there and {} here".format(*map(", ".join, orders)))
 
-    found += differ("there is the metric {}", saved["meters"].keys() - {""}, run.metric_fns["train"])
+    first = saved["ranks"][0]
+    found += differ("there is the metric {}", first["meters"].keys() - {""}, run.metric_fns["train"])
     judged = saved["position"]["metrics"], run.metrics
     found += differ("there is {}", *({"validation data"} if "val_loss" in one else () for one in judged))
-    if saved["plan"] != list(run.plan()):
+    if saved["plan"] != list(run.plan()) and len(saved["ranks"]) == run.world_size:
         found.append("an epoch has {} steps and {} batches there, ".format(*saved["plan"])
                      + "{} and {} here; keep data, batch size and accumulation".format(*run.plan()))
     if saved["samples"] != run.feeds["train"].size:
         found.append("the training data has {1} samples in batches of {0} there, ".format(*saved["samples"])
                      + "{1} in batches of {0} here".format(*run.feeds["train"].size))
-    own = len(saved["random"]["generators"]), len(generators((run.train, run.valid)))
+    own = len(first["random"]["generators"]), len(generators((run.train, run.valid)))
     if own[0] != own[1]:
         found.append("the data loaders have {} random generators of their own there and {} here".format(*own))
     return found

@@ -37,15 +37,19 @@ def compose(plugins: Iterable[Any]) -> Hooks:
     replace the same hook.
     """
     from loopctl import defaults, loop  # here, for they import torch and this module
+    from loopctl.parallel import Parallel
+    from loopctl.world import rank
 
     chosen = named(plugins)
+    elsewhere = rank() > 0 and any(isinstance(plugin, Parallel) for plugin in chosen.values())
     manager = pluggy.PluginManager("loopctl")
     manager.add_hookspecs(hooks)
     manager.register(defaults)
     manager.register(loop)
     for name, plugin in reversed(chosen.items()):         # pluggy calls the last registered first
         check_plugin(name, plugin, manager)
-        manager.register(plugin, name)
+        if not (elsewhere and getattr(plugin, "on_first_rank", False)):
+            manager.register(plugin, name)
     manager.check_pending()
 
     composed = Hooks()

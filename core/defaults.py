@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from loopctl.batches import moved, samples
+from loopctl.batches import moved, samples, weighed
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 from loopctl.meters import Meters
@@ -37,8 +37,7 @@ def optimizer_step(run, closure):
 @hookimpl(trylast=True)
 def micro_step(run, batch, weight, last):
     loss = run.hook.compute_loss(run=run, batch=batch)
-    if len(run.batches) > 1:        # else the micro-batch is the whole step, and its weight is 1
-        loss = loss * weight
+    loss = weighed(loss, weight)
     run.hook.backward(run=run, loss=loss)
     return loss.detach()
 
@@ -72,4 +71,4 @@ def evaluate(run):
                 meters.observe(run.outputs, batch, weight)
     if not meters.loss.weight and not meters.loss.values:
         raise UsageError("valid has no batches; leave it out, or pass a list or a DataLoader, which can be read again")
-    return meters.result()
+    return meters.result(run)

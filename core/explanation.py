@@ -34,10 +34,12 @@ def plan(run: Run) -> list[str]:
     """What a prepared run is going to do, in numbers: updates, batch sizes, learning rates."""
     steps, micro_batches = run.plan()
     size = getattr(run.train, "batch_size", None) or samples(next(iter(run.train)))
+    several = run.world_size > 1
     lrs = [lr[0] for _, lr in curve(run)]
     each = f", {micro_batches / steps:.3g} micro-batches each" if micro_batches != steps else ""
     return [
         f"updates          {run.planned_steps:,}: {run.epochs} epochs of {steps:,}{each}",
-        f"effective batch  {size * -(-micro_batches // steps):,} samples",
+        *[f"processes        {run.world_size}, each with batches of {size:,} samples"] * several,
+        f"effective batch  {size * -(-micro_batches // steps) * run.world_size:,} samples",
         f"learning rate    {lrs[0]:.3g} at the start, {max(lrs):.3g} at its peak, {lrs[-1]:.3g} at the end",
     ]

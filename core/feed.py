@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from loopctl.batches import known_length
 from loopctl.randomness import host_state, random_state, set_host_state, set_random_state
+from loopctl.shard import Shard
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -71,6 +72,8 @@ class Feed:
     def take(self) -> None:
         """Give what the run has now, which a plugin may have replaced."""
         self.source = self.loader = source = getattr(self.run, self.name)
+        parts = source, getattr(source, "batch_sampler", None)
+        self.shard = next((part for part in parts if isinstance(part, Shard)), None)    # where there are more processes
         self.indices: Indices | None = None
         self.workers: Workers | None = None
         self.keeps_own_state = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
@@ -111,9 +114,10 @@ class Feed:
         self.loader = self.source
 
     def rest(self) -> Generator[Any]:
-        at = self.first
+        at = self.at = self.first
         try:
             for batch in self.begin():
+                self.at = at                            # the batch at hand
                 yield batch
                 at += 1
         except Exception as error:
@@ -127,6 +131,8 @@ class Feed:
             if self.name == "train" and hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self.run.epoch)
         first, saved, self.saved = self.first, self.saved, {}
+        if self.shard:
+            self.shard.begin(first, saved.get("consumed", 0))
         here = random_state(self.source)
         if first:
             set_random_state(saved["began"], self.source)
@@ -162,6 +168,8 @@ class Feed:
         """What it takes to go on from here."""
         return self.saved or {
             "began": self.began if self.first else None,
+            "consumed": self.shard.consumed(self.first) if self.shard and self.first else self.first,
+            "seed": self.shard.seed if self.shard else None,
             "indices": self.indices.began if self.indices and self.first else None,
             "workers": self.workers.state_dict(self.first) if self.workers else {},
             "loader": self.source.state_dict() if self.keeps_own_state and self.passing else None,
@@ -169,6 +177,8 @@ class Feed:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.saved = state
+        if self.shard and self.shard.seed is not None:
+            self.shard.seed = state["seed"]
 
 
 def draws_indices(source: Any) -> bool:

@@ -17,6 +17,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from loopctl.errors import UsageError, one_line
+from loopctl.world import rank
 
 SEAL = b"loopctl crc32 "
 
@@ -74,12 +75,18 @@ def flush(path: Path) -> None:
 
 
 def save_weights(model: nn.Module, file: Path) -> None:
-    """Write the weights of `model` as safetensors, which any program reads and which runs no code. Raises OSError."""
+    """Write the weights of `model` as safetensors, which any program reads and which runs no code. Raises OSError.
+
+    Of several processes the first writes. Where each has a piece of the weights, all must call this.
+    """
+    whole = Tensors(model)
+    if rank():
+        return
     with replacing(file) as aside:
         aside.touch()
         usual = aside.stat().st_mode
         try:
-            save_model(Tensors(model), str(aside))      # type: ignore[arg-type]   # it asks for state_dict alone
+            save_model(whole, str(aside))               # type: ignore[arg-type]   # it asks for state_dict alone
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             if number:
@@ -89,13 +96,20 @@ def save_weights(model: nn.Module, file: Path) -> None:
 
 
 class Tensors:
-    """A model without the state that is no tensor, for which safetensors have no place."""
+    """A model without the state that is no tensor, for which safetensors have no place; with pieces put together."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        # One at a time, and only the first process keeps them: together they may not fit where the pieces are.
+        self.found = {}
+        for name, one in model.state_dict().items():
+            if hasattr(one, "full_tensor"):
+                one = one.full_tensor()
+                one = one if rank() else one.cpu()
+            if isinstance(one, torch.Tensor) and not rank():
+                self.found[name] = one
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: one for name, one in self.model.state_dict().items() if isinstance(one, torch.Tensor)}
+        return self.found
 
 
 class Damaged(Exception):

@@ -25,6 +25,7 @@ from loopctl.prepare import prepare
 from loopctl.rates import set_rates
 from loopctl.run import Run
 from loopctl.updates import zero_grad
+from loopctl.world import restarts, told
 
 
 def fit(
@@ -62,7 +63,7 @@ def fit(
     Raises UsageError, before anything is trained, where something asked for cannot be done.
     """
     run = Run(model, loss_fn, optimizer, train, valid, epochs, inf if max_steps is None else max_steps, eval_every,
-              steps_per_epoch, out=Path(out), resume=Path(resume) if resume else None)
+              steps_per_epoch, out=Path(out), resume=Path(resume) if resume else Path(out) if restarts() else None)
     run.hook = compose(plugins)
     with blame(run.hook):
         prepare(run, metrics, device, seed)
@@ -152,9 +153,10 @@ def evaluate(run: Run) -> None:
     """Bring fresh metrics to the host, which is when the loop waits for the device, and have plugins judge them."""
     if run.judged == run.attempts:
         return
-    run.metrics |= run.meters.result() | run.hook.evaluate(run=run)
+    run.metrics |= run.meters.result(run) | run.hook.evaluate(run=run)
     for name, value in run.metrics.items():
         if hasattr(value, "tolist"):
             run.metrics[name] = value.tolist()
+    run.metrics = told(run, run.metrics)
     run.judged = run.attempts
     run.hook.after_evaluate(run=run)

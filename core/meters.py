@@ -1,12 +1,16 @@
 """Weighted means that stay on the device: nothing waits for it until somebody asks for the result."""
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from loopctl.errors import UsageError
+from loopctl.world import summed
+
+if TYPE_CHECKING:
+    from loopctl.run import Run
 
 
 class Mean:
@@ -32,10 +36,15 @@ class Mean:
         self.weight = self.weight + weights.sum()
         self.values, self.weights = [], []
 
-    def result(self) -> Tensor:
+    def sums(self) -> tuple[Any, Any]:
+        """The weighted sum and the sum of the weights."""
         if self.values:
             self.fold()
-        return self.total / self.weight
+        return self.total, self.weight
+
+    def result(self) -> Tensor:
+        total, weight = self.sums()
+        return total / weight
 
     def state_dict(self) -> dict[str, Any]:
         # Not folded: where sums are cut is part of their last digit.
@@ -73,7 +82,9 @@ class Meters:
 
     @torch.no_grad()
     def observe(self, outputs: Any, batch: Any, weight: Any) -> None:
-        """Take in the outputs of one micro-batch. Called only where there are functions."""
+        """Take in the outputs of one micro-batch, unless it counts nothing. Called only where there are functions."""
+        if isinstance(weight, int | float) and not weight:
+            return
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise UsageError("metrics take (input, target) batches; for others, replace `evaluate` in a plugin")
         for name, function in self.functions.items():
@@ -98,12 +109,18 @@ class Meters:
             else:
                 vars(function).update(state[name])
 
-    def result(self) -> dict[str, Tensor]:
-        """The means so far by name, on the device."""
-        found = {f"{self.prefix}loss": self.loss.result()}
-        for name, function in self.functions.items():
-            found[self.prefix + name] = self.means[name].result() if name in self.means else function.compute()
-        return found
+    def result(self, run: Run | None = None) -> dict[str, Tensor]:
+        """The means so far by name, on the device; over all processes of `run`, each of which must ask."""
+        means = {"loss": self.loss, **self.means}
+        if run and run.world_size > 1:
+            sums = [torch.as_tensor(part, dtype=torch.float64, device=run.device)
+                    for mean in means.values() for part in mean.sums()]
+            both = summed(run, torch.stack(sums)).view(-1, 2)
+            results = dict(zip(means, both[:, 0] / both[:, 1], strict=True))
+        else:
+            results = {name: mean.result() for name, mean in means.items()}
+        results |= {name: function.compute() for name, function in self.functions.items() if name not in means}
+        return {self.prefix + name: results[name] for name in ("loss", *self.functions)}
 
 
 def collected(function: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What happens between `fit(...)` and the first step: check what was asked for, then build what is missing."""
 from __future__ import annotations
 
+import os
 import warnings
 from copy import deepcopy
 from math import inf, nan
@@ -12,9 +13,11 @@ from torch import nn
 from loopctl.batches import known_length
 from loopctl.errors import UsageError, one_line
 from loopctl.meters import keeps_own_state
+from loopctl.parallel import Parallel
 from loopctl.randomness import seed_everything
 from loopctl.run import Run
 from loopctl.updates import unlayered
+from loopctl.world import launched
 
 
 def prepare(run: Run, metrics: dict[str, Any] | None, device: Any, seed: int | None) -> None:
@@ -26,6 +29,8 @@ def prepare(run: Run, metrics: dict[str, Any] | None, device: Any, seed: int | N
     run.model.to(run.device)
     place_metrics(run, metrics or {})
 
+    if launched() > 1 and not any(isinstance(plugin, Parallel) for plugin in run.hook.plugins.values()):
+        raise UsageError(f"torchrun has started {launched()} processes, and nobody has them train together; add ddp")
     run.hook.setup(run=run)
     run.optimizer = make_optimizer(run)
     run.network = run.model
@@ -50,12 +55,15 @@ def check(run: Run) -> None:
 
 
 def find_device(device: Any, model: nn.Module | None = None) -> torch.device:
-    """The device to run on. None is where `model` is; "auto" is cuda, then mps, then cpu. Raises UsageError."""
+    """The device to run on. None is where `model` is; "auto" is cuda, then mps, then cpu. Of several
+    processes each has a cuda of its own. Raises UsageError."""
     if device is None:
         tensors = [*model.parameters(), *model.buffers()] if model else []
         return tensors[0].device if tensors else torch.device("cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if str(device) == "cuda" and launched() > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"      # of each process its own
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                 # torch's, of old names, which are refused below

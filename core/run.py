@@ -37,6 +37,8 @@ class Run:
     metric_fns: dict[str, Any] = field(default_factory=dict)
     out: Path = Path()                        # the folder that plugins write to
     resume: Path | None = None                # the checkpoint it goes on from
+    rank: int = 0                             # which of the processes this is that train together,
+    world_size: int = 1                       # and how many there are
 
     # Set before training.
     device: torch.device = None               # type: ignore[assignment]
@@ -95,7 +97,7 @@ class Run:
     @property
     def planned_steps(self) -> int:
         """How many steps the whole run has, if nothing stops it."""
-        return int(min(self.epochs * self.plan()[0], self.max_steps))
+        return int(min(self.began[1] + (self.epochs - self.epoch) * self.plan()[0], self.max_steps))
 
     def position(self, by: str) -> int:
         """Where a schedule stands: epochs done (`by="epoch"`), or steps done, skipped ones included (`by="step"`)."""

@@ -12,7 +12,7 @@ from os.path import realpath
 from pathlib import Path
 from typing import Any, Literal
 
-from loopctl import Monitor, Run, UsageError, checkpoint, files, hookimpl
+from loopctl import Monitor, Run, UsageError, checkpoint, files, hookimpl, world
 
 log = logging.getLogger("loopctl")
 
@@ -53,8 +53,9 @@ class Checkpoint:
     @hookimpl(wrapper=True)
     def train(self):
         self.watch = Monitor(self.monitor, self.mode)
-        self.due = self.best = self.checked = False
+        self.ended = self.best = self.checked = False
         self.signal = 0
+        self.together = world.Together()
         self.good: list[Path] = []              # the checkpoints to keep, the last one first
         before = {number: signal.signal(number, self.heed) for number in free_signals()}
         try:
@@ -64,8 +65,9 @@ class Checkpoint:
                 signal.signal(number, handler)
 
     def heed(self, number: int, frame: Any) -> None:
-        """Note that the run is to leave at the next safe point. A second signal ends it at once."""
-        if self.signal:
+        """Note that the run is to leave at the next safe point. A second signal ends it at once, but where torchrun has
+        started several processes, which passes on to them what they may have had already."""
+        if self.signal and world.launched() == 1:
             raise SystemExit(128 + number)
         self.signal = number
 
@@ -74,6 +76,11 @@ class Checkpoint:
         self.watch.start(run)
         self.folder = run.out / self.dir
         self.since = time.monotonic()
+        if run.rank == 0:
+            self.claim(run)
+
+    def claim(self, run: Run) -> None:
+        """Refuse a folder that cannot be written to, or that others write to."""
         try:
             files.writable(self.folder / "best.safetensors")
         except OSError as error:
@@ -90,7 +97,8 @@ class Checkpoint:
     @hookimpl
     def epoch_start(self, run):
         if not self.checked:
-            checkpoint.check(run)
+            if run.rank == 0:
+                checkpoint.check(run)
             self.checked = True
             # Those after the one gone on from are damaged.
             last = checkpoint.number(run.saved) if run.saved else -1
@@ -104,33 +112,43 @@ class Checkpoint:
 
     @hookimpl
     def epoch_end(self, run):
-        self.due = run.over or run.epoch % self.every_epochs == 0
+        self.ended = True
 
     @hookimpl
     def safe_point(self, run):
-        if (self.due or self.best or self.signal
-                or (self.every_steps and run.attempts % self.every_steps == 0)
-                or (self.every_minutes and time.monotonic() - self.since >= 60 * self.every_minutes)):
+        late = self.every_minutes is not None and time.monotonic() - self.since >= 60 * self.every_minutes
+        signal, late = self.together(run, (self.signal, late)) or (0, False)
+        ended, self.ended = self.ended and (run.over or run.epoch % self.every_epochs == 0), False
+        if ended or self.best or signal or late or (self.every_steps and run.attempts % self.every_steps == 0):
             done = self.save(run)
-            if self.signal and not run.over:
-                self.leave(run, done)
+            if signal and not run.over:
+                self.leave(run, signal, done)
 
     def save(self, run: Run) -> bool:
         """Write a checkpoint, then take away those that are too many. Whether it could be written."""
         file = self.folder / f"step-{run.attempts:08}.pt"
-        best, self.best, self.due, self.since = self.best, False, False, time.monotonic()
-        if not self.written(run, file, lambda: files.save(checkpoint.state(run), file)):
+        best, self.best, self.since = self.best, False, time.monotonic()
+        content = checkpoint.state(run)
+        if not self.written(run, file, lambda: files.save(content, file)):
             return False
         run.saved = file
         if best:
             self.written(run, self.folder / "best.pt", lambda: linked(file, self.folder / "best.pt"))
+        if run.rank == 0:
+            self.tidy(run, file)
+        return True
+
+    def tidy(self, run: Run, file: Path) -> None:
         self.good = [*dict.fromkeys((file, *self.good))][:self.keep]
         for old in (*checkpoint.numbered(self.folder), *self.folder.glob("*.new")):
             if old not in self.good and checkpoint.number(old) <= run.attempts and not old.is_dir():
-                self.written(run, old, partial(old.unlink, missing_ok=True))
-        return True
+                self.tried(run, old, partial(old.unlink, missing_ok=True))
 
     def written(self, run: Run, file: Path, write: Callable[[], None]) -> bool:
+        """Whether `write` could write `file`, in the first process, which all wait for."""
+        return world.told(run, run.rank == 0 and self.tried(run, file, write))
+
+    def tried(self, run: Run, file: Path, write: Callable[[], None]) -> bool:
         """Whether `write` could write `file`. If not, a line says so, and the run goes on."""
         try:
             write()
@@ -140,11 +158,12 @@ class Checkpoint:
             return False
         return True
 
-    def leave(self, run: Run, done: bool) -> None:
+    def leave(self, run: Run, number: int, done: bool) -> None:
         way = f"resuming goes on from {run.saved}" if run.saved else "there is no checkpoint to go on from"
-        name = signal.Signals(self.signal).name
-        log.warning("checkpoint: left on %s after %d updates, in epoch %d; %s", name, run.step, run.epoch + 1, way)
-        raise SystemExit(128 + self.signal if done else 1)
+        name = signal.Signals(number).name
+        if run.rank == 0:
+            log.warning("checkpoint: left on %s after %d updates, in epoch %d; %s", name, run.step, run.epoch + 1, way)
+        raise SystemExit(128 + number if done else 1)
 
     def state_dict(self) -> dict[str, Any]:
         return self.watch.state_dict()

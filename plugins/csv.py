@@ -2,6 +2,7 @@
 import csv
 import logging
 from dataclasses import dataclass
+from typing import ClassVar
 
 from loopctl import files, hookimpl
 
@@ -16,6 +17,7 @@ class Csv:
     """
 
     path: str = "metrics.csv"
+    on_first_rank: ClassVar[bool] = True
 
     @hookimpl
     def train_start(self, run):

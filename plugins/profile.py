@@ -42,6 +42,7 @@ class Profile:
     steps: int = 10
     path: str = "trace.json"
     capturable: ClassVar[bool] = True
+    on_first_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, least in (("start", 0), ("steps", 1)):

@@ -2,6 +2,7 @@
 import time
 from dataclasses import dataclass
 from math import nan
+from typing import ClassVar
 
 import torch
 
@@ -18,6 +19,7 @@ class Progress:
 
     unit: str = "samples"
     interval: float = 0.1
+    on_first_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.interval >= 0:
@@ -55,7 +57,7 @@ class Progress:
 
     @hookimpl
     def after_step(self, run):
-        self.counted += run.weight
+        self.counted += run.weight * run.world_size         # what all processes have trained on
         if self.live and time.monotonic() >= self.next:
             self.next = time.monotonic() + self.interval
             self.bar.start()                           # does nothing when it has started

@@ -30,6 +30,7 @@ class Report:
 
     path: str = "report.html"
     capturable: ClassVar[bool] = True       # it looks on at the first step only
+    on_first_rank: ClassVar[bool] = True
 
     @hookimpl(wrapper=True)
     def train(self, run):

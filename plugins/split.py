@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from loopctl import Run, UsageError, hookimpl, mapped, randomness, tensors
+from loopctl import Run, UsageError, hookimpl, mapped, randomness, tensors, weighed
 
 
 @dataclass(eq=False)
@@ -73,10 +73,8 @@ class Split:
         for part, count in zip(parts, counts, strict=True):
             loss = run.hook.compute_loss(run=run, batch=part)
             if len(parts) > 1:
-                loss = loss * (weight * count / total)
                 outputs.append(run.outputs)
-            elif len(run.batches) > 1:
-                loss = loss * weight
+            loss = weighed(loss, weight if len(parts) == 1 else weight * count / total)
             run.hook.backward(run=run, loss=loss)
             losses.append(loss.detach())
         if len(parts) > 1:

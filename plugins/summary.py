@@ -26,6 +26,7 @@ class Summary:
 
     depth: int | None = None
     capturable: ClassVar[bool] = True       # it looks on at the first step only
+    on_first_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.depth is not None and self.depth < 1:

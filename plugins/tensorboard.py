@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Tensorboard:
 
     dir: str = "tensorboard"
     every_steps: int = 50
+    on_first_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:

@@ -63,7 +63,7 @@ class Throughput:
 
     @hookimpl
     def setup(self, run):
-        self.top = self.peak
+        self.top, self.devices = self.peak, run.world_size
         if self.top is None and run.device.type == "cuda":
             self.top = peak_of(torch.cuda.get_device_name(run.device))
         names = [f"{self.unit}_per_s", "data_wait", "memory_gb", *["mfu"] * (self.top is not None)]
@@ -109,7 +109,7 @@ class Throughput:
 
     @hookimpl
     def after_step(self, run):
-        self.count += run.weight
+        self.count += run.weight * run.world_size               # over all processes
         if self.counter:
             self.counting.close()
             self.per_sample, self.counter = self.counter.get_total_flops() / run.weight, None
@@ -126,7 +126,7 @@ class Throughput:
         """The metrics of the epoch so far, which took `seconds`."""
         speed = float(self.count) / seconds or nan          # 0 where a run goes on with nothing left of its epoch
         found = {f"{self.unit}_per_s": speed, "data_wait": self.waited / seconds, "memory_gb": memory(device) / 2**30}
-        return found | ({"mfu": float(self.per_sample) * speed / (self.top * 1e12)} if self.top else {})
+        return found | ({"mfu": float(self.per_sample) * speed / (self.top * self.devices * 1e12)} if self.top else {})
 
 
 def now(device: torch.device) -> float:

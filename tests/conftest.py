@@ -1,9 +1,14 @@
-"""Small things that many tests train."""
+"""Small things that many tests train, and the processes in which some do."""
 import copy
+import os
+import pickle
 import shutil
+import socket
 import subprocess
 import sys
 from functools import partial
+from multiprocessing.connection import Listener
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,3 +101,58 @@ def install(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         return place / "site"
     return installed
+
+
+class Ranks:
+    """Processes that train together. They are kept, for to start one takes seconds."""
+
+    def __init__(self, folder):
+        self.listener = Listener(str(folder / "ranks"), backlog=8)
+        self.kept = []
+
+    def __call__(self, number, function, *arguments, timeout=120, **environment):
+        """Call a function of a test file in each of so many processes. Returns what each returned, by rank; raises what
+        one raised, and of those that only missed another one nothing."""
+        answers = self.answers(number, function, *arguments, timeout=timeout, **environment)
+        errors = [error for _, error in answers if error]
+        if errors:
+            raise next((error for error in errors if "closed by peer" not in str(error)), errors[0])
+        return [result for result, _ in answers]
+
+    def answers(self, number, function, *arguments, timeout=120, **environment):
+        """By rank: what the function returned, and what it raised."""
+        while len(self.kept) < number:
+            process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("rank.py")), self.listener.address],
+                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+            self.kept.append((process, self.listener.accept()))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number),
+                  "TORCHELASTIC_RESTART_COUNT": "0", **environment}
+        for rank, (_, wire) in enumerate(self.kept[:number]):
+            ranked = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            wire.send_bytes(pickle.dumps((function.__code__.co_filename, function.__name__, arguments, ranked)))
+        try:
+            for rank, (_, wire) in enumerate(self.kept[:number]):
+                assert wire.poll(timeout), f"rank {rank} gave no answer in {timeout} seconds"
+            return [pickle.loads(wire.recv_bytes()) for _, wire in self.kept[:number]]
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        for process, wire in self.kept:
+            wire.close()
+            process.kill()
+            process.wait()
+        self.kept = []
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Call a function of the test's file in several processes: `ranks(2, function, *arguments)`."""
+    pool = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
+    pool.listener.close()

@@ -1,0 +1,172 @@
+"""What plugins have in common that train in several processes, with one device each."""
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from loopctl import world
+from loopctl.errors import UsageError
+from loopctl.hooks import hookimpl
+from loopctl.randomness import seed_everything
+from loopctl.shard import Shard, sharded
+from loopctl.updates import LOOKS_ONCE
+
+if TYPE_CHECKING:
+    from loopctl.run import Run
+
+
+@dataclass(eq=False)
+class Parallel:
+    """Trains in several processes, each with its part of every step; how their gradients meet is the subclass's.
+
+    The loop stays what it is. A step is over the micro-batches of all processes, and each of these weighs its weight
+    over that of all, so that the update is the one that a single process would make of them. Metrics are weighted in
+    the same way, and are the same in every process; whoever judges them comes to the same result everywhere. What one
+    process notices alone, such as the end of its time in `run.stop`, all of them act on at the same step.
+
+    shard: give each process its part of the data; false where the data is in parts already, as many batches in each
+    """
+
+    shard: bool = True
+
+    @hookimpl(wrapper=True)
+    def setup(self, run):
+        self.join(run)                      # before the others' setup, so that they know which process they are in
+        result = yield
+        self.spread(run)                    # after it: they have seen the user's own model
+        return result
+
+    def join(self, run: Run) -> None:
+        for name, other in run.hook.plugins.items():
+            if other is not self and isinstance(other, Parallel):
+                raise UsageError(f"{name} has the processes train together already; choose one")
+        self.begins = world.join(run)
+        self.stop = ""                      # the reason to end that all processes have agreed on,
+        self.wish = ""                      # and the one that this process has noticed
+        self.together = world.Together()
+        self.evaluating, self.uneven = False, False
+        run.out, run.resume = world.told(run, (run.out, run.resume))
+        # Not torch.seed(): a run that goes on draws the same batches.
+        self.seed = world.told(run, torch.initial_seed())
+        self.shards: dict[str, Shard | None] = {"train": None, "valid": None}
+        for name in self.shards if self.shard else ():
+            if (data := getattr(run, name)) is not None:
+                data, self.shards[name] = sharded(data, run.rank, run.world_size, self.seed)
+                setattr(run, name, data)
+
+    def spread(self, run: Run) -> None:
+        """Change the model, when all plugins have had their setup and before there is an optimizer."""
+
+    @hookimpl
+    def wrap_model(self, run):
+        # All processes had the same random numbers, to begin with the same model. Their noise is to be their own.
+        if run.rank:
+            seed_everything((self.seed + run.rank) % 2**63)
+
+    @hookimpl
+    def train_start(self, run):
+        # Whether the samples in a step are known to every process without asking.
+        others = [name for name in run.hook.acting["batch_weight"] if run.hook.plugins[name] is not self]
+        collates = run.train.collate_fn if isinstance(run.train, DataLoader) else None
+        self.known = (self.shards["train"] is not None and not others
+                      and (collates in (None, default_collate) or getattr(collates, "keeps_samples", False)))
+        self.looks_once = type(run.optimizer) in LOOKS_ONCE
+
+    @hookimpl(wrapper=True)
+    def train(self, run):
+        try:
+            return (yield)
+        except BaseException:
+            if self.begins and run.world_size > 1:
+                world.leave()               # now, so that nobody waits for this process
+            raise
+
+    @hookimpl(wrapper=True)
+    def batch_weight(self, run, batch):
+        weight = yield
+        return weight if self.counts(run, batch) else weight * 0
+
+    def counts(self, run: Run, batch: Any) -> bool:
+        """Whether `batch` is no filler. The last one of a pass may be."""
+        if self.evaluating:
+            shard, at = self.shards["valid"], run.feeds["valid"].at
+        else:
+            shard, at = self.shards["train"], run.batch + len(run.batches) - 1
+            if not run.batches or batch is not run.batches[-1]:
+                return True
+        return shard is None or shard.counts(at)
+
+    @hookimpl
+    def before_step(self, run):
+        # With the mean of the processes' weights as its own, a process's share of the step is too large by their
+        # number, which the mean of their gradients takes away again. The reported loss comes out the same way.
+        if run.world_size == 1:
+            return
+        shard = self.shards["train"]
+        if shard and self.known and (found := shard.together(run.batch, len(run.batches))):
+            total, even, own = found
+            if run.weight != own:
+                raise UsageError(f"train gave {run.weight} samples for {own} indices; say what a batch counts, in a "
+                                 "plugin with batch_weight")
+        else:
+            total, even = world.summed(run, run.weight), False
+        run.weight, self.uneven = total / run.world_size, not even
+
+    @hookimpl(wrapper=True)
+    def micro_step(self, run, last):
+        with self.meeting(last):
+            loss = yield
+        if last:
+            self.met(run)
+        # Where all weigh alike, a process's own loss is as good a report, and it costs no message. An optimizer that
+        # looks at the loss must see the same everywhere.
+        return world.mean(run, loss) if self.uneven or not self.looks_once else loss
+
+    def meeting(self, last: bool) -> AbstractContextManager[Any]:
+        """Have the processes' gradients meet in the step's last micro-batch, and not before."""
+        return nullcontext()
+
+    def met(self, run: Run) -> None:
+        """The gradients have met."""
+
+    @hookimpl(wrapper=True)
+    def evaluate(self):
+        self.evaluating = True
+        try:
+            return (yield)
+        finally:
+            self.evaluating = False
+
+    # A wrapper, so that it comes after those that judge.
+    @hookimpl(wrapper=True)
+    def after_evaluate(self, run):
+        result = yield
+        self.agree(run, max(world.gathered(run, run.stop or self.wish)))
+        return result
+
+    @hookimpl(wrapper=True)
+    def epoch_end(self, run):
+        result = yield
+        self.agree(run, max(world.gathered(run, run.stop or self.wish)))
+        return result
+
+    @hookimpl(wrapper=True)
+    def safe_point(self, run):
+        self.hold(run)
+        result = yield
+        self.hold(run)
+        self.agree(run, self.together(run, self.wish) or self.stop)
+        return result
+
+    def hold(self, run: Run) -> None:
+        """What was noticed here, and perhaps nowhere else, waits until all know of it."""
+        if run.stop != self.stop:
+            run.stop, self.wish = self.stop, run.stop
+
+    def agree(self, run: Run, stop: str) -> None:
+        run.stop = self.stop = stop
+        self.wish = self.wish if not stop else ""

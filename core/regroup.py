@@ -1,0 +1,70 @@
+"""A run goes on in another number of processes than it was saved by."""
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from loopctl.errors import UsageError
+from loopctl.meters import Meters, keeps_own_state
+from loopctl.randomness import random_state
+
+if TYPE_CHECKING:
+    from loopctl.run import Run
+
+log = logging.getLogger("loopctl")
+
+
+def own_part(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint has for this process: means, place in the data, random numbers.
+
+    Where there were more or fewer processes, the epoch at hand goes on with the first batch that none of them had, and
+    `saved["position"]` becomes the one that this number of processes would be at. Raises UsageError where that is not
+    known.
+    """
+    ranks = saved["ranks"]
+    if len(ranks) == run.world_size:
+        return ranks[run.rank]
+    if run.rank == 0:
+        log.warning("resume: %d processes there and %d here, with as large batches each: a step is over %s samples",
+                    len(ranks), run.world_size, "more" if run.world_size > len(ranks) else "fewer")
+    position, first = saved["position"], ranks[0]
+    consumed = first["data"]["train"]["consumed"]
+    if consumed:
+        stuck = [name for name, function in run.metric_fns["train"].items() if keeps_own_state(function)]
+        if run.feeds["train"].shard is None or stuck:
+            why = f"metric {stuck[0]} cannot be divided among them" if stuck else "the data is in parts of its own"
+            raise UsageError(f"it was saved within an epoch by {len(ranks)} processes and here are {run.world_size}: "
+                             f"{why}; go on from an epoch's end, or with as many processes")
+    position.update(rebased(run, position, consumed))
+    mine = ranks[run.rank] if run.rank < len(ranks) else {"random": random_state(run.train, run.valid)}
+    data = {name: feed | {"workers": {}, "indices": None} for name, feed in first["data"].items()}
+    if run.rank:
+        meters = Meters(run.metric_fns["train"], "train_").state_dict()
+    else:
+        meters = {name: merged([one["meters"][name] for one in ranks]) for name in first["meters"]}
+    return {"meters": meters, "data": data, "random": mine["random"]}
+
+
+def rebased(run: Run, position: dict[str, Any], consumed: int) -> dict[str, Any]:
+    """Where a run is that has done `position["epoch"]` epochs, and `consumed` batches of all processes of the next."""
+    steps, batches = run.plan()
+    done = position["attempts"] - position["began"][1]              # steps of the epoch at hand
+    batch = 0
+    if consumed and run.steps_per_epoch:
+        batch = done * (batches // steps)
+    elif consumed:
+        shard = run.feeds["train"].shard
+        assert shard
+        left = shard.left(consumed)
+        batch, done = batches - left, steps - -(-left * steps // batches)
+    began = position["epoch"] * batches
+    return {"seen": began + batch, "began": (began, position["attempts"] - done)}
+
+
+def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The states of the means in all processes, as of one."""
+    if not all("values" in state for state in states):
+        return states[0]
+    return {"values": [one for state in states for one in state["values"]],
+            "weights": [one for state in states for one in state["weights"]],
+            "total": sum(state["total"] for state in states), "weight": sum(state["weight"] for state in states)}

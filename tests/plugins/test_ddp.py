@@ -1,0 +1,64 @@
+"""Several processes make the updates that one would make of all their batches."""
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from loopctl import fit
+
+LOSS = nn.CrossEntropyLoss()
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+
+
+def batches(*sizes, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return [(torch.randn(size, 6, generator=random, dtype=torch.float64), torch.randint(0, 3, (size,), generator=random))
+            for size in sizes]
+
+
+def accuracy(output, target):
+    return (output.argmax(1) == target).double().mean()
+
+
+def trained(plugins, optimizer, sizes, epochs, settings):
+    """What every process does: train with ddp, and tell what came of it."""
+    run = fit(network(), LOSS, optimizer, batches(*sizes), batches(8, 5, 7, seed=1), epochs=epochs, plugins=["ddp", *plugins],
+              metrics={"accuracy": accuracy}, seed=0, **settings)
+    return {name: value.clone() for name, value in run.model.state_dict().items()}, run.history, run.stop
+
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+EVEN, UNEVEN = [8] * 6, [8, 8, 8, 3, 8, 8, 5]
+CASES = {
+    "plain": ([], SGD, EVEN), "uneven": ([], SGD, UNEVEN), "accumulate": (["accumulate:every=2"], SGD, UNEVEN),
+    "clip": (["clip:max_norm=0.1"], SGD, UNEVEN), "amp": (["amp:dtype=bfloat16"], SGD, UNEVEN),
+    "ema": (["ema:decay=0.9"], SGD, UNEVEN), "swa": (["swa:start=50%"], SGD, UNEVEN),
+    "adamw": ([], partial(torch.optim.AdamW, lr=0.01), UNEVEN),
+    "lbfgs": ([], partial(torch.optim.LBFGS, lr=0.1, max_iter=4), UNEVEN),
+    "plateau": (["plateau:patience=0,threshold=0.5"], SGD, UNEVEN), "split": (["split:into=2"], SGD, UNEVEN),
+}
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_the_weights_are_those_of_one_process_with_the_same_global_batches(ranks, case, number):
+    plugins, optimizer, sizes = CASES[case]
+    steps = -(-len(sizes) // number)
+    epochs = -(-50 // steps)
+    found = ranks(number, trained, plugins, optimizer, sizes, epochs, {})
+    every = 2 * number if case == "accumulate" else number
+    alone = [plugin for plugin in plugins if case != "accumulate"]
+    run = fit(network(), LOSS, optimizer, batches(*sizes), batches(8, 5, 7, seed=1), epochs=epochs,
+              plugins=[f"accumulate:every={every}", *alone], metrics={"accuracy": accuracy}, seed=0)
+    for weights, history, _ in found:
+        for name, value in run.model.state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-10, atol=1e-10)
+            assert torch.equal(weights[name], found[0][0][name])
+        assert history == found[0][1]
+        for there, here in zip(history, run.history, strict=True):
+            assert there == pytest.approx(here, abs=1e-10)
