@@ -121,13 +121,14 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
         if not recorder.started and weights.exists():
             more = f"{done.epoch} epochs); to go on, ask for more --epochs"
             raise UsageError(f"{place}: this run is finished ({f'{done.stop})' if done.stop else more}")
+    final = files.Weights(done.model)           # which takes all processes where each has a piece
+    if world.rank():
+        return
     try:
-        files.save_weights(done.model, weights)         # which takes all processes where each has a part
+        files.save_weights(final, weights)
     except OSError as error:
         raise click.ClickException(f"{weights} cannot be written ({error.strerror or error}); "
                                    f"loopctl run --resume {place} tries again") from error
-    if world.rank():
-        return
     click.echo(f"stopped early: {done.stop}" if done.stop else f"finished: {done.epoch} epochs, {done.step:,} updates")
     click.echo(f"run folder: {place}")
 

@@ -17,14 +17,15 @@ from loopctl.errors import UsageError, names, one_line
 from loopctl.files import Damaged, read
 from loopctl.meters import Meters
 from loopctl.options import spec
+from loopctl.pieces import put_in, taken_out
 from loopctl.randomness import generators, random_state, set_random_state
 from loopctl.regroup import own_part
 from loopctl.run import Run
 from loopctl.updates import unlayered
 from loopctl.world import gathered, told
 
-POSITION = {"epoch": int, "step": int, "attempts": int, "seen": int, "began": tuple, "judged": int, "stop": str,
-            "metrics": dict, "history": list}
+POSITION = {"epoch": int, "step": int, "attempts": int, "seen": int, "began": tuple, "shift": int, "judged": int,
+            "stop": str, "metrics": dict, "history": list}
 LAYOUT = {"config": dict, "model": dict, "optimizer": dict, "plugins": dict, "composition": list, "parameters": list,
           "samples": list, "plan": list, "max_steps": int | float, "position": dict, "ranks": list}
 
@@ -87,6 +88,7 @@ def restore(run: Run) -> None:
         return
     file, saved = find(path, run.device)
     try:
+        saved = put_in(run, saved, file.parent)
         if differences := told(run, compare(run, saved)):           # the first process has all the plugins
             raise UsageError(f"resume: {file} is of another run: {differences[0]}")
         load(run, saved)
@@ -121,7 +123,7 @@ def roll_back(run: Run) -> None:
     """
     assert run.saved
     run.saved, saved = find(run.saved.parent, run.device)
-    load(run, saved)
+    load(run, put_in(run, saved, run.saved.parent))
 
 
 def load(run: Run, saved: dict[str, Any]) -> None:
@@ -224,7 +226,7 @@ def check(run: Run) -> None:
                       if type(one) not in (torch.Tensor, nn.Parameter)}
     with unlayered():
         parts["optimizer"] = run.optimizer.state_dict()["param_groups"]
-    for who, part in parts.items():
+    for who, part in taken_out(parts)[0].items():
         stream = io.BytesIO()
         try:
             torch.save(part, stream)
@@ -252,6 +254,8 @@ def find(path: Path, device: Any = "cpu") -> tuple[Path, dict[str, Any]]:
         try:
             saved = read(file, device)
             check_layout(saved)
+            if "pieces" in saved and not (file.parent / saved["pieces"] / ".metadata").exists():
+                raise Damaged(f"misses its pieces in {saved['pieces']}")
         except Damaged as error:
             said.append(f"{file} {error}")
         else:

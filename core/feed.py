@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from loopctl.batches import known_length
 from loopctl.randomness import host_state, random_state, set_host_state, set_random_state
-from loopctl.shard import Shard
+from loopctl.shard import shard_in
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -72,8 +72,7 @@ class Feed:
     def take(self) -> None:
         """Give what the run has now, which a plugin may have replaced."""
         self.source = self.loader = source = getattr(self.run, self.name)
-        parts = source, getattr(source, "batch_sampler", None)
-        self.shard = next((part for part in parts if isinstance(part, Shard)), None)    # where there are more processes
+        self.shard = shard_in(source)           # where there are more processes
         self.indices: Indices | None = None
         self.workers: Workers | None = None
         self.keeps_own_state = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")

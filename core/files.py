@@ -74,19 +74,17 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def save_weights(model: nn.Module, file: Path) -> None:
+def save_weights(model: nn.Module | Weights, file: Path) -> None:
     """Write the weights of `model` as safetensors, which any program reads and which runs no code. Raises OSError.
 
-    Of several processes the first writes. Where each has a piece of the weights, all must call this.
+    Where several processes have pieces of them, all make `Weights`, and the first writes these.
     """
-    whole = Tensors(model)
-    if rank():
-        return
+    weights = model if isinstance(model, Weights) else Weights(model)
     with replacing(file) as aside:
         aside.touch()
         usual = aside.stat().st_mode
         try:
-            save_model(whole, str(aside))               # type: ignore[arg-type]   # it asks for state_dict alone
+            save_model(weights, str(aside))             # type: ignore[arg-type]   # it asks for state_dict alone
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             if number:
@@ -95,7 +93,7 @@ def save_weights(model: nn.Module, file: Path) -> None:
         aside.chmod(usual)                              # safetensors lets nobody else read it
 
 
-class Tensors:
+class Weights:
     """A model without the state that is no tensor, for which safetensors have no place; with pieces put together."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -103,9 +101,8 @@ class Tensors:
         self.found = {}
         for name, one in model.state_dict().items():
             if hasattr(one, "full_tensor"):
-                one = one.full_tensor()
-                one = one if rank() else one.cpu()
-            if isinstance(one, torch.Tensor) and not rank():
+                one = one.full_tensor() if rank() else one.full_tensor().cpu()
+            if isinstance(one, torch.Tensor) and rank() == 0:
                 self.found[name] = one
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +16,9 @@ from loopctl.multiply_adds import NONE, formula
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+# Which hold layers, and are none.
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass
@@ -190,3 +193,12 @@ def text(report: Table) -> str:
     with console.capture() as captured:
         console.print(report)
     return captured.get().rstrip("\n")
+
+
+def repeated(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules with parts of their own whose class the model has more than once."""
+    blocks = {name: module for name, module in model.named_modules()
+              if name and type(module) not in CONTAINERS and any(True for _ in module.children())}
+    count = Counter(map(type, blocks.values()))
+    names = [name for name, module in blocks.items() if count[type(module)] > 1]
+    return [blocks[name] for name in names if not any(name.startswith(f"{other}.") for other in names)]

@@ -21,6 +21,7 @@ from loopctl.errors import UsageError
 from loopctl.feed import feeding
 from loopctl.hooks import hookimpl
 from loopctl.meters import Meters
+from loopctl.pieces import whole
 from loopctl.prepare import prepare
 from loopctl.rates import set_rates
 from loopctl.run import Run
@@ -156,7 +157,7 @@ def evaluate(run: Run) -> None:
     run.metrics |= run.meters.result(run) | run.hook.evaluate(run=run)
     for name, value in run.metrics.items():
         if hasattr(value, "tolist"):
-            run.metrics[name] = value.tolist()
+            run.metrics[name] = whole(value).tolist()
     run.metrics = told(run, run.metrics)
     run.judged = run.attempts
     run.hook.after_evaluate(run=run)

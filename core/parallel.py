@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -33,6 +33,8 @@ class Parallel:
 
     shard: bool = True
 
+    alone: ClassVar[bool] = False           # be a process group also where there is one process
+
     @hookimpl(wrapper=True)
     def setup(self, run):
         self.join(run)                      # before the others' setup, so that they know which process they are in
@@ -44,11 +46,11 @@ class Parallel:
         for name, other in run.hook.plugins.items():
             if other is not self and isinstance(other, Parallel):
                 raise UsageError(f"{name} has the processes train together already; choose one")
-        self.begins = world.join(run)
+        self.begins = world.join(run, self.alone)
         self.stop = ""                      # the reason to end that all processes have agreed on,
         self.wish = ""                      # and the one that this process has noticed
         self.together = world.Together()
-        self.evaluating, self.uneven = False, False
+        self.evaluating, self.uneven, self.depth = False, False, 0
         run.out, run.resume = world.told(run, (run.out, run.resume))
         # Not torch.seed(): a run that goes on draws the same batches.
         self.seed = world.told(run, torch.initial_seed())
@@ -118,20 +120,24 @@ class Parallel:
 
     @hookimpl(wrapper=True)
     def micro_step(self, run, last):
-        with self.meeting(last):
-            loss = yield
+        self.depth += 1
+        try:
+            with self.meeting(run, last):
+                loss = yield
+        finally:
+            self.depth -= 1
+        if self.depth:                  # a part of a micro-batch, see `split`
+            return loss
         if last:
-            self.met(run)
+            # What looks at the model between two steps, an average or an evaluation, sees the same in every process.
+            world.level(run, run.model.buffers())
         # Where all weigh alike, a process's own loss is as good a report, and it costs no message. An optimizer that
         # looks at the loss must see the same everywhere.
         return world.mean(run, loss) if self.uneven or not self.looks_once else loss
 
-    def meeting(self, last: bool) -> AbstractContextManager[Any]:
+    def meeting(self, run: Run, last: bool) -> AbstractContextManager[Any]:
         """Have the processes' gradients meet in the step's last micro-batch, and not before."""
         return nullcontext()
-
-    def met(self, run: Run) -> None:
-        """The gradients have met."""
 
     @hookimpl(wrapper=True)
     def evaluate(self):

@@ -57,8 +57,8 @@ def rebased(run: Run, position: dict[str, Any], consumed: int) -> dict[str, Any]
         assert shard
         left = shard.left(consumed)
         batch, done = batches - left, steps - -(-left * steps // batches)
-    began = position["epoch"] * batches
-    return {"seen": began + batch, "began": (began, position["attempts"] - done)}
+    began = position["epoch"] * batches, position["attempts"] - done
+    return {"seen": began[0] + batch, "began": began, "shift": began[1] - position["epoch"] * steps}
 
 
 def merged(states: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from loopctl.meters import Meters
 from loopctl.randomness import random_state, set_random_state
 from loopctl.rates import put_rates
 from loopctl.run import Run
+from loopctl.world import mean
 
 
 @contextmanager
@@ -92,7 +93,7 @@ class Rehearsal:
         twin.meters = Meters({}, "")
         if twin.loss is None:
             raise UsageError("a plugin replaces optimizer_step and computes no loss, so there is nothing to judge by")
-        return twin.loss
+        return mean(twin, twin.loss)
 
 
 def kept(loader: Any) -> dict[int, Any]:

@@ -52,6 +52,7 @@ class Run:
     attempts: int = 0                         # updates planned so far: those that happened and those skipped
     seen: int = 0                             # micro-batches consumed, over all epochs
     began: tuple[int, int] = (0, 0)           # `seen` and `attempts` where the epoch at hand began
+    shift: int = 0                            # steps that were more, or fewer, in another number of processes
     judged: int = 0                           # `attempts` at the last evaluation
     stop: str = ""                            # why to end before the last epoch; empty means go on
 
@@ -97,7 +98,7 @@ class Run:
     @property
     def planned_steps(self) -> int:
         """How many steps the whole run has, if nothing stops it."""
-        return int(min(self.began[1] + (self.epochs - self.epoch) * self.plan()[0], self.max_steps))
+        return int(min(self.epochs * self.plan()[0] + self.shift, self.max_steps))
 
     def position(self, by: str) -> int:
         """Where a schedule stands: epochs done (`by="epoch"`), or steps done, skipped ones included (`by="step"`)."""

@@ -5,13 +5,14 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from itertools import islice
+from math import inf
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from loopctl.batches import grouped, samples
+from loopctl.batches import grouped, known_length, samples
 from loopctl.randomness import generators, host_state, set_host_state
 
 
@@ -26,6 +27,11 @@ def sharded(data: Any, rank: int, ranks: int, seed: int) -> tuple[Any, Shard | N
     loader = copy(data)                     # the user's stays as it is
     vars(loader).update(batch_sampler=shard, _iterator=None)
     return loader, shard
+
+
+def shard_in(data: Any) -> Shard | None:
+    """What divides `data` among processes, if anything does."""
+    return next((part for part in (data, getattr(data, "batch_sampler", None)) if isinstance(part, Shard)), None)
 
 
 class Shard:
@@ -52,6 +58,12 @@ class Shard:
     def __len__(self) -> int:
         """The batches of each process in a pass. Raises TypeError where that is not known."""
         return -(-len(self.batches) // self.ranks)      # type: ignore[arg-type]
+
+    @property
+    def own(self) -> float:
+        """How many batches of this process are no fillers; infinite where that is not known."""
+        length = known_length(self.batches)
+        return inf if length is None else len(range(self.rank, length, self.ranks))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -45,6 +45,11 @@ def rank() -> int:
     return int(os.environ["RANK"]) if launched() > 1 else 0
 
 
+def planned(run: Run) -> bool:
+    """Whether a run of several processes is only planned: they are not there."""
+    return run.world_size > 1 and not dist.is_initialized()
+
+
 def alone(run: Run) -> bool:
     """Whether there is nobody to talk to: one process, or a run of more that is planned and not trained."""
     return run.world_size == 1 or not dist.is_initialized()
@@ -112,20 +117,27 @@ def gathered(run: Run, value: T) -> list[T]:
 
 def summed(run: Run, value: Any) -> Any:
     """The sum of what `value` is in each process: a number, or a tensor on the run's device, which stays as it is."""
-    if alone(run):
-        return value
+    return value if alone(run) else reduced(run, value, dist.ReduceOp.SUM)
+
+
+def reduced(run: Run, value: Any, how: Any) -> Any:
     if isinstance(value, Tensor):
         total = value.detach().clone()
     else:
         host = "cpu" in dist.get_backend_config()           # else the user's own process group, of devices alone
         total = torch.tensor(float(value), dtype=torch.float64, device="cpu" if host else run.device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, how)
     return total if isinstance(value, Tensor) else total.item()
 
 
 def mean(run: Run, value: Tensor) -> Tensor:
     """The mean of the tensors that `value` is in each process."""
     return value if alone(run) else summed(run, value) / run.world_size
+
+
+def largest(run: Run, value: Any) -> Any:
+    """The largest of what `value` is in each process: a number, or each number of a tensor on the run's device."""
+    return value if alone(run) else reduced(run, value, dist.ReduceOp.MAX)
 
 
 @torch.no_grad()

@@ -6,13 +6,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from os.path import realpath
 from pathlib import Path
 from typing import Any, Literal
 
-from loopctl import Monitor, Run, UsageError, checkpoint, files, hookimpl, world
+from loopctl import Monitor, Run, UsageError, checkpoint, files, hookimpl, pieces, world
 
 log = logging.getLogger("loopctl")
 
@@ -51,15 +53,19 @@ class Checkpoint:
             raise ValueError(f"every_minutes is above 0, not {self.every_minutes}")
 
     @hookimpl(wrapper=True)
-    def train(self):
+    def train(self, run):
         self.watch = Monitor(self.monitor, self.mode)
         self.ended = self.best = self.checked = False
         self.signal = 0
         self.together = world.Together()
         self.good: list[Path] = []              # the checkpoints to keep, the last one first
+        self.best_pieces: str | None = None     # the folder that best.pt is about, if its tensors are in pieces
+        self.writing: tuple[Path, Callable[[], bool]] | None = None     # the one being written; wait for the result
         before = {number: signal.signal(number, self.heed) for number in free_signals()}
         try:
-            return (yield)
+            result = yield
+            self.settle(run)
+            return result
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -103,12 +109,15 @@ class Checkpoint:
             # Those after the one gone on from are damaged.
             last = checkpoint.number(run.saved) if run.saved else -1
             self.good = [file for file in checkpoint.numbered(self.folder) if checkpoint.number(file) <= last]
+            if any(self.folder.glob("*.pieces")) and (self.folder / "best.pt").exists():
+                self.best_pieces = files.read(self.folder / "best.pt").get("pieces")
 
     @hookimpl
     def after_evaluate(self, run):
         if self.watch.improved(run):
-            file = self.folder / "best.safetensors"
-            self.best = self.written(run, file, lambda: files.save_weights(run.model, file))
+            file, weights = self.folder / "best.safetensors", files.Weights(run.model)
+            done = run.rank == 0 and self.tried(run, file, lambda: files.save_weights(weights, file))
+            self.best = world.told(run, done)
 
     @hookimpl
     def epoch_end(self, run):
@@ -122,33 +131,49 @@ class Checkpoint:
         if ended or self.best or signal or late or (self.every_steps and run.attempts % self.every_steps == 0):
             done = self.save(run)
             if signal and not run.over:
-                self.leave(run, signal, done)
+                self.leave(run, signal, self.settle(run) and done)
 
     def save(self, run: Run) -> bool:
-        """Write a checkpoint, then take away those that are too many. Whether it could be written."""
+        """Write a checkpoint, then take away those that are too many. Whether it could be written, as far as known."""
+        self.settle(run)
         file = self.folder / f"step-{run.attempts:08}.pt"
         best, self.best, self.since = self.best, False, time.monotonic()
-        content = checkpoint.state(run)
-        if not self.written(run, file, lambda: files.save(content, file)):
-            return False
-        run.saved = file
-        if best:
-            self.written(run, self.folder / "best.pt", lambda: linked(file, self.folder / "best.pt"))
-        if run.rank == 0:
-            self.tidy(run, file)
+        content, parts = pieces.taken_out(checkpoint.state(run))
+        put = partial(self.put, run, file, content, best) if run.rank == 0 else lambda: True
+        if not parts:
+            self.writing = file, put
+            return self.settle(run)
+        # In pieces it is written by all, and while training goes on. The file comes last: with it the rest is whole.
+        content = deepcopy(content) | {"pieces": f"{file.stem}.pieces"}
+        put = partial(self.put, run, file, content, best) if run.rank == 0 else lambda: True
+        written = pieces.save(parts, self.folder / content["pieces"])
+        self.writing = file, ThreadPoolExecutor(1).submit(lambda: bool(written.result()) and put()).result
         return True
 
-    def tidy(self, run: Run, file: Path) -> None:
+    def settle(self, run: Run) -> bool:
+        """Wait for the checkpoint that is being written. Whether all processes could write it."""
+        if not self.writing:
+            return True
+        (file, result), self.writing = self.writing, None
+        done = all(world.gathered(run, self.tried(run, file, result)))
+        run.saved = file if done else run.saved
+        return done
+
+    def put(self, run: Run, file: Path, content: dict[str, Any], best: bool) -> bool:
+        files.save(content, file)
+        if best:
+            self.tried(run, self.folder / "best.pt", partial(linked, file, self.folder / "best.pt"))
+            self.best_pieces = content.get("pieces")
         self.good = [*dict.fromkeys((file, *self.good))][:self.keep]
         for old in (*checkpoint.numbered(self.folder), *self.folder.glob("*.new")):
-            if old not in self.good and checkpoint.number(old) <= run.attempts and not old.is_dir():
+            if old not in self.good and checkpoint.number(old) <= checkpoint.number(file) and not old.is_dir():
                 self.tried(run, old, partial(old.unlink, missing_ok=True))
+        for old in self.folder.glob("step-*.pieces"):
+            if old.name != self.best_pieces and not old.with_suffix(".pt").exists():
+                self.tried(run, old, partial(shutil.rmtree, old))
+        return True
 
-    def written(self, run: Run, file: Path, write: Callable[[], None]) -> bool:
-        """Whether `write` could write `file`, in the first process, which all wait for."""
-        return world.told(run, run.rank == 0 and self.tried(run, file, write))
-
-    def tried(self, run: Run, file: Path, write: Callable[[], None]) -> bool:
+    def tried(self, run: Run, file: Path, write: Callable[[], Any]) -> bool:
         """Whether `write` could write `file`. If not, a line says so, and the run goes on."""
         try:
             write()

@@ -1,18 +1,15 @@
 """Compiled models."""
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from loopctl import Run, UsageError, hookimpl
+from loopctl import Run, UsageError, hookimpl, layers
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")       # the modes that use them
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(eq=False)
@@ -49,7 +46,7 @@ class Compile:
     def wrap_model(self, run):
         self.settings: dict[str, Any] = {"backend": self.backend, "mode": self.mode, "dynamic": self.dynamic,
                                          "fullgraph": self.fullgraph}
-        self.blocks = repeated(run.model) if self.per_block else []
+        self.blocks = layers.repeated(run.model) if self.per_block else []
         if self.per_block and not self.blocks:
             raise UsageError("per_block: no block of layers is in the model twice; leave out per_block")
         if self.graphs:
@@ -78,7 +75,7 @@ class Compile:
     def check_passes(self, run: Run) -> None:
         steps, micro_batches = run.plan()
         acting = run.hook.acting
-        if who := acting["micro_step"] or (acting["group_batches"] if micro_batches > steps else []):
+        if who := replacing(run, "micro_step") or (acting["group_batches"] if micro_batches > steps else []):
             raise UsageError(f"with CUDA graphs, as {self.mode or self.backend} uses them, the second backward pass of "
                              f"a step overwrites the gradients of the first, and {who[0]} makes several; use "
                              "mode=max-autotune-no-cudagraphs")
@@ -91,13 +88,10 @@ class Compile:
         return "leave compile out, which shows whether the model itself fails"
 
 
-def repeated(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules with parts of their own whose class the model has more than once."""
-    blocks = {name: module for name, module in model.named_modules()
-              if name and type(module) not in CONTAINERS and any(True for _ in module.children())}
-    count = Counter(map(type, blocks.values()))
-    names = [name for name, module in blocks.items() if count[type(module)] > 1]
-    return [blocks[name] for name in names if not any(name.startswith(f"{other}.") for other in names)]
+def replacing(run: Run, hook: str) -> list[str]:
+    """The plugins that replace `hook`."""
+    return [impl.plugin_name for impl in run.hook.hookimpls
+            if impl.function.__name__ == hook and not impl.wrapper and impl.plugin_name in run.hook.plugins]
 
 
 @contextmanager

@@ -52,39 +52,45 @@ class Ddp(Parallel):
             if not isinstance(run.network, nn.Module):
                 raise UsageError(f"it wraps a module, and run.network is a {type(run.network).__name__}; name ddp "
                                  "before the plugin that changed it")
-            self.replicate(run, self.find_unused_parameters)
+            self.replicate(run, trainable(run.model), self.find_unused_parameters)
         super().wrap_model(run)
 
-    def replicate(self, run: Run, unused: bool) -> None:
-        self.inner = self.inner if run.network is self.network else run.network
-        self.met_ones = {parameter for parameter in run.model.parameters() if parameter.requires_grad}
-        # It would send buffers before a forward pass. Here they are sent after it: what looks at the model between two
-        # steps, an average or an evaluation, sees the same in every process.
+    def replicate(self, run: Run, trained: set[nn.Parameter], unused: bool) -> None:
+        """Have the gradients of `trained` meet, also of those among them that are frozen for now."""
+        asleep = {parameter for parameter in trained if not parameter.requires_grad}
+        for parameter in asleep:
+            parameter.requires_grad_(True)
+        inner = self.inner if run.network is self.network else run.network
+        # It would send buffers before a forward pass. Parallel does so after it, where others see them.
         world.level(run, run.model.buffers())
+        self.inner, self.trained, self.unused = inner, trained, unused
         self.network = run.network = DistributedDataParallel(
-            self.inner, device_ids=[run.device.index] if run.device.type == "cuda" else None, **{BUFFERS: False},
+            inner, device_ids=[run.device.index] if run.device.type == "cuda" else None, **{BUFFERS: False},
             bucket_cap_mb=self.bucket_cap_mb, find_unused_parameters=unused,
             gradient_as_bucket_view=self.gradient_as_bucket_view)
-        self.unused = unused
+        for parameter in asleep:
+            parameter.requires_grad_(False)
 
     @hookimpl
     def epoch_start(self, run):
         if self.network is None:
             return
-        trained = {parameter for parameter in run.model.parameters() if parameter.requires_grad}
-        if trained - self.met_ones:
+        now = trainable(run.model)
+        if now - self.trained:
             raise UsageError("part of the model is trained that was frozen when the processes were set up, so its "
                              "gradients would not meet; freeze it later, in train_start")
-        if self.met_ones - trained and not self.unused:
+        unused = self.find_unused_parameters or now != self.trained
+        if unused != self.unused:
             if run.network is not self.network:
                 raise UsageError("part of the model is frozen for now; say find_unused_parameters=true")
-            self.replicate(run, unused=True)
+            self.replicate(run, self.trained, unused)
 
-    def meeting(self, last: bool) -> Any:
+    def meeting(self, run: Run, last: bool) -> Any:
         return nullcontext() if last or self.network is None else self.network.no_sync()
 
-    def met(self, run: Run) -> None:
-        world.level(run, run.model.buffers())
-
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"network": None, "inner": None, "met_ones": set()}      # a copy is for another model
+        return vars(self) | {"network": None, "inner": None, "trained": set()}      # a copy is for another model
+
+
+def trainable(model: nn.Module) -> set[nn.Parameter]:
+    return {parameter for parameter in model.parameters() if parameter.requires_grad}

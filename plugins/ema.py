@@ -38,6 +38,8 @@ class Ema:
         statistics = {name: buffer for name, buffer in run.model.named_buffers()
                       if name.rpartition(".")[2] in ("running_mean", "running_var")}
         self.own = {name: tensor.detach() for name, tensor in (weights | statistics).items()}
+        kinds = dict.fromkeys(type(tensor) for tensor in self.own.values())         # weights in pieces are another kind
+        self.alike = [[name for name, tensor in self.own.items() if type(tensor) is kind] for kind in kinds]
 
     @hookimpl
     def after_step(self, run):
@@ -49,7 +51,8 @@ class Ema:
                 self.count = 1
             return
         decay = min(self.decay, (1 + self.count) / (10 + self.count)) if self.warmup else self.decay
-        torch._foreach_lerp_(list(self.average.values()), list(self.own.values()), 1 - decay)
+        for alike in self.alike:
+            torch._foreach_lerp_([self.average[name] for name in alike], [self.own[name] for name in alike], 1 - decay)
         self.count += 1
 
     @hookimpl(wrapper=True)

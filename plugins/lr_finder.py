@@ -59,7 +59,8 @@ class LrFinder:
         self.losses: list[float] = []       # smoothed
         self.steepest = self.tenth = nan
         self.file = run.out / self.path
-        files.claim(self.file, replace=bool(run.resume))
+        if run.rank == 0:
+            files.claim(self.file, replace=bool(run.resume))
         if not any(group["initial_lr"] for group in run.optimizer.param_groups):
             raise UsageError("every learning rate is 0, and those of the groups keep their ratio; say one above 0")
 
@@ -69,7 +70,10 @@ class LrFinder:
     def epoch_start(self, run):
         if run.seen == 0 and not self.rates:
             self.search(run)
-            self.report(run)
+            if not self.rates:
+                raise UsageError(f"the loss is no finite number at the first rate, {self.start_lr:.3g}")
+            if run.rank == 0:
+                self.report(run)
             if self.only:
                 run.stop = "the test of learning rates is done, and only=true asks for no more"
             elif self.use:
@@ -93,8 +97,6 @@ class LrFinder:
         self.steepest, self.tenth = suggestions(self.rates, self.losses)
 
     def report(self, run: Run) -> None:
-        if not self.rates:
-            raise UsageError(f"the loss is no finite number at the first rate, {self.start_lr:.3g}")
         caption = f"smoothed loss at rates {self.rates[0]:.3g} to {self.rates[-1]:.3g}, logarithmic"
         print(plots.bars(self.losses, caption))        # a live progress bar stays below what is printed
         if isfinite(self.steepest):

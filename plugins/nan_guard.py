@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import get_total_norm
 
-from loopctl import Run, UsageError, checkpoint, hookimpl
+from loopctl import Run, UsageError, checkpoint, hookimpl, world
 
 AHEAD = ("cuda",)       # devices that work ahead of the host, which would have to wait for a value
 
@@ -143,10 +143,13 @@ class NanGuard:
         if self.late:
             largest = get_total_norm(gradients, inf)        # no sum, which may be infinite where no term is
             bad = torch.stack((run.loss, largest.to(run.loss.device))).isfinite().logical_not()
+            bad = world.largest(run, bad.int()).bool()          # the loss is each process's own
             self.bad = bad if self.bad is None else self.bad | bad
         elif not (self.what or (self.searches and self.looked)):
             self.looked = True
-            self.what = "loss" if not isfinite(run.loss.item()) else "" if finite(gradients) else "gradient"
+            what = ("", "gradient", "loss")
+            found = 2 if not isfinite(run.loss.item()) else 0 if finite(gradients) else 1
+            self.what = what[int(world.largest(run, found))]    # the loss is each process's own
 
     def conclude_there(self, run: Run) -> None:
         """Have the device undo the step if it was bad, and tell the host about it."""

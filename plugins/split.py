@@ -34,6 +34,9 @@ class Split:
 
     @hookimpl
     def train_start(self, run):
+        if self.into == "auto" and run.world_size > 1:
+            raise UsageError("into=auto: a process cannot do a step over while others wait for it; say a number")
+        self.within = False             # what comes is a part
         self.statistics = [buffer for module in run.model.modules() if isinstance(module, _BatchNorm)
                            for buffer in module.buffers(recurse=False)]
 
@@ -44,6 +47,10 @@ class Split:
     # It cannot be done over in a wrapper, which yields once.
     @hookimpl
     def micro_step(self, run, batch, weight, last):
+        if self.within:
+            loss = weighed(run.hook.compute_loss(run=run, batch=batch), weight)
+            run.hook.backward(run=run, loss=loss)
+            return loss.detach()
         if not self.begun and self.into == "auto":
             self.random = randomness.random_state()
             self.kept = [buffer.clone() for buffer in self.statistics]
@@ -51,8 +58,8 @@ class Split:
         todo, loss = self.begun[-1:], None
         while loss is None:
             try:
-                for batch, weight in todo:
-                    loss = self.look(run, batch, weight)
+                for number, (batch, weight) in enumerate(todo, 1):
+                    loss = self.look(run, batch, weight, last and number == len(todo))
             except torch.OutOfMemoryError:
                 if self.into != "auto" or self.parts >= size(batch):
                     raise
@@ -65,18 +72,26 @@ class Split:
             self.begun = []
         return loss
 
-    def look(self, run: Run, batch: Any, weight: float) -> Tensor:
-        """Go forward and backward over one batch, part by part; return its share of the loss."""
+    def look(self, run: Run, batch: Any, weight: float, last: bool) -> Tensor:
+        """Go forward and backward over one batch, part by part; return its share of the loss.
+
+        Each part is a micro-step in this one, for whoever must know which backward pass is the step's last.
+        """
         parts = cut(batch, self.parts)
+        if len(parts) < self.parts and run.world_size > 1:
+            raise UsageError(f"a batch of {len(parts)} samples is not cut into {self.parts} parts while other "
+                             "processes wait; say a smaller number, or DataLoader(drop_last=True)")
         counts = [run.hook.batch_weight(run=run, batch=part) for part in parts]
         total, losses, outputs = sum(counts), [], []
-        for part, count in zip(parts, counts, strict=True):
-            loss = run.hook.compute_loss(run=run, batch=part)
-            if len(parts) > 1:
+        self.within = True
+        try:
+            for number, (part, count) in enumerate(zip(parts, counts, strict=True), 1):
+                share = weight if len(parts) == 1 else weight * count / total
+                final = last and number == len(parts)
+                losses.append(run.hook.micro_step(run=run, batch=part, weight=share, last=final))
                 outputs.append(run.outputs)
-            loss = weighed(loss, weight if len(parts) == 1 else weight * count / total)
-            run.hook.backward(run=run, loss=loss)
-            losses.append(loss.detach())
+        finally:
+            self.within = False
         if len(parts) > 1:
             with torch.no_grad():
                 run.outputs = join(outputs, [size(part) for part in parts])

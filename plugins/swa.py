@@ -4,13 +4,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from math import cos, pi, prod
+from math import cos, inf, pi, prod
 from typing import Any, Literal
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from loopctl import Length, Run, UsageError, fill, hookimpl, moved, randomness, swapped
+from loopctl import Length, Run, UsageError, fill, hookimpl, moved, randomness, shard, swapped, world
 
 
 @dataclass(eq=False)
@@ -137,7 +137,9 @@ def recompute(run: Run, norms: Iterable[_BatchNorm]) -> None:
     It is torch's update_bn, but takes batches of any kind the way a step does, and leaves frozen parts out.
     """
     momenta = {norm: norm.momentum for norm in norms}
-    random, outputs, read = randomness.random_state(run.train), run.outputs, False
+    part = shard.shard_in(run.train)
+    own = part.own if part else inf             # then comes a filler, which is not to count
+    random, outputs, read = randomness.random_state(run.train), run.outputs, 0
     try:
         for norm in momenta:
             norm.reset_running_stats()
@@ -147,8 +149,16 @@ def recompute(run: Run, norms: Iterable[_BatchNorm]) -> None:
         with torch.compiler.set_stance("force_eager") if compiling else nullcontext():
             for group in islice(groups, run.steps_per_epoch):
                 for batch in group:
+                    if read == own:
+                        for norm in momenta:
+                            norm.momentum = 0.0
                     run.hook.compute_loss(run=run, batch=batch)
-                    read = True
+                    read += 1
+        share = min(read, own)
+        every = world.summed(run, share)
+        for norm in momenta if run.world_size > 1 else ():
+            for mean in (norm.running_mean, norm.running_var):
+                mean.copy_(world.summed(run, mean * (share / every)))
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum

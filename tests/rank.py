@@ -1,4 +1,5 @@
 """One of the processes that the fixture `ranks` keeps: calls functions of test files, as torchrun would have it do."""
+import gc
 import importlib.util
 import os
 import pickle
@@ -37,6 +38,7 @@ def answer(file, name, arguments):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()            # what an error holds may hold connections, and others would wait at their other end
 
 
 def module(file):

@@ -35,7 +35,7 @@ def test_files_entry_points_and_the_table_in_the_docs_agree():
 
 
 # Besides the public names.
-MODULES = {"charts", "checkpoint", "files", "layers", "page", "plots", "randomness", "rehearsal", "world"}
+MODULES = {"charts", "checkpoint", "files", "layers", "page", "pieces", "plots", "randomness", "rehearsal", "shard", "world"}
 
 
 @pytest.mark.parametrize("name", PLUGINS)

@@ -294,7 +294,7 @@ def changed(value, *keys):
     return make
 
 
-PARTS = ("config", "model", "optimizer", "plugins", "composition", "plan", "max_steps", "position", "meters", "data", "random")
+PARTS = ("config", "model", "optimizer", "plugins", "composition", "plan", "max_steps", "position", "ranks")
 for content in (None, 1, "text", [], {}, torch.zeros(3), {"loopctl": "1"}, {"loopctl": 1}, OrderedDict(weight=torch.zeros(3))):
     case(f"sealed {type(content).__name__} {content}", lambda made, content=content: sealed(content))
 for version in (None, 0, 2, "1", [1]):
@@ -315,15 +315,15 @@ DEEP = {
     "optimizer.param_groups": without("optimizer", "param_groups"),
     "a parameter's optimizer state": without("optimizer", "param_groups", 0, "params"),
     "optimizer.state of a text": changed("text", "optimizer", "state"),
-    "meters of nothing": changed({}, "meters"),
-    "random.python": without("random", "python"),
-    "random.numpy": without("random", "numpy"),
-    "random.torch cut": changed(b"short", "random", "torch"),
-    "random.python cut": changed((3, (1, 2), None), "random", "python"),
-    "random.generators": without("random", "generators"),
+    "meters of nothing": changed({}, "ranks", 0, "meters"),
+    "random.python": without("ranks", 0, "random", "python"),
+    "random.numpy": without("ranks", 0, "random", "numpy"),
+    "random.torch cut": changed(b"short", "ranks", 0, "random", "torch"),
+    "random.python cut": changed((3, (1, 2), None), "ranks", 0, "random", "python"),
+    "random.generators": without("ranks", 0, "random", "generators"),
     "a plugin's state": changed({"checkpoint": {}}, "plugins"),
     "a plugin's state of another type": changed({"checkpoint": 3}, "plugins"),
-    "data without where it began": changed({"train": {}}, "data"),
+    "data without where it began": changed({"train": {}}, "ranks", 0, "data"),
     "a plan of three": changed([7, 7, 7], "plan"),
     "a plan of texts": changed(["7", "7"], "plan"),
     "a weight that is none": changed("text", "model", "0.weight"),

@@ -39,7 +39,7 @@ CASES = {
     "clip": (["clip:max_norm=0.1"], SGD, UNEVEN), "amp": (["amp:dtype=bfloat16"], SGD, UNEVEN),
     "ema": (["ema:decay=0.9"], SGD, UNEVEN), "swa": (["swa:start=50%"], SGD, UNEVEN),
     "adamw": ([], partial(torch.optim.AdamW, lr=0.01), UNEVEN),
-    "lbfgs": ([], partial(torch.optim.LBFGS, lr=0.1, max_iter=4), UNEVEN),
+    "lbfgs": ([], partial(torch.optim.LBFGS, lr=0.1, max_iter=2), UNEVEN),
     "plateau": (["plateau:patience=0,threshold=0.5"], SGD, UNEVEN), "split": (["split:into=2"], SGD, UNEVEN),
 }
 

@@ -1,0 +1,82 @@
+"""Training in several processes, each of which has a piece of every weight."""
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from loopctl import Parallel, Run, UsageError, hookimpl, layers, world
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(eq=False)
+class Fsdp(Parallel):
+    """Train in several processes, each of which keeps a piece of every weight, its gradient and the optimizer's state.
+
+    It is torch.distributed.fsdp.fully_shard (FSDP2). The pieces of a layer are put together while it computes, so that
+    a model trains that fits on no device with its optimizer; each of its repeated blocks is such a layer, and so is the
+    rest. Everything else is as with `ddp`: torchrun or `loopctl run --devices 0,1` starts the processes, and an update
+    is that of one process over the batches of all. A checkpoint is written in pieces, in the background.
+
+    shard: give each process its part of the data; false where it is in parts already, with as many batches in each
+    param_dtype: compute in this type; the weights themselves keep theirs
+    reduce_dtype: add up gradients in this type; that in which they are computed if left out
+    offload: keep the pieces in the host's memory, and compute the updates there; needs GPUs
+    reshard_after_forward: let go of a layer's weights after its forward pass and put them together anew for the
+        backward pass, which saves memory and takes more messages
+    """
+
+    param_dtype: Dtype | None = None
+    reduce_dtype: Dtype | None = None
+    offload: bool = False
+    reshard_after_forward: bool = True
+    alone: ClassVar[bool] = True            # pieces, types and offloading are of use on one device too
+
+    def spread(self, run: Run) -> None:
+        if world.planned(run):
+            return
+        if self.offload and run.device.type == "cpu":
+            raise UsageError("offload=true is for GPUs: on a CPU the weights are in the host's memory already")
+        types = {name: getattr(torch, value) for name in ("param_dtype", "reduce_dtype")
+                 if (value := getattr(self, name))}
+        settings: dict[str, Any] = {
+            "mesh": init_device_mesh(run.device.type, (run.world_size,)), "mp_policy": MixedPrecisionPolicy(**types),
+            "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy()}
+        world.level(run, [*run.model.parameters(), *run.model.buffers()])       # all cut the same weights in pieces
+        for block in layers.repeated(run.model):
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward, **settings)
+        fully_shard(run.model, **settings)
+
+        self.trained = trainable(run.model)
+
+    @hookimpl
+    def epoch_start(self, run):
+        if trainable(run.model) != self.trained:
+            raise UsageError("part of the model is frozen for a while only, which fully_shard does not follow; freeze "
+                             "it for the whole run, or use ddp")
+
+    def join(self, run: Run) -> None:
+        super().join(run)
+        if isinstance(run.optimizer, torch.optim.Optimizer):
+            raise UsageError("the weights become others, of which each process has a piece; pass a factory of an "
+                             "optimizer, such as partial(torch.optim.SGD, lr=0.1), in place of an optimizer")
+
+    # Without a backward pass the outermost weights would stay together, and so be others than an average knows.
+    @hookimpl(wrapper=True)
+    def compute_loss(self, run):
+        loss = yield
+        if not torch.is_grad_enabled():
+            run.model.reshard()
+        return loss
+
+    def meeting(self, run: Run, last: bool) -> Any:
+        run.model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
