@@ -64,6 +64,7 @@ class Feed:
     def __init__(self, run: Run, name: str) -> None:
         self.run, self.name = run, name
         self.passing: Generator[Any] | None = None
+        self.reading: Any = None                # the loader's own iterator
         self.saved: dict[str, Any] = {}
         self.take()
         # Batch size and samples, as far as they are known, of what the run began with.
@@ -101,6 +102,7 @@ class Feed:
         if getattr(self.run, self.name) is not self.source:
             self.close()
             self.take()
+        self.reading = None
         self.passing = self.rest()
         return self.passing
 
@@ -110,7 +112,12 @@ class Feed:
             self.workers.close()
         if self.passing:
             self.passing.close()
-        self.loader = self.source
+        # An error in the data holds on to the iterator, and one that is found by Python's garbage collector cannot tell
+        # its workers any more: it waits five seconds for each. Those that the user's own loader keeps are not ours.
+        kept = self.keeps_own_state or getattr(self.source, "persistent_workers", False)
+        if self.loader is not self.source or not kept:
+            getattr(self.reading, "_shutdown_workers", lambda: None)()
+        self.reading, self.loader = None, self.source
 
     def rest(self) -> Generator[Any]:
         at = self.at = self.first
@@ -130,7 +137,7 @@ class Feed:
             if self.name == "train" and hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self.run.epoch)
         first, saved, self.saved = self.first, self.saved, {}
-        if self.shard:
+        if self.shard is not None:
             self.shard.begin(first, saved.get("consumed", 0))
         here = random_state(self.source)
         if first:
@@ -152,11 +159,12 @@ class Feed:
             if self.workers:
                 self.workers.prepare(saved)
                 with held_back():
-                    batches = self.workers.heard(iter(self.loader), self)
+                    self.reading = iter(self.loader)
+                batches = self.workers.heard(self.reading, self)
             else:
-                batches = iter(self.loader)
+                batches = self.reading = iter(self.loader)
         else:
-            batches = iter(self.source)
+            batches = self.reading = iter(self.source)
             for _ in islice(batches, first):
                 pass
         if first:
@@ -167,8 +175,8 @@ class Feed:
         """What it takes to go on from here."""
         return self.saved or {
             "began": self.began if self.first else None,
-            "consumed": self.shard.consumed(self.first) if self.shard and self.first else self.first,
-            "seed": self.shard.seed if self.shard else None,
+            "consumed": self.shard.consumed(self.first) if self.shard is not None and self.first else self.first,
+            "seed": self.shard.seed if self.shard is not None else None,
             "indices": self.indices.began if self.indices and self.first else None,
             "workers": self.workers.state_dict(self.first) if self.workers else {},
             "loader": self.source.state_dict() if self.keeps_own_state and self.passing else None,
@@ -176,7 +184,7 @@ class Feed:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.saved = state
-        if self.shard and self.shard.seed is not None:
+        if self.shard is not None and self.shard.seed is not None:
             self.shard.seed = state["seed"]
 
 

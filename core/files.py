@@ -101,7 +101,7 @@ class Weights:
         self.found = {}
         for name, one in model.state_dict().items():
             if hasattr(one, "full_tensor"):
-                one = one.full_tensor() if rank() else one.full_tensor().cpu()
+                one = one.full_tensor() if rank() else one.full_tensor().clone().cpu()     # not a part of what came
             if isinstance(one, torch.Tensor) and rank() == 0:
                 self.found[name] = one
 

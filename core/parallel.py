@@ -109,7 +109,7 @@ class Parallel:
         if run.world_size == 1:
             return
         shard = self.shards["train"]
-        if shard and self.known and (found := shard.together(run.batch, len(run.batches))):
+        if shard is not None and self.known and (found := shard.together(run.batch, len(run.batches))):
             total, even, own = found
             if run.weight != own:
                 raise UsageError(f"train gave {run.weight} samples for {own} indices; say what a batch counts, in a "
@@ -151,13 +151,13 @@ class Parallel:
     @hookimpl(wrapper=True)
     def after_evaluate(self, run):
         result = yield
-        self.agree(run, max(world.gathered(run, run.stop or self.wish)))
+        self.agree(run, max(world.gathered(run, str(run.stop or self.wish))))
         return result
 
     @hookimpl(wrapper=True)
     def epoch_end(self, run):
         result = yield
-        self.agree(run, max(world.gathered(run, run.stop or self.wish)))
+        self.agree(run, max(world.gathered(run, str(run.stop or self.wish))))
         return result
 
     @hookimpl(wrapper=True)
@@ -170,7 +170,9 @@ class Parallel:
 
     def hold(self, run: Run) -> None:
         """What was noticed here, and perhaps nowhere else, waits until all know of it."""
-        if run.stop != self.stop:
+        if isinstance(run.stop, world.Agreed):
+            run.stop = self.stop = str(run.stop)
+        elif run.stop != self.stop:
             run.stop, self.wish = self.stop, run.stop
 
     def agree(self, run: Run, stop: str) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +55,13 @@ def save(pieces: dict[str, Any], folder: Path) -> Future[Any]:
     done: Future[Any] = Future()
 
     def settle(written: Future[Any]) -> None:
-        dist.destroy_process_group(own)
         error = written.exception()
         if isinstance(error, CheckpointException):
             said = (f"process {rank}: {one_line(why[0])}" for rank, why in error.failures.items())
             error = OSError(0, "; ".join(said))
         done.set_exception(error) if error else done.set_result(True)
+        with suppress(ValueError):          # it may be gone already, with all others
+            dist.destroy_process_group(own)
 
     dcp.async_save(pieces, checkpoint_id=folder, process_group=own).add_done_callback(settle)   # type: ignore[union-attr]
     return done

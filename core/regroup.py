@@ -54,7 +54,7 @@ def rebased(run: Run, position: dict[str, Any], consumed: int) -> dict[str, Any]
         batch = done * (batches // steps)
     elif consumed:
         shard = run.feeds["train"].shard
-        assert shard
+        assert shard is not None
         left = shard.left(consumed)
         batch, done = batches - left, steps - -(-left * steps // batches)
     began = position["epoch"] * batches, position["attempts"] - done

@@ -201,6 +201,10 @@ def lost(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and any(hint in said for hint in ("closed by peer", "reset by peer", "gloo")))
 
 
+class Agreed(str):
+    """A reason to stop that all processes have come to at the same step, so that they need not ask each other."""
+
+
 class Together:
     """Brings what each process notices by itself, such as a signal, to all of them, who then act at the same step.
 

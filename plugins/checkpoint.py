@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -66,6 +67,11 @@ class Checkpoint:
             result = yield
             self.settle(run)
             return result
+        except BaseException:
+            if self.writing:            # let it come to its end before processes leave each other
+                with suppress(Exception):
+                    self.writing[1]()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -143,9 +149,11 @@ class Checkpoint:
         if not parts:
             self.writing = file, put
             return self.settle(run)
-        # In pieces it is written by all, and while training goes on. The file comes last: with it the rest is whole.
-        content = deepcopy(content) | {"pieces": f"{file.stem}.pieces"}
+        # In pieces it is written by all, and while training goes on. The file comes last: with it the rest is whole. At
+        # an epoch's end it is written once more, to another folder, for the one before is whole until that is too.
+        content = deepcopy(content) | {"pieces": f"{file.stem}-{run.epoch}.pieces"}
         put = partial(self.put, run, file, content, best) if run.rank == 0 else lambda: True
+        world.told(run, run.rank == 0 and shutil.rmtree(self.folder / content["pieces"], ignore_errors=True))
         written = pieces.save(parts, self.folder / content["pieces"])
         self.writing = file, ThreadPoolExecutor(1).submit(lambda: bool(written.result()) and put()).result
         return True
@@ -169,7 +177,9 @@ class Checkpoint:
             if old not in self.good and checkpoint.number(old) <= checkpoint.number(file) and not old.is_dir():
                 self.tried(run, old, partial(old.unlink, missing_ok=True))
         for old in self.folder.glob("step-*.pieces"):
-            if old.name != self.best_pieces and not old.with_suffix(".pt").exists():
+            its = old.with_name(f"{old.name.rpartition('-')[0]}.pt")
+            gone = old.name != content["pieces"] if its == file else not its.exists()
+            if gone and old.name != self.best_pieces:
                 self.tried(run, old, partial(shutil.rmtree, old))
         return True
 

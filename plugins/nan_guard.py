@@ -224,16 +224,19 @@ class NanGuard:
             return
         fact = f"the {what} of step {step} is not finite"
         if self.action == "stop":
-            run.stop = f"{fact}; nothing of that step was kept, and action=skip would go on"
+            self.end(run, f"{fact}; nothing of that step was kept, and action=skip would go on")
         elif self.in_a_row >= self.limit:
-            run.stop = f"{fact}: {self.in_a_row} in a row, which is the limit"
+            self.end(run, f"{fact}: {self.in_a_row} in a row, which is the limit")
         elif self.action == "rollback":
             self.due = fact
+
+    def end(self, run: Run, reason: str) -> None:
+        run.stop = run.stop or (world.Agreed(reason) if run.world_size > 1 else reason)     # all judge alike
 
     def go_back(self, run: Run) -> None:
         self.hear(run, wait=True)       # of the steps that this undoes
         if run.saved is None:
-            run.stop = run.stop or f"{self.due}, and there is no checkpoint yet to go back to"
+            self.end(run, f"{self.due}, and there is no checkpoint yet to go back to")
         else:
             in_a_row = self.in_a_row
             checkpoint.roll_back(run)

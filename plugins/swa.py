@@ -138,7 +138,7 @@ def recompute(run: Run, norms: Iterable[_BatchNorm]) -> None:
     """
     momenta = {norm: norm.momentum for norm in norms}
     part = shard.shard_in(run.train)
-    own = part.own if part else inf             # then comes a filler, which is not to count
+    own = inf if part is None else part.own             # then comes a filler, which is not to count
     random, outputs, read = randomness.random_state(run.train), run.outputs, 0
     try:
         for norm in momenta:

@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 from functools import partial
-from multiprocessing.connection import Listener
+from multiprocessing.connection import Listener, wait
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+# The processes that a test begins have one thread too: as many tests as there are cores may be running.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
@@ -110,16 +113,17 @@ class Ranks:
         self.listener = Listener(str(folder / "ranks"), backlog=8)
         self.kept = []
 
-    def __call__(self, number, function, *arguments, timeout=120, **environment):
+    def __call__(self, number, function, *arguments, timeout=40, **environment):
         """Call a function of a test file in each of so many processes. Returns what each returned, by rank; raises what
         one raised, and of those that only missed another one nothing."""
         answers = self.answers(number, function, *arguments, timeout=timeout, **environment)
         errors = [error for _, error in answers if error]
         if errors:
-            raise next((error for error in errors if "closed by peer" not in str(error)), errors[0])
+            missed = ("closed by peer", "reset by peer", "gave no answer")
+            raise next((error for error in errors if not any(hint in str(error) for hint in missed)), errors[0])
         return [result for result, _ in answers]
 
-    def answers(self, number, function, *arguments, timeout=120, **environment):
+    def answers(self, number, function, *arguments, timeout=40, **environment):
         """By rank: what the function returned, and what it raised."""
         while len(self.kept) < number:
             process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("rank.py")), self.listener.address],
@@ -132,14 +136,24 @@ class Ranks:
                   "TORCHELASTIC_RESTART_COUNT": "0", **environment}
         for rank, (_, wire) in enumerate(self.kept[:number]):
             ranked = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            wire.send_bytes(pickle.dumps((function.__code__.co_filename, function.__name__, arguments, ranked)))
-        try:
-            for rank, (_, wire) in enumerate(self.kept[:number]):
-                assert wire.poll(timeout), f"rank {rank} gave no answer in {timeout} seconds"
-            return [pickle.loads(wire.recv_bytes()) for _, wire in self.kept[:number]]
-        except BaseException:
-            self.close()
-            raise
+            where = function.__code__.co_filename, function.__module__, function.__name__
+            wire.send_bytes(pickle.dumps((*where, ranked)))
+            wire.send_bytes(pickle.dumps(arguments))
+        found = [None] * number
+        wires = {wire: rank for rank, (_, wire) in enumerate(self.kept[:number])}
+        while wires:
+            answered = wait(wires, timeout)
+            for wire in answered:
+                rank = wires.pop(wire)
+                found[rank] = pickle.loads(wire.recv_bytes())
+                if found[rank][1]:
+                    timeout = 10            # a process that still waits for this one is told by its end at the latest
+            if not answered:
+                self.close()
+                for rank in wires.values():
+                    found[rank] = None, TimeoutError(f"rank {rank} gave no answer in {timeout} seconds")
+                break
+        return found
 
     def close(self):
         for process, wire in self.kept:

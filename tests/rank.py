@@ -5,7 +5,9 @@ import os
 import pickle
 import sys
 import warnings
+from itertools import accumulate
 from multiprocessing.connection import Client
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -16,19 +18,22 @@ def main(address):
     with Client(address) as wire:
         while True:
             try:
-                file, name, arguments, environment = pickle.loads(wire.recv_bytes())
+                file, package, name, environment = pickle.loads(wire.recv_bytes())
+                arguments = wire.recv_bytes()
             except EOFError:
                 return
             os.environ.update(environment)
-            wire.send_bytes(pickle.dumps(answer(file, name, arguments)))
+            wire.send_bytes(pickle.dumps(answer(file, package, name, arguments)))
 
 
-def answer(file, name, arguments):
+def answer(file, package, name, arguments):
     """What the function returned, or what it raised."""
     try:
+        found = module(file, package)
+        arguments = pickle.loads(arguments)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return getattr(module(file), name)(*arguments), None
+            return getattr(found, name)(*arguments), None
     except (Exception, SystemExit) as error:
         try:
             pickle.loads(pickle.dumps(error))
@@ -41,12 +46,15 @@ def answer(file, name, arguments):
         gc.collect()            # what an error holds may hold connections, and others would wait at their other end
 
 
-def module(file):
-    if file not in sys.modules:
-        spec = importlib.util.spec_from_file_location(file, file)
-        sys.modules[file] = found = importlib.util.module_from_spec(spec)
+def module(file, name):
+    """The test file, under the name that pytest has given it, which what is sent here refers to."""
+    if name not in sys.modules:
+        for parent in accumulate(name.split(".")[:-1], "{}.{}".format):
+            sys.modules.setdefault(parent, ModuleType(parent))
+        spec = importlib.util.spec_from_file_location(name, file)
+        sys.modules[name] = found = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(found)
-    return sys.modules[file]
+    return sys.modules[name]
 
 
 if __name__ == "__main__":

@@ -112,8 +112,15 @@ def train(net, make, out, kill=None, resume=False, **more):
     settings = {"epochs": 3, "eval_every": 2, "seed": 1, "steps_per_epoch": 3 if known_length(data) is None else None,
                 "metrics": {"accuracy": lambda output, target: (output.argmax(1) == target).float().mean()}} | more
     plugins = ["amp:dtype=float16", "accumulate:every=2", "ema:decay=0.9", "checkpoint:every_steps=1", Kill(kill or inf)]
-    with suppress(KeyboardInterrupt):
-        return fit(net, cross_entropy, adam, data, valid, out=out, resume=out if resume else None, plugins=plugins, **settings)
+    try:
+        with suppress(KeyboardInterrupt):
+            return fit(net, cross_entropy, adam, data, valid, out=out, resume=out if resume else None, plugins=plugins, **settings)
+    finally:
+        # One with a state of its own keeps its iterator, whose workers would not hear of an end that the garbage collector
+        # brings: five seconds for each of them, in some later test.
+        for loader in (data, valid):
+            if hasattr(loader, "load_state_dict"):
+                loader.load_state_dict({})
 
 
 def check(net, clone, same, out, make, kills):
@@ -183,13 +190,14 @@ class Broken(Noisy):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_in_the_data_names_the_batch(net, batches, tmp_path, workers):
-    loader = DataLoader(Broken(), 8, num_workers=workers)
+    before, loader = multiprocessing.active_children(), DataLoader(Broken(), 8, num_workers=workers)
     with pytest.raises(ValueError, match="picture 19 is torn") as caught:
         fit(net, cross_entropy, adam, loader)
     assert caught.value.__notes__ == ["raised by train in batch 3, epoch 1"]
     with pytest.raises(ValueError, match="picture 19 is torn") as caught:
         fit(net, cross_entropy, adam, batches, loader)
     assert caught.value.__notes__ == ["raised by valid in batch 3"]
+    assert set(multiprocessing.active_children()) <= set(before)        # though the traceback is still there
 
 
 @pytest.mark.parametrize("workers", [0, 2])

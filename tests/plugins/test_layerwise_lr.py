@@ -56,19 +56,23 @@ def test_one_layer_by_name_with_adam(batches, clone, same, pattern):
     same(net, other)
 
 
+# The groups that the options mean: parameters, rate, and whether they decay.
+GROUPS = {
+    "rates=0=0.02,4.*=x3": lambda m, lr: [([m[1].weight, m[1].bias], lr, True), ([*m[0].parameters()], 0.02, True), ([*m[4].parameters()], lr * 3, True)],
+    r"rates=/^4\.w/=0,4=x1": lambda m, lr: [([*m[:4].parameters()], lr, True), ([m[4].weight], 0.0, True), ([m[4].bias], lr, True)],
+    "decay=0.5": lambda m, lr: [([*m[4].parameters()], lr, True), ([*m[:4].parameters()], lr * 0.5, True)],
+    "decay=0.5,rates=1=0.3": lambda m, lr: [([*m[4].parameters()], lr, True), ([*m[0].parameters()], lr * 0.5, True), ([*m[1].parameters()], 0.3, True)],
+    "no_decay=true": lambda m, lr: [([m[0].weight, m[4].weight], lr, True), ([m[0].bias, *m[1].parameters(), m[4].bias], lr, False)],
+    "no_decay=true,decay=0.5": lambda m, lr: [([m[4].weight], lr, True), ([m[4].bias], lr, False), ([m[0].weight], lr * 0.5, True), ([m[0].bias, *m[1].parameters()], lr * 0.5, False)],
+}
+
+
 @pytest.mark.parametrize("optimizer", [sgd, adamw], ids=["sgd", "adamw"])
-@pytest.mark.parametrize(("options", "by_hand"), [
-    ("rates=0=0.02,4.*=x3", lambda m, lr: [([m[1].weight, m[1].bias], lr, True), ([*m[0].parameters()], 0.02, True), ([*m[4].parameters()], lr * 3, True)]),
-    (r"rates=/^4\.w/=0,4=x1", lambda m, lr: [([*m[:4].parameters()], lr, True), ([m[4].weight], 0.0, True), ([m[4].bias], lr, True)]),
-    ("decay=0.5", lambda m, lr: [([*m[4].parameters()], lr, True), ([*m[:4].parameters()], lr * 0.5, True)]),
-    ("decay=0.5,rates=1=0.3", lambda m, lr: [([*m[4].parameters()], lr, True), ([*m[0].parameters()], lr * 0.5, True), ([*m[1].parameters()], 0.3, True)]),
-    ("no_decay=true", lambda m, lr: [([m[0].weight, m[4].weight], lr, True), ([m[0].bias, *m[1].parameters(), m[4].bias], lr, False)]),
-    ("no_decay=true,decay=0.5", lambda m, lr: [([m[4].weight], lr, True), ([m[4].bias], lr, False), ([m[0].weight], lr * 0.5, True), ([m[0].bias, *m[1].parameters()], lr * 0.5, False)]),
-], ids=str)
-def test_bit_for_bit_by_hand(net, batches, clone, same, optimizer, options, by_hand):
+@pytest.mark.parametrize("options", GROUPS)
+def test_bit_for_bit_by_hand(net, batches, clone, same, optimizer, options):
     other = clone(net)
     expected = optimizer([{"params": parameters, "lr": lr} | ({} if decays else {"weight_decay": 0.0})
-                          for parameters, lr, decays in by_hand(other, optimizer.keywords["lr"])])
+                          for parameters, lr, decays in GROUPS[options](other, optimizer.keywords["lr"])])
     names = {parameter: name for name, parameter in other.named_parameters()}
     assert groups(net, f"{LAYERS}:{options}", optimizer) == [
         ([names[parameter] for parameter in group["params"]], group["lr"], group["weight_decay"]) for group in expected.param_groups]

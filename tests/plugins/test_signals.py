@@ -293,11 +293,13 @@ def test_without_a_checkpoint_nothing_is_installed(tmp_path):
 
 
 NURSERY = """
-import json, os, runpy, sys
-import sklearn.datasets, torch._dynamo, torchvision.models
+import atexit, gc, json, os, runpy, sys
+import sklearn.datasets, torch._dynamo, torch.utils.data._utils.worker, torchvision.models
 import loopctl.cli.data, loopctl.cli.train, loopctl.plugins.checkpoint, loopctl.plugins.csv
 
 torch.set_num_threads(1)
+torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.2       # seconds in which a worker notices that nobody is left; else 5
+gc.freeze()
 for line in sys.stdin:
     folder, *words = json.loads(line)
     child = os.fork()
@@ -306,17 +308,24 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
-    sys.exit()
+    os._exit(0)
 # From here on it is as if `python` had been called with these words.
 os.setsid()
 os.chdir(folder)
 for number, name in enumerate((os.devnull, "out", "err")):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
-sys.argv = words
-if words[0] == "loopctl":
-    loopctl.cli.main(words[1:])
-else:
-    runpy.run_path(words[0], run_name="__main__")
+sys.argv, status = words, 0
+try:
+    if words[0] == "loopctl":
+        loopctl.cli.main(words[1:])
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+except SystemExit as end:
+    status = end.code or 0
+# It ends as it would, but for taking down all that is imported, which takes longer than all else.
+atexit._run_exitfuncs()
+sys.stdout.flush()
+os._exit(status)
 """
 
 # It says where it is, and waits there until it may go on, so that a signal comes at that moment and no other.

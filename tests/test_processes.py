@@ -1,0 +1,574 @@
+"""What holds for a run of several processes, whichever plugin it is made of."""
+import os
+import signal
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from loopctl import UsageError, available, fit, hookimpl
+
+LOSS = nn.CrossEntropyLoss()
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def network(dropout=0.0):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 3)).double()
+
+
+def noisy():
+    """A network whose state and random numbers a wrong loop disturbs."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3)).double()
+
+
+def batches(*sizes, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return [(torch.randn(size, 6, generator=random, dtype=torch.float64), torch.randint(0, 3, (size,), generator=random))
+            for size in sizes]
+
+
+UNEVEN = [8, 8, 8, 3, 8, 8, 5]
+
+
+def numbered(samples, batch_size=4, **settings):
+    """A loader of samples that know their number."""
+    random = torch.Generator().manual_seed(3)
+    input = torch.randn(samples, 6, generator=random, dtype=torch.float64)
+    input[:, 0] = torch.arange(samples)
+    return DataLoader(TensorDataset(input, torch.randint(0, 3, (samples,), generator=random)), batch_size, **settings)
+
+
+class Seen:
+    """Notes the samples of each epoch, by their number, and the loss and rate of each step."""
+
+    def __init__(self):
+        self.samples, self.losses, self.rates, self.shown = {}, [], [], []
+
+    @hookimpl
+    def before_step(self, run):
+        counted = [run.hook.batch_weight(run=run, batch=batch) for batch in run.batches]
+        for (input, _), weight in zip(run.batches, counted, strict=True):
+            if weight:
+                self.samples.setdefault(run.epoch, []).extend(input[:, 0].int().tolist())
+
+    @hookimpl
+    def after_step(self, run):
+        self.losses.append(run.loss.item())
+        self.rates.append(run.optimizer.param_groups[0]["lr"])
+
+
+def outcome(run):
+    return {name: getattr(value, "full_tensor", value.clone)() for name, value in run.model.state_dict().items()}
+
+
+def same(there, here, tolerance=0.0):
+    for name, value in here.items():
+        torch.testing.assert_close(there[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# Hard cases: bugs that other training loops shipped
+
+
+class Tokens:
+    """A batch counts by its largest number of something."""
+
+    @hookimpl
+    def batch_weight(self, batch):
+        return batch[0][:, 0].abs().sum()
+
+
+def weighed(weights, sizes, plugins):
+    run = fit(network(), LOSS, SGD, batches(*sizes), plugins=["ddp", *plugins, *[Tokens()] * weights], seed=0, epochs=3)
+    return outcome(run), run.history
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("weights", [0, 1], ids=["samples", "tokens"])
+def test_a2_the_normalisation_has_one_owner_the_number_of_processes_included(ranks, number, weights):
+    """huggingface/transformers#35203, huggingface/transformers#34373"""
+    net = network()
+    optimizer = SGD(net.parameters())
+    data = batches(*UNEVEN)
+    for _ in range(3):
+        for start in range(0, len(data), number):
+            group = data[start:start + number]
+            counts = [input[:, 0].abs().sum() if weights else len(input) for input, _ in group]
+            optimizer.zero_grad()
+            for (input, target), count in zip(group, counts, strict=True):
+                (LOSS(net(input), target) * count / sum(counts)).backward()
+            optimizer.step()
+    for weights_there, _ in ranks(number, weighed, weights, UNEVEN, []):
+        same(weights_there, net.state_dict(), 1e-12)
+
+
+class Flags:
+    """Notes whether gradients would meet, around each forward and each backward pass."""
+
+    def __init__(self):
+        self.forward, self.backward_ = [], []
+
+    @hookimpl(wrapper=True)
+    def compute_loss(self, run):
+        if torch.is_grad_enabled():
+            self.forward.append(run.network.require_backward_grad_sync)
+        return (yield)
+
+    @hookimpl(wrapper=True)
+    def backward(self, run):
+        self.backward_.append(run.network.require_backward_grad_sync)
+        return (yield)
+
+
+def flagged(plugins, sizes):
+    flags = Flags()
+    run = fit(network(), LOSS, SGD, batches(*sizes), batches(4, 4), plugins=["ddp", *plugins, flags], seed=0)
+    return flags.forward, flags.backward_, outcome(run)
+
+
+@pytest.mark.parametrize(("plugins", "expected"), [
+    (["accumulate:every=3"], [False, False, True, True]),               # four micro-batches: a step of three, one of one
+    (["split:into=2"], [False, True] * 4),
+    (["accumulate:every=2", "split:into=2"], [False, False, False, True] * 2),
+], ids=["accumulate", "split", "both"])
+def test_a8_gradients_meet_in_the_last_micro_batch_forward_and_backward(ranks, plugins, expected):
+    """modelscope/FunASR#3472, karpathy/build-nanogpt#30, huggingface/transformers#7742"""
+    found = ranks(2, flagged, plugins, [8] * 8)
+    for forward, backward, weights in found:
+        assert forward == backward == expected
+        same(weights, found[0][2])
+
+
+def scheduled(plugins):
+    seen = Seen()
+    run = fit(network(), LOSS, SGD, batches(*UNEVEN), plugins=["ddp", *plugins, seen], seed=0, epochs=4)
+    return seen.rates, run.step, run.attempts
+
+
+def test_c2_a_schedule_is_stepped_once_per_update_however_many_processes_there_are(ranks):
+    """huggingface/transformers#24088, huggingface/accelerate#2318"""
+    optimizer = SGD(network().parameters())
+    torch_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 16)
+    expected = []
+    for _ in range(16):                             # seven batches make four steps of two processes
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        torch_schedule.step()
+    for rates, step, attempts in ranks(2, scheduled, ["cosine:by=step"]):
+        assert rates == pytest.approx(expected, abs=1e-12)
+        assert step == attempts == 16
+
+
+class StopsAlone:
+    """Wants to end the run, in one process."""
+
+    def __init__(self, rank, hook, at):
+        self.rank, self.hook, self.at = rank, hook, at
+
+    def stop(self, run, hook):
+        if hook == self.hook and run.rank == self.rank and run.attempts >= self.at:
+            run.stop = f"process {self.rank} has had enough"
+
+    @hookimpl
+    def after_step(self, run):
+        self.stop(run, "after_step")
+
+    @hookimpl
+    def epoch_end(self, run):
+        self.stop(run, "epoch_end")
+
+    @hookimpl
+    def safe_point(self, run):
+        self.stop(run, "safe_point")
+
+    @hookimpl
+    def after_evaluate(self, run):
+        self.stop(run, "after_evaluate")
+
+
+def stopped(rank, hook, out):
+    run = fit(network(), LOSS, SGD, batches(*[8] * 20), batches(8, 8), epochs=400,
+              plugins=["ddp", "checkpoint:every_epochs=3", StopsAlone(rank, hook, 33)], seed=0, out=out)
+    return run.attempts, run.stop, outcome(run), len(run.history)
+
+
+@pytest.mark.parametrize("hook", ["after_step", "epoch_end", "safe_point", "after_evaluate"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_e6_one_process_stops_and_all_end_at_the_same_step(ranks, tmp_path, rank, hook):
+    """Lightning-AI/pytorch-lightning#379, talmolab/sleap-nn#471"""
+    found = ranks(2, stopped, rank, hook, tmp_path)
+    assert found[0][:2] == found[1][:2]
+    assert found[0][1] == f"process {rank} has had enough"
+    assert 33 <= found[0][0] < 4000
+    same(found[1][2], found[0][2])
+
+
+def judged(out):
+    """Each process would judge its own part of the validation data differently."""
+    run = fit(network(), LOSS, SGD, batches(*UNEVEN), batches(8, 1, 8, 1, 5, seed=1), epochs=60, out=out,
+              plugins=["ddp", "early_stopping:patience=1,restore_best=true", "plateau:patience=0", "checkpoint"], seed=0)
+    return run.history, run.stop, outcome(run)
+
+
+def test_e6_what_is_judged_is_the_same_everywhere(ranks, tmp_path):
+    found = ranks(2, judged, tmp_path)
+    assert found[0][:2] == found[1][:2]
+    assert "has not improved" in found[0][1]
+    same(found[1][2], found[0][2])
+
+
+MESSAGES = ("all_reduce", "broadcast", "all_gather", "all_gather_object", "broadcast_object_list", "barrier")
+
+
+@contextmanager
+def counted(count):
+    """Count what processes say to each other, but for what DistributedDataParallel itself says."""
+    with mock.patch.multiple(dist, **{name: counting(count, name) for name in MESSAGES}):
+        yield
+
+
+def counting(count, name):
+    real = getattr(dist, name)
+
+    def call(*arguments, **named):
+        count[name] += 1
+        return real(*arguments, **named)
+    return call
+
+
+class Messages:
+    """Notes what is said in each step."""
+
+    def __init__(self):
+        self.count, self.steps = Counter(), []
+
+    @hookimpl(wrapper=True)
+    def train(self):
+        with counted(self.count):
+            return (yield)
+
+    @hookimpl
+    def before_step(self):
+        self.count.clear()
+
+    @hookimpl
+    def after_step(self):
+        self.steps.append(dict(self.count))
+
+
+def said(sizes, plugins):
+    messages = Messages()
+    fit(network(), LOSS, SGD, batches(*sizes), plugins=[messages, "ddp", *plugins, "accumulate:every=2", "clip", "cosine"], seed=0)
+    return messages.steps
+
+
+def test_f6_steps_send_no_message_but_the_gradients(ranks):
+    """Lightning-AI/pytorch-lightning#21487: the weights of the samples are known without asking."""
+    for steps in ranks(2, said, [8] * 16 + [5], []):
+        assert steps[:-1] == [{}] * 4
+        assert set(steps[-1]) == {"all_reduce"}             # the last one is uneven, and its loss a mean over both
+
+
+# Data
+
+
+def read(loader, plugins, epochs, settings):
+    seen = Seen()
+    run = fit(network(), LOSS, SGD, loader() if callable(loader) else loader, plugins=["ddp", *plugins, seen], seed=0, epochs=epochs, **settings)
+    return seen.samples, outcome(run), run.epochs_done
+
+
+LOADERS = {
+    "in order": partial(numbered, 30), "shuffled": partial(numbered, 30, shuffle=True), "drop_last": partial(numbered, 30, shuffle=True, drop_last=True),
+    "workers": partial(numbered, 30, shuffle=True, num_workers=2), "few": partial(numbered, 5, shuffle=True),
+    "list": partial(list, numbered(30)),
+}
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_sample_is_seen_once_in_each_epoch(ranks, loader, number):
+    found = ranks(number, read, LOADERS[loader], [], 3, {})
+    total = {"drop_last": 28, "few": 5}.get(loader, 30)
+    orders = []
+    for epoch in range(3):
+        parts = [samples.get(epoch, []) for samples, *_ in found]
+        everything = sorted(chain.from_iterable(parts))
+        assert len(everything) == len(set(everything)) == total
+        orders.append(parts)
+    assert (orders[0] != orders[1]) == (loader not in ("in order", "list"))         # the shuffle is another in each epoch
+    assert all(done == 3 for *_, done in found)
+    for _, weights, _ in found:
+        same(weights, found[0][1])
+
+
+class Stream(IterableDataset):
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        for number in range(self.samples):
+            yield torch.full((6,), float(number), dtype=torch.float64), number % 3
+
+
+def streamed():
+    return DataLoader(Stream(30), 4)
+
+
+def test_a_stream_is_divided_too(ranks):
+    found = ranks(2, read, streamed, [], 2, {"steps_per_epoch": 4})
+    for epoch in range(2):
+        assert sorted(chain(*(samples[epoch] for samples, *_ in found))) == list(range(30))
+    single = fit(network(), LOSS, SGD, streamed(), plugins=["accumulate:every=2"], seed=0, epochs=2, steps_per_epoch=4)
+    for _, weights, _ in found:
+        same(weights, outcome(single), 1e-12)
+
+
+def of_parts():
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return batches(*UNEVEN[:6])[rank::size]
+
+
+def read_parts():
+    dist.init_process_group("gloo")                     # the user's own, which the run joins
+    run = fit(network(), LOSS, SGD, of_parts(), plugins=["ddp:shard=false"], seed=0, epochs=3)
+    assert dist.is_initialized()
+    return outcome(run)
+
+
+def test_data_that_is_in_parts_already_counts_the_same(ranks):
+    single = fit(network(), LOSS, SGD, batches(*UNEVEN[:6]), plugins=["accumulate:every=2"], seed=0, epochs=3)
+    for weights in ranks(2, read_parts):
+        same(weights, outcome(single), 1e-12)
+
+
+# Going on
+
+
+class Kill:
+    def __init__(self, at):
+        self.at = at
+
+    @hookimpl
+    def safe_point(self, run):
+        if run.attempts == self.at:
+            raise KeyboardInterrupt
+
+
+def part(spec, make, loader, epochs, out, at=None, resume=None, plugins=()):
+    """A run that is killed after step `at`, or goes on."""
+    seen = Seen()
+    arguments = {"plugins": [spec, *plugins, "checkpoint:every_steps=1", seen, *([Kill(at)] if at else [])], "seed": 1, "epochs": epochs, "out": out}
+    if at is None:
+        run = fit(make(), LOSS, partial(torch.optim.AdamW, lr=0.01), loader(), batches(8, 5, seed=1), resume=resume, **arguments)
+        return seen.samples, seen.losses, outcome(run), run.history, run.planned_steps, run.epochs_done
+    with pytest.raises(KeyboardInterrupt):
+        fit(make(), LOSS, partial(torch.optim.AdamW, lr=0.01), loader(), batches(8, 5, seed=1), **arguments)
+    return seen.samples
+
+
+SHUFFLED = partial(numbered, 30, shuffle=True)
+WORKERS = partial(numbered, 30, shuffle=True, num_workers=2)
+
+
+@pytest.mark.parametrize("loader", [SHUFFLED, WORKERS], ids=["loader", "workers"])
+@pytest.mark.parametrize("at", [3, 4, 6])
+@pytest.mark.parametrize("spec", ["ddp", "fsdp"])
+def test_a_killed_run_ends_with_the_same_bits(ranks, tmp_path, spec, at, loader):
+    """In the middle of an epoch and at its end; each process has noise of its own, which goes on as well."""
+    whole = ranks(2, part, spec, noisy, loader, 3, tmp_path / "whole")
+    ranks(2, part, spec, noisy, loader, 3, tmp_path / "cut", at)
+    rest = ranks(2, part, spec, noisy, loader, 3, tmp_path / "cut", None, tmp_path / "cut")
+    for there, here in zip(rest, whole, strict=True):
+        assert there[1] == here[1][at:]
+        same(there[2], here[2])
+        assert there[3] == here[3]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (2, 1), (3, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("at", [2, 6], ids=["within", "later"])
+@pytest.mark.parametrize("spec", ["ddp", "fsdp"])
+def test_a_run_goes_on_in_another_number_of_processes(ranks, tmp_path, spec, before, after, at):
+    """The epoch goes on with the first batch that nobody had; every sample is seen once in each epoch."""
+    first = ranks(before, part, spec, network, SHUFFLED, 3, tmp_path, at)
+    rest = ranks(after, part, spec, network, SHUFFLED, 3, tmp_path, None, tmp_path)
+    for epoch in range(3):
+        seen = [*chain.from_iterable(samples.get(epoch, []) for samples in first),
+                *chain.from_iterable(samples.get(epoch, []) for samples, *_ in rest)]
+        assert sorted(seen) == list(range(30))
+    for _, losses, weights, history, planned, done in rest:
+        same(weights, rest[0][2])
+        assert [row["epoch"] for row in history] == [1, 2, 3]
+        assert planned == at + len(losses)
+        assert done == 3
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_the_processes_before_and_after(ranks, tmp_path):
+    """With a rate of 0 nothing changes, so that the mean must be the one of a single process."""
+    ranks(2, still, tmp_path, 2, None)
+    (there, *_) = ranks(3, still, tmp_path, None, tmp_path)
+    single = fit(network(), LOSS, partial(torch.optim.SGD, lr=0.0), numbered(30), seed=0)
+    assert there[0]["train_loss"] == pytest.approx(single.history[0]["train_loss"], abs=1e-12)
+
+
+def still(out, at, resume):
+    plugins = ["ddp", "checkpoint:every_steps=1", *([Kill(at)] if at else [])]
+    try:
+        return fit(network(), LOSS, partial(torch.optim.SGD, lr=0.0), numbered(30), plugins=plugins, seed=0, out=out, resume=resume).history
+    except KeyboardInterrupt:
+        return None
+
+
+# Signals, and who speaks
+
+
+class Signals:
+    def __init__(self, rank, at):
+        self.rank, self.at = rank, at
+
+    @hookimpl
+    def after_step(self, run):
+        if run.rank == self.rank and run.attempts == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def signalled(rank, out):
+    try:
+        fit(network(), LOSS, SGD, batches(*[8] * 20), epochs=500, seed=0, out=out,
+            plugins=["ddp", "checkpoint:every_epochs=1000", Signals(rank, 35), "progress", "csv"])
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_has_all_leave_at_the_same_step(ranks, tmp_path, rank):
+    assert ranks(2, signalled, rank, tmp_path) == [128 + signal.SIGTERM] * 2
+    last = max((tmp_path / "checkpoints").glob("step-*.pt"))
+    assert 35 <= int(last.stem.removeprefix("step-")) < 5000
+
+
+def spoken(out):
+    import contextlib
+    import io
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        run = fit(network(), LOSS, SGD, batches(*UNEVEN), batches(8, 5), seed=0, out=out,
+                  plugins=["ddp", "progress", "summary", "csv", "report", "tensorboard", "profile:start=1,steps=1", "lr_finder:num_steps=4", "throughput"])
+    return text.getvalue(), run.metrics
+
+
+def test_one_process_prints_and_writes(ranks, tmp_path):
+    (first, metrics), (second, others) = ranks(2, spoken, tmp_path)
+    assert "epoch 1/1" in first
+    assert "parameters" in first.lower()
+    assert second == ""
+    assert metrics == others
+    assert (tmp_path / "metrics.csv").exists()
+
+
+def bad(rank, what, action):
+    """One process has a loss that is no number."""
+    data = batches(*[8] * 8)
+    data[4 + rank][0][:] = what             # the third step's batch of that process
+    run = fit(network(), LOSS, SGD, data, plugins=["ddp", f"nan_guard:action={action}"], seed=0)
+    return run.step, run.attempts, run.stop, outcome(run)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_loss_that_is_no_number_in_one_process_is_undone_in_all(ranks, rank, action):
+    found = ranks(2, bad, rank, float("nan"), action)
+    assert found[0][:3] == found[1][:3]
+    assert found[0][0] == (2 if action == "stop" else 3)
+    assert bool(found[0][2]) == (action == "stop")
+    same(found[1][3], found[0][3])
+
+
+# Every plugin
+
+
+REFUSED = {"cudagraph": "captures the work of a GPU"}
+
+
+def with_plugin(spec, out):
+    run = fit(noisy().float(), LOSS, SGD, [(input.float(), target) for input, target in batches(8, 8, 8, 8, 8, 8, 8)],
+              [(input.float(), target) for input, target in batches(8, 5, 7, seed=1)], plugins=["ddp", *spec], epochs=2, seed=0, out=out)
+    return outcome(run), [{key: value for key, value in row.items() if value == value} for row in run.history]
+
+
+@pytest.mark.parametrize("name", sorted({*available()} - {"ddp", "fsdp"}))
+def test_every_plugin_trains_with_ddp_and_the_processes_stay_alike(ranks, example, tmp_path, name):
+    if name in REFUSED:
+        with pytest.raises(UsageError, match=REFUSED[name]):
+            ranks(2, with_plugin, [example(name)], tmp_path)
+        return
+    found = ranks(2, with_plugin, [example(name)], tmp_path)
+    same(found[1][0], found[0][0])
+    assert found[0][1] == found[1][1]
+
+
+# What is refused
+
+
+def refused(case, out):
+    plugins, settings = ["ddp"], {"device": "cpu"}
+    optimizer = SGD
+    if case == "nobody joins":
+        plugins = []
+    elif case == "both":
+        plugins = ["ddp", "fsdp"]
+    elif case == "sync_batchnorm":
+        plugins = ["ddp:sync_batchnorm=true"]
+    elif case == "auto":
+        plugins = ["ddp", "split:into=auto"]
+    elif case == "cut":
+        plugins = ["ddp", "split:into=9"]
+    elif case == "offload":
+        plugins = ["fsdp:offload=true"]
+    elif case == "for a while":
+        plugins = ["fsdp", "freeze:patterns=0,until=50%"]
+    elif case == "copy":
+        plugins = ["fsdp", "lr_finder"]
+    model = network()
+    if case == "optimizer":
+        plugins, optimizer = ["fsdp"], SGD(model.parameters())
+    fit(model, LOSS, optimizer, batches(*UNEVEN), plugins=plugins, seed=0, out=out, **settings)
+
+
+CASES = {
+    "nobody joins": "torchrun has started 2 processes, and nobody has them train together; add ddp",
+    "both": "ddp: fsdp has the processes train together already; choose one",
+    "sync_batchnorm": "sync_batchnorm=true needs GPUs",
+    "auto": "into=auto: a process cannot do a step over while others wait",
+    "cut": "a batch of 8 samples is not cut into 9 parts",
+    "offload": "offload=true is for GPUs",
+    "for a while": "part of the model is frozen for a while only",
+    "copy": "cannot be copied",
+    "optimizer": "pass a factory",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_is_refused_with_a_reason(ranks, tmp_path, case):
+    with pytest.raises(UsageError, match=CASES[case]):
+        ranks(2, refused, case, tmp_path)
+
+
+def thawed(until):
+    model = network()
+    run = fit(model, LOSS, SGD, batches(*[8] * 8), plugins=["ddp", f"freeze:patterns=0,until={until}"], seed=0, epochs=4)
+    return outcome(run)
+
+
+@pytest.mark.parametrize("until", ["2ep", "6st"])
+def test_what_thaws_is_trained_alike(ranks, until):
+    single = fit(network(), LOSS, SGD, batches(*[8] * 8), plugins=["accumulate:every=2", f"freeze:patterns=0,until={until}"], seed=0, epochs=4)
+    for weights in ranks(2, thawed, until):
+        same(weights, outcome(single), 1e-12)
