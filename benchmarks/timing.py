@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from functools import partial
 from statistics import median, quantiles
 from time import process_time
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 
 WARMUP, STEPS, AFTER = 100, 1000, 2         # the last two, so that every loop comes to ask for the last that counts
 LR = 0.01
+HEADER = "| loop | us per step | us added | ratio | middle half | weights |\n|---|---|---|---|---|---|"
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -70,6 +72,13 @@ def weights(model: nn.Module) -> torch.Tensor:
 
 def compare(first: Loop, loops: dict[str, Loop], rounds: int) -> None:
     """Print a table of `loops` beside `first`, each checked to train to the same weights. What fails says why."""
+    print(HEADER)
+    rows(first, loops, rounds)
+
+
+def rows(first: Any, loops: dict[str, Any], rounds: int, timed: Callable[[Any], tuple[float, nn.Module]] = timed,
+         make: Callable[[], nn.Module] = make) -> None:
+    """Print the rows of that table. A loop is what `timed` takes; it trains what `make` makes."""
     start, goal = weights(make()), weights(timed(first)[1])
     ends, failed = {}, {}
     for name, loop in loops.items():
@@ -83,7 +92,6 @@ def compare(first: Loop, loops: dict[str, Loop], rounds: int) -> None:
         for name in order.sample(list(ends), len(ends)):
             pairs[name].append((timed(first)[0], timed(loops[name])[0]))
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
-    print("| loop | us per step | us added | ratio | middle half | weights |\n|---|---|---|---|---|---|")
     for name in loops:
         if name in failed:
             print(f"| {name} | not measured: {failed[name]} | | | | |")

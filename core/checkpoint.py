@@ -22,7 +22,7 @@ from loopctl.randomness import generators, random_state, set_random_state
 from loopctl.regroup import own_part
 from loopctl.run import Run
 from loopctl.updates import unlayered
-from loopctl.world import gathered, told
+from loopctl.world import gathered, restarts, told
 
 POSITION = {"epoch": int, "step": int, "attempts": int, "seen": int, "began": tuple, "shift": int, "judged": int,
             "stop": str, "metrics": dict, "history": list}
@@ -83,7 +83,7 @@ def restore(run: Run) -> None:
     """Load the state that `run.resume` names, random numbers last. Raises UsageError where it is another run's."""
     path = run.resume or Path()
     saved_here = run.hook.acting["safe_point"] and path.is_dir() and run.out.is_dir() and path.samefile(run.out)
-    if saved_here and not candidates(path):
+    if (saved_here or restarts()) and not candidates(path):
         log.warning("%s has no checkpoint yet; beginning at the start", path)
         return
     file, saved = find(path, run.device)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import BatchSampler, DataLoader, default_collate
 
 from loopctl import world
+from loopctl.batches import known_length
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 from loopctl.randomness import seed_everything
@@ -76,7 +77,15 @@ class Parallel:
         collates = run.train.collate_fn if isinstance(run.train, DataLoader) else None
         self.known = (self.shards["train"] is not None and not others
                       and (collates in (None, default_collate) or getattr(collates, "keeps_samples", False)))
+        # In parts that others made, each of the same length, all have as many without asking.
+        plain = isinstance(run.train, DataLoader) and type(run.train.batch_sampler) is BatchSampler
+        length = (run.train.batch_size, known_length(run.train.sampler), run.train.drop_last) if plain else None
+        self.alike = length is not None and not others and {*world.gathered(run, length)} == {length}
         self.looks_once = type(run.optimizer) in LOOKS_ONCE
+
+    @hookimpl
+    def epoch_start(self, run):
+        self.buffers = list(run.model.buffers())        # to look for them takes longer than to send some
 
     @hookimpl(wrapper=True)
     def train(self, run):
@@ -106,7 +115,7 @@ class Parallel:
     def before_step(self, run):
         # With the mean of the processes' weights as its own, a process's share of the step is too large by their
         # number, which the mean of their gradients takes away again. The reported loss comes out the same way.
-        if run.world_size == 1:
+        if run.world_size == 1 or self.alike:
             return
         shard = self.shards["train"]
         if shard is not None and self.known and (found := shard.together(run.batch, len(run.batches))):
@@ -115,7 +124,7 @@ class Parallel:
                 raise UsageError(f"train gave {run.weight} samples for {own} indices; say what a batch counts, in a "
                                  "plugin with batch_weight")
         else:
-            total, even = world.summed(run, run.weight), False
+            total, even = world.summed(run, run.weight), False          # nor is known what the others have
         run.weight, self.uneven = total / run.world_size, not even
 
     @hookimpl(wrapper=True)
@@ -128,9 +137,9 @@ class Parallel:
             self.depth -= 1
         if self.depth:                  # a part of a micro-batch, see `split`
             return loss
-        if last:
+        if last and self.buffers:
             # What looks at the model between two steps, an average or an evaluation, sees the same in every process.
-            world.level(run, run.model.buffers())
+            world.level(run, self.buffers)
         # Where all weigh alike, a process's own loss is as good a report, and it costs no message. An optimizer that
         # looks at the loss must see the same everywhere.
         return world.mean(run, loss) if self.uneven or not self.looks_once else loss

@@ -63,7 +63,8 @@ def save(pieces: dict[str, Any], folder: Path) -> Future[Any]:
         with suppress(ValueError):          # it may be gone already, with all others
             dist.destroy_process_group(own)
 
-    dcp.async_save(pieces, checkpoint_id=folder, process_group=own).add_done_callback(settle)   # type: ignore[union-attr]
+    writing: Any = dcp.async_save(pieces, checkpoint_id=folder, process_group=own)      # type: ignore[arg-type]
+    writing.add_done_callback(settle)
     return done
 
 
@@ -75,14 +76,14 @@ def put_in(run: Run, content: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "pieces" not in content:
         return content
     import torch.distributed.checkpoint as dcp
-    meshes = [one.device_mesh for one in run.model.parameters() if in_pieces(one)]
+    meshes: list[Any] = [getattr(one, "device_mesh", None) for one in run.model.parameters() if in_pieces(one)]
     found: dict[str, Any] = {}
 
     def empty(leaf: dict[str, Any]) -> Any:
         if meshes:
             from torch.distributed.tensor import Replicate, Shard, zeros
             placed = [Replicate() if dim is None else Shard(dim) for dim in leaf["dims"]]
-            tensor = zeros(leaf["shape"], dtype=leaf["dtype"], device_mesh=meshes[0], placements=placed)
+            tensor: Any = zeros(leaf["shape"], dtype=leaf["dtype"], device_mesh=meshes[0], placements=placed)
         else:
             tensor = torch.zeros(leaf["shape"], dtype=leaf["dtype"], device=run.device)
         found[leaf[MARK]] = tensor

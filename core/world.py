@@ -146,13 +146,12 @@ def level(run: Run, tensors: Iterable[Tensor]) -> None:
     by_type: dict[Any, list[Tensor]] = {}
     for tensor in () if alone(run) else tensors:
         by_type.setdefault(tensor.dtype, []).append(tensor.detach())
-    for alike in by_type.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-        dist.broadcast(flat, 0)
-        if run.rank:
-            parts = flat.split([tensor.numel() for tensor in alike])
-            for tensor, part in zip(alike, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
+    sent = [torch.cat([tensor.reshape(-1) for tensor in alike]) for alike in by_type.values()]
+    for message in [dist.broadcast(flat, 0, async_op=True) for flat in sent]:
+        message.wait()
+    for flat, alike in zip(sent, by_type.values(), strict=True) if run.rank else ():
+        parts = flat.split([tensor.numel() for tensor in alike])
+        torch._foreach_copy_(alike, [part.view_as(tensor) for part, tensor in zip(parts, alike, strict=True)])
 
 
 def board() -> dist.Store | None:

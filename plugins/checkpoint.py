@@ -153,7 +153,8 @@ class Checkpoint:
         # an epoch's end it is written once more, to another folder, for the one before is whole until that is too.
         content = deepcopy(content) | {"pieces": f"{file.stem}-{run.epoch}.pieces"}
         put = partial(self.put, run, file, content, best) if run.rank == 0 else lambda: True
-        world.told(run, run.rank == 0 and shutil.rmtree(self.folder / content["pieces"], ignore_errors=True))
+        if run.rank == 0:
+            shutil.rmtree(self.folder / content["pieces"], ignore_errors=True)      # which a killed run has left
         written = pieces.save(parts, self.folder / content["pieces"])
         self.writing = file, ThreadPoolExecutor(1).submit(lambda: bool(written.result()) and put()).result
         return True

@@ -38,7 +38,8 @@ class Ddp(Parallel):
     def __post_init__(self) -> None:
         if self.bucket_cap_mb < 1:
             raise ValueError(f"bucket_cap_mb is at least 1, not {self.bucket_cap_mb}")
-        self.network: Any = None
+        self.network: Any = None            # what wraps the model, and `inner` what it wraps
+        self.inner: Any = None
 
     def spread(self, run: Run) -> None:
         if self.sync_batchnorm and run.world_size > 1:
@@ -57,6 +58,7 @@ class Ddp(Parallel):
 
     def replicate(self, run: Run, trained: set[nn.Parameter], unused: bool) -> None:
         """Have the gradients of `trained` meet, also of those among them that are frozen for now."""
+        settings: dict[str, Any] = {BUFFERS: False}
         asleep = {parameter for parameter in trained if not parameter.requires_grad}
         for parameter in asleep:
             parameter.requires_grad_(True)
@@ -65,7 +67,7 @@ class Ddp(Parallel):
         world.level(run, run.model.buffers())
         self.inner, self.trained, self.unused = inner, trained, unused
         self.network = run.network = DistributedDataParallel(
-            inner, device_ids=[run.device.index] if run.device.type == "cuda" else None, **{BUFFERS: False},
+            inner, device_ids=[run.device.index] if run.device.type == "cuda" else None, **settings,
             bucket_cap_mb=self.bucket_cap_mb, find_unused_parameters=unused,
             gradient_as_bucket_view=self.gradient_as_bucket_view)
         for parameter in asleep:
@@ -73,6 +75,7 @@ class Ddp(Parallel):
 
     @hookimpl
     def epoch_start(self, run):
+        super().epoch_start(run)
         if self.network is None:
             return
         now = trainable(run.model)

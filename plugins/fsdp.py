@@ -55,6 +55,7 @@ class Fsdp(Parallel):
 
     @hookimpl
     def epoch_start(self, run):
+        super().epoch_start(run)
         if trainable(run.model) != self.trained:
             raise UsageError("part of the model is frozen for a while only, which fully_shard does not follow; freeze "
                              "it for the whole run, or use ddp")
@@ -70,7 +71,8 @@ class Fsdp(Parallel):
     def compute_loss(self, run):
         loss = yield
         if not torch.is_grad_enabled():
-            run.model.reshard()
+            model: Any = run.model          # which fully_shard has given more methods
+            model.reshard()
         return loss
 
     def meeting(self, run: Run, last: bool) -> Any:

@@ -55,7 +55,7 @@ class Split:
             self.random = randomness.random_state()
             self.kept = [buffer.clone() for buffer in self.statistics]
         self.begun.append((batch, weight))
-        todo, loss = self.begun[-1:], None
+        todo, loss = self.begun[-1:], None          # type: Any, Tensor | None
         while loss is None:
             try:
                 for number, (batch, weight) in enumerate(todo, 1):

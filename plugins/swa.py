@@ -158,7 +158,8 @@ def recompute(run: Run, norms: Iterable[_BatchNorm]) -> None:
         every = world.summed(run, share)
         for norm in momenta if run.world_size > 1 else ():
             for mean in (norm.running_mean, norm.running_var):
-                mean.copy_(world.summed(run, mean * (share / every)))
+                if mean is not None:
+                    mean.copy_(world.summed(run, mean * (share / every)))
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum

@@ -3,12 +3,7 @@
 A test writes by hand what a careful person would write, in plain PyTorch, and compares bit for bit, or it looks at the
 fact itself. A run is killed by a plugin that raises, and gone on with by another call of `fit` with `resume`.
 
-Left out, for it takes several processes to show them:
-
-    A8  ranks diverge where no_sync is off by one: only what one process sees of it is here
-    C2  a schedule stepped once per process (huggingface/transformers#24088, huggingface/accelerate#2318)
-    E6  one rank stops, the others hang (Lightning-AI/pytorch-lightning#379, talmolab/sleap-nn#471)
-    F6  a broadcast per batch makes the ranks wait (Lightning-AI/pytorch-lightning#21487)
+Those that take several processes to show, C2, E6, F6 and what A2 and A8 say of them, are in tests/test_processes.py.
 """
 import copy
 import math

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler, swa_utils
 
 from loopctl import fit, hookimpl
@@ -492,6 +494,46 @@ def test_row_27_reproducibility():
     assert numbers[0] == numbers[1]
 
 
+def replicated_by_hand(train):
+    """What a careful person writes for one of several processes."""
+    dist.init_process_group("gloo")
+    model, rank, size = network(), dist.get_rank(), dist.get_world_size()
+    replica = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(replica.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        replica.train()
+        torch.manual_seed(rank)                             # dropout of its own
+        for input, target in train[rank::size]:
+            optimizer.zero_grad()
+            cross_entropy(replica(input), target).backward()
+            optimizer.step()
+    return model.state_dict()
+
+
+class Noise:
+    """The same dropout as by hand."""
+
+    @hookimpl
+    def epoch_start(self, run):
+        torch.manual_seed(run.rank)
+
+
+def replicated(train):
+    run = fit(network(), cross_entropy, partial(torch.optim.SGD, lr=0.1, momentum=0.9), train, epochs=3, plugins=["ddp", Noise()])
+    return run.model.state_dict()
+
+
+def test_row_26_several_processes(ranks):
+    by_hand, ours = ranks(2, replicated_by_hand, TRAIN[:6]), ranks(2, replicated, TRAIN[:6])
+    for there, here in zip(by_hand, ours, strict=True):
+        for name, value in here.items():
+            # By hand the others have BatchNorm's statistics of their own after the last step.
+            if not torch.equal(there[name], value):
+                assert "running" in name
+                assert there is by_hand[1]
+    assert all(torch.equal(value, ours[1][name]) for name, value in ours[0].items())
+
+
 # The table of the docs.
 
 ROWS = {
@@ -508,7 +550,7 @@ ROWS = {
     20: ("different rates for different layers", "`layerwise_lr`"), 21: ("stochastic weight averaging", "`swa`"),
     22: ("early stopping", "`early_stopping`"), 23: ("a layer report", "`summary`, `loopctl summary`"),
     24: ("a plot of the learning rate", "`loopctl lr`"), 25: ("choosing a GPU", "`--device cuda:1`"),
-    26: ("several GPUs", "not there yet"),
+    26: ("several GPUs, by DataParallel or what [takes its place](plugins.md#several-processes)", "`--devices 0,1`, `ddp`, `fsdp`"),
     27: ("reproducibility", "`--seed 42 --deterministic`"),
     28: ("ResNet-50 on ImageNet", "[one line](programs.md)"), 29: ("a linear model on MNIST", "[one line](programs.md)"),
     30: ("a ViT on CIFAR-10", "[one line](programs.md)"),

@@ -1,0 +1,113 @@
+"""`loopctl run --devices 0,1`, and torchrun: processes as users start them."""
+import os
+import subprocess
+import sys
+import time
+import tomllib
+
+import pytest
+from safetensors.torch import load_file
+
+from loopctl.cli import main
+
+SETTINGS = ["--model", "linear", "--epochs", "6", "--batch-size", "32", "--plugin", "checkpoint:every_steps=5", "--plugin", "cosine"]
+
+# Ends one of the processes in the first attempt, in one way or another.
+ENDS = '''
+import os
+from dataclasses import dataclass
+from loopctl import hookimpl
+
+@dataclass(eq=False)
+class Ends:
+    how: str = ""
+    looks_on = True
+
+    @hookimpl
+    def after_step(self, run):
+        if run.rank == 1 and run.step == 42 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            if self.how == "killed":
+                os.kill(os.getpid(), 9)
+            if self.how == "raises":
+                raise ValueError("the disk is full of holes")
+'''
+
+
+def loopctl(*arguments, launcher=(sys.executable, "-m", "loopctl"), cwd):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.run([*launcher, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, env=environment)
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    place = tmp_path_factory.mktemp("undisturbed")
+    return place / "a", loopctl("run", "--devices", "0,1", *SETTINGS, "--out", "a", cwd=place)
+
+
+def test_one_command_trains_in_two_processes_and_one_of_them_speaks(undisturbed):
+    out, done = undisturbed
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("epoch 6/6") == 1
+    assert "cpu, 2 processes" in done.stdout
+    assert done.stdout.count("run folder: a") == 1
+    resolved = tomllib.loads((out / "run.toml").read_text())
+    assert resolved["devices"] == "0,1"
+    assert resolved["device"] == "cpu"
+    assert resolved["plugin"][0].startswith("ddp:")         # which nobody named
+    assert "effective batch  64 samples" in (out / "explain.txt").read_text()
+
+
+def test_killed_and_started_again_by_torchrun_it_ends_with_the_same_bits(undisturbed, tmp_path):
+    (tmp_path / "ends.py").write_text(ENDS)
+    done = loopctl("run", "--plugin", "ddp", *SETTINGS, "--plugin", "ends.py:Ends:how=killed", cwd=tmp_path,
+                   launcher=(*TORCHRUN, "--max-restarts", "1", "-m", "loopctl"))
+    assert done.returncode == 0, done.stderr
+    (out,) = (tmp_path / "runs").iterdir()                  # the second attempt has found the folder of the first
+    assert (out / "metrics.csv").read_bytes() == (undisturbed[0] / "metrics.csv").read_bytes()
+    there, here = (load_file(run / "weights.safetensors") for run in (undisturbed[0], out))
+    assert all(bool((there[name] == here[name]).all()) for name in there)
+
+
+@pytest.mark.parametrize(("how", "status", "line"), [
+    ("killed", 137, "error: process 1 was ended by SIGKILL, and the others with it"),
+    ("raises", 1, "error: process 1: ValueError: the disk is full of holes, raised by plugin 'ends' in its hook after_step; --traceback shows where"),
+])
+def test_where_one_fails_all_end_soon_and_say_so_once(tmp_path, how, status, line):
+    (tmp_path / "ends.py").write_text(ENDS)
+    began = time.monotonic()
+    done = loopctl("run", "--devices", "0,1", *SETTINGS, "--plugin", f"ends.py:Ends:how={how}", "--out", "a", cwd=tmp_path)
+    assert done.returncode == status
+    assert done.stderr.strip() == line
+    assert time.monotonic() - began < 60            # a process that waits for another one waits for half an hour
+
+
+def test_processes_that_nobody_joins_are_refused(tmp_path):
+    done = loopctl("run", *SETTINGS, "--out", "a", cwd=tmp_path, launcher=(*TORCHRUN, "-m", "loopctl"))
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert said[0].endswith("torchrun has started 2 processes, and nobody has them train together; add ddp")
+    assert not (tmp_path / "a").exists()
+
+
+def explained(capsys, *arguments):
+    with pytest.raises(SystemExit):
+        main(["explain", *arguments])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("plugin", ["ddp", "fsdp"])
+def test_explain_plans_processes_that_are_not_there(capsys, plugin):
+    said = explained(capsys, "--devices", "0,1,2", "--plugin", plugin, "--plugin", "accumulate:every=2", "--device", "cpu")
+    assert "updates          80: 20 epochs of 4, 2 micro-batches each" in said      # 23 batches, 8 for each
+    assert "processes        3, each with batches of 64 samples" in said
+    assert "effective batch  384 samples" in said
+
+
+def test_one_device_is_one_process(capsys):
+    said = explained(capsys, "--devices", "0", "--device", "cpu")
+    assert "processes" not in said
+    assert "ddp" not in said
