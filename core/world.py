@@ -47,24 +47,24 @@ def rank() -> int:
 
 def planned(run: Run) -> bool:
     """Whether a run of several processes is only planned: they are not there."""
-    return run.world_size > 1 and not dist.is_initialized()
+    return run.world_size > 1 and not (dist.is_initialized() and dist.get_world_size() == run.world_size)
 
 
 def alone(run: Run) -> bool:
     """Whether there is nobody to talk to: one process, or a run of more that is planned and not trained."""
-    return run.world_size == 1 or not dist.is_initialized()
+    return run.world_size == 1 or planned(run)
 
 
-def join(run: Run, alone: bool = False) -> bool:
+def join(run: Run, even_alone: bool = False) -> bool:
     """Have `run` train together with those in the other processes: sets `run.rank` and `run.world_size`.
 
-    alone: be a process group also where there is one process. A run whose `world_size` is set is only planned.
+    even_alone: be a process group also where there is one process. A run whose `world_size` is set is only planned.
 
     Returns whether there was no process group yet.
 
     Raises UsageError where two processes have the same device, or where this kind of device cannot join.
     """
-    begins = not dist.is_initialized() and run.world_size == 1 and (launched() > 1 or alone)
+    begins = not dist.is_initialized() and run.world_size == 1 and (launched() > 1 or even_alone)
     if begins:
         kind = run.device.type
         if kind not in BACKENDS:
@@ -79,9 +79,9 @@ def join(run: Run, alone: bool = False) -> bool:
                         "world_size": launched()}
         dist.init_process_group(BACKENDS[kind], **settings)
         atexit.register(leave)
-    if begins or dist.is_initialized():
+    if dist.is_initialized() and run.world_size == 1:
         run.rank, run.world_size = dist.get_rank(), dist.get_world_size()
-    if run.device.type != "cpu" and dist.is_initialized():
+    if run.device.type != "cpu" and not alone(run):
         devices = gathered(run, (socket.gethostname(), str(run.device)))
         same = [str(number) for number, device in enumerate(devices) if device == devices[run.rank]]
         if len(same) > 1:
@@ -147,7 +147,8 @@ def level(run: Run, tensors: Iterable[Tensor]) -> None:
     for tensor in () if alone(run) else tensors:
         by_type.setdefault(tensor.dtype, []).append(tensor.detach())
     sent = [torch.cat([tensor.reshape(-1) for tensor in alike]) for alike in by_type.values()]
-    for message in [dist.broadcast(flat, 0, async_op=True) for flat in sent]:
+    messages: list[Any] = [dist.broadcast(flat, 0, async_op=True) for flat in sent]
+    for message in messages:
         message.wait()
     for flat, alike in zip(sent, by_type.values(), strict=True) if run.rank else ():
         parts = flat.split([tensor.numel() for tensor in alike])

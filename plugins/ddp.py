@@ -16,10 +16,10 @@ BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
 
 @dataclass(eq=False)
 class Ddp(Parallel):
-    """Train in several processes, each with a copy of the model on a device of its own and its part of the data.
+    """Train in several processes, each with a copy of the model and its part of the data.
 
-    It is torch.nn.parallel.DistributedDataParallel. torchrun starts the processes, or `loopctl run --devices 0,1`; one
-    process alone trains as it would without. An update is that of one process with `accumulate` over as many
+    It is torch.nn.parallel.DistributedDataParallel. torchrun starts the processes, or `loopctl run --devices 0,1`, one
+    per GPU; one alone trains as it would without. An update is that of one process with `accumulate` over as many
     batches as there are processes: every sample counts alike, also where the last batches do not come out even. The
     first process prints and writes. Buffers, such as BatchNorm's statistics, are the first process's after every step.
 

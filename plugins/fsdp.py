@@ -15,12 +15,13 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(eq=False)
 class Fsdp(Parallel):
-    """Train in several processes, each of which keeps a piece of every weight, its gradient and the optimizer's state.
+    """Train in several processes, each of which keeps a piece of every weight.
 
-    It is torch.distributed.fsdp.fully_shard (FSDP2). The pieces of a layer are put together while it computes, so that
-    a model trains that fits on no device with its optimizer; each of its repeated blocks is such a layer, and so is the
-    rest. Everything else is as with `ddp`: torchrun or `loopctl run --devices 0,1` starts the processes, and an update
-    is that of one process over the batches of all. A checkpoint is written in pieces, in the background.
+    It is torch.distributed.fsdp.fully_shard (FSDP2). So are gradients and the optimizer's state in pieces, and those of
+    a layer's weights are put together while it computes: a model trains that fits on no device. Each of its repeated
+    blocks is such a layer, and so is the rest. Everything else is as with `ddp`: torchrun starts the processes, or
+    `loopctl run --devices 0,1`, and an update is that of one process over the batches of all. A checkpoint is written
+    in pieces, in the background. Torch's fused SGD and Adagrad do not know pieces, and are not fused here.
 
     shard: give each process its part of the data; false where it is in parts already, with as many batches in each
     param_dtype: compute in this type; the weights themselves keep theirs
@@ -54,6 +55,14 @@ class Fsdp(Parallel):
         self.trained = trainable(run.model)
 
     @hookimpl
+    def train_start(self, run):
+        super().train_start(run)
+        if isinstance(run.optimizer, torch.optim.SGD | torch.optim.Adagrad):
+            for group in run.optimizer.param_groups:
+                group["fused"] = False
+            run.optimizer._step_supports_amp_scaling = False            # which it says of itself where it is fused
+
+    @hookimpl
     def epoch_start(self, run):
         super().epoch_start(run)
         if trainable(run.model) != self.trained:
@@ -76,7 +85,8 @@ class Fsdp(Parallel):
         return loss
 
     def meeting(self, run: Run, last: bool) -> Any:
-        run.model.set_requires_gradient_sync(last)
+        model: Any = run.model
+        model.set_requires_gradient_sync(last)
         return nullcontext()
 
 

@@ -48,9 +48,9 @@ class Split:
     @hookimpl
     def micro_step(self, run, batch, weight, last):
         if self.within:
-            loss = weighed(run.hook.compute_loss(run=run, batch=batch), weight)
-            run.hook.backward(run=run, loss=loss)
-            return loss.detach()
+            part = weighed(run.hook.compute_loss(run=run, batch=batch), weight)
+            run.hook.backward(run=run, loss=part)
+            return part.detach()
         if not self.begun and self.into == "auto":
             self.random = randomness.random_state()
             self.kept = [buffer.clone() for buffer in self.statistics]

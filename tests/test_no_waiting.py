@@ -9,8 +9,8 @@ from torch import nn
 from loopctl import available, fit, hookimpl
 
 # autocast and CUDA graphs know no meta device. What nan_guard does with a GPU is tested there in its own file. lr_finder
-# reads every loss, of a copy, before the first step, and joins no moment within one.
-ELSEWHERE = {"amp", "cudagraph", "lr_finder", "nan_guard"}
+# reads every loss, of a copy, before the first step, and joins no moment within one. No processes talk about meta tensors.
+ELSEWHERE = {"amp", "cudagraph", "fsdp", "lr_finder", "nan_guard"}
 STEPS = 20
 
 

@@ -7,7 +7,8 @@ from torch import nn
 from loopctl import UsageError, available, fit
 
 NAMES = sorted({*available()} - {"cudagraph"})        # which needs a GPU, and has its own test of every other
-REFUSED = {("cyclic", "onecycle"): "cycles the momentum too", ("amp", "sam"): "one computation of gradients per step"}
+REFUSED = {("cyclic", "onecycle"): "cycles the momentum too", ("amp", "sam"): "one computation of gradients per step",
+           ("ddp", "fsdp"): "choose one", ("freeze", "fsdp"): "frozen for a while only", ("fsdp", "lr_finder"): "cannot be copied"}
 ORDERED = {("ema", "swa")}        # two averages: the one given last is evaluated and kept
 
 

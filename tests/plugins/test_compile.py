@@ -8,7 +8,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from loopctl import UsageError, fit, hookimpl
-from loopctl.plugins.compile import Compile, repeated
+from loopctl.layers import repeated
+from loopctl.plugins.compile import Compile
 
 cross_entropy = nn.CrossEntropyLoss()
 needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="needs a C++ compiler")

@@ -109,7 +109,7 @@ def test_bit_for_bit_the_usual_steps(net, batches, valid, clone, same, tapes, pl
     assert tapes[0].replays >= 5
 
 
-REFUSED = {"amp", "cyclic", "freeze", "nan_guard", "onecycle", "sam", "split"}      # with the options of `example`
+REFUSED = {"amp", "cyclic", "ddp", "freeze", "fsdp", "nan_guard", "onecycle", "sam", "split"}      # with the options of `example`
 
 
 @pytest.mark.parametrize("name", sorted({*available()} - {"cudagraph"}))
