@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from loopctl import Parallel, Run, UsageError, hookimpl, layers, world
 
@@ -51,6 +51,11 @@ class Fsdp(Parallel):
         for block in layers.repeated(run.model):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **settings)
         fully_shard(run.model, **settings)
+        # Once, so that the pieces are now where they will be: the first time puts some of them elsewhere.
+        for module in run.model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                module.reshard()
 
         self.trained = trainable(run.model)
 

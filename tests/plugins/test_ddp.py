@@ -62,3 +62,20 @@ def test_the_weights_are_those_of_one_process_with_the_same_global_batches(ranks
         assert history == found[0][1]
         for there, here in zip(history, run.history, strict=True):
             assert there == pytest.approx(here, abs=1e-10)
+
+
+def looked(number):
+    """By the losses of their own parts alone, processes would end a search at different points."""
+    optimizer = partial(torch.optim.LBFGS, lr=0.3, max_iter=20, tolerance_change=0.01)
+    run = fit(network(), LOSS, optimizer, batches(*[8] * 2 * number), plugins=["ddp"], seed=0)
+    return {name: value.clone() for name, value in run.model.state_dict().items()}, [len(run.optimizer.state), run.step]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_an_optimizer_that_looks_at_the_loss_sees_the_same_everywhere(ranks, number):
+    found = ranks(number, looked, number)
+    single = fit(network(), LOSS, partial(torch.optim.LBFGS, lr=0.3, max_iter=20, tolerance_change=0.01), batches(*[8] * 2 * number),
+                 plugins=[f"accumulate:every={number}"], seed=0)
+    for weights, _ in found:
+        for name, value in single.model.state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-8, atol=1e-8)
