@@ -75,12 +75,13 @@ class Parallel:
         # Whether the samples in a step are known to every process without asking.
         others = [name for name in run.hook.acting["batch_weight"] if run.hook.plugins[name] is not self]
         collates = run.train.collate_fn if isinstance(run.train, DataLoader) else None
-        self.known = (self.shards["train"] is not None and not others
-                      and (collates in (None, default_collate) or getattr(collates, "keeps_samples", False)))
+        counted = not others and (collates in (None, default_collate) or getattr(collates, "keeps_samples", False))
+        self.known = counted and self.shards["train"] is not None
         # In parts that others made, each of the same length, all have as many without asking.
-        plain = isinstance(run.train, DataLoader) and type(run.train.batch_sampler) is BatchSampler
+        plain = counted and isinstance(run.train, DataLoader) and type(run.train.batch_sampler) is BatchSampler
         length = (run.train.batch_size, known_length(run.train.sampler), run.train.drop_last) if plain else None
-        self.alike = length is not None and not others and {*world.gathered(run, length)} == {length}
+        lengths = world.gathered(run, length)
+        self.alike = length is not None and all(one == length for one in lengths)
         self.looks_once = type(run.optimizer) in LOOKS_ONCE
 
     @hookimpl

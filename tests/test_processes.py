@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from loopctl import UsageError, available, fit, hookimpl
 
@@ -211,6 +211,17 @@ def test_e6_one_process_stops_and_all_end_at_the_same_step(ranks, tmp_path, rank
     same(found[1][2], found[0][2])
 
 
+def stopped_within(rank):
+    run = fit(network(), LOSS, SGD, batches(8) * 8000, plugins=["ddp", StopsAlone(rank, "after_step", 33)], seed=0)
+    return run.attempts
+
+
+def test_e6_nobody_waits_for_the_end_of_an_epoch(ranks):
+    one, other = ranks(2, stopped_within, 1)
+    assert one == other
+    assert 33 <= one < 4000                     # about a second later
+
+
 def judged(out):
     """Each process would judge its own part of the validation data differently."""
     run = fit(network(), LOSS, SGD, batches(*UNEVEN), batches(8, 1, 8, 1, 5, seed=1), epochs=60, out=out,
@@ -348,6 +359,50 @@ def test_data_that_is_in_parts_already_counts_the_same(ranks):
     single = fit(network(), LOSS, SGD, batches(*UNEVEN[:6]), plugins=["accumulate:every=2"], seed=0, epochs=3)
     for weights in ranks(2, read_parts):
         same(weights, outcome(single), 1e-12)
+
+
+def noise():
+    fit(network(), LOSS, SGD, batches(8, 8), plugins=["ddp"], seed=0)
+    return float(torch.rand(1))
+
+
+def test_each_process_has_noise_of_its_own(ranks):
+    assert len({*ranks(3, noise)}) == 3
+
+
+def in_parts(plugins):
+    messages = Messages()
+    data = numbered(32).dataset
+    loader = DataLoader(data, 4, sampler=DistributedSampler(data, 2, int(os.environ["RANK"])))
+    run = fit(network(), LOSS, SGD, loader, plugins=[messages, "ddp", *plugins], seed=0)
+    return messages.steps, outcome(run)
+
+
+def test_a_loader_of_parts_sends_no_message_either(ranks):
+    for steps, weights in (found := ranks(2, in_parts, [])):
+        assert steps == [{}] * 4
+        same(weights, found[0][1])
+
+
+def measured(number):
+    from torchmetrics.classification import MulticlassAccuracy
+    right = MulticlassAccuracy(3, average="micro")
+    run = fit(network(), LOSS, SGD, batches(*UNEVEN), batches(8, 1, 8, 1, 5, seed=1), metrics={"accuracy": accuracy, "torchmetrics": right},
+              plugins=[f"accumulate:every={number}" if number else "ddp"], seed=0)
+    return run.history
+
+
+def accuracy(output, target):
+    return (output.argmax(1) == target).double().mean()
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_metrics_are_those_of_all_samples_once(ranks, number):
+    """Functions and objects that collect by themselves, in training and validation; a filler counts for neither."""
+    expected = measured(number)
+    for history in ranks(number, measured, 0):
+        for there, here in zip(history, expected, strict=True):
+            assert there == pytest.approx(here, abs=1e-6)           # torchmetrics counts in float32
 
 
 # Going on
