@@ -54,6 +54,7 @@ def module(file, name):
         spec = importlib.util.spec_from_file_location(name, file)
         sys.modules[name] = found = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(found)
+        gc.freeze()             # so that to look for what a test has left does not take as long as the test
     return sys.modules[name]
 
 
