@@ -61,7 +61,7 @@ def complain(text: object, error: BaseException, start: str = "error: ") -> None
         if not world.speaks(world.lost(error)):
             return
         if world.lost(error):
-            text = f"another process of the run has ended, and said nothing ({text})"
+            text = f"another process of the run has ended, or cannot be reached ({text})"
         start += f"process {world.rank()}: " if world.rank() else ""
     click.echo(f"{start}{one_line(text)}", err=True)
 

@@ -119,7 +119,8 @@ def optimizer_step(run: Run, closure: Callable[[], Tensor]) -> Tensor:
 def micro_step(run: Run, batch: Any, weight: float, last: bool) -> Tensor:
     """Go forward and backward over one micro-batch; return its share of the step's loss, detached.
 
-    weight: the micro-batch's share of its step, 0 to 1. last: it is the step's last micro-batch.
+    weight: the micro-batch's share of its step, 0 to 1; of several processes, of the mean of theirs. last: it is the
+    step's last micro-batch.
     """
 
 
