@@ -58,7 +58,9 @@ def complain(text: object, error: BaseException, start: str = "error: ") -> None
     """Say on stderr what is wrong. Of several processes that train together, one says it."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
         from loopctl import world
-        if not world.speaks(world.lost(error)):
+        # What is wrong everywhere, the first process says; what a lost one leads to, nobody if that one has said it.
+        common = isinstance(error, UsageError | click.ClickException) and world.rank() > 0
+        if not world.speaks(common or world.lost(error)):
             return
         if world.lost(error):
             text = f"another process of the run has ended, or cannot be reached ({text})"

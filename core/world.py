@@ -175,17 +175,17 @@ def recall(note: str) -> str:
     return store.get(note).decode() if store and store.check([note]) else ""
 
 
-def speaks(lost: bool) -> bool:
+def speaks(waits: bool) -> bool:
     """Whether this process is the one to say why all of them end. The first that asks is.
 
-    lost: it ends only since it has lost another one, which gets a moment to say why
+    waits: it gives others a moment to say so first
     """
     try:
         store = board()
         if store is None:
-            return not lost or rank() == 0
+            return not waits or rank() == 0
         note = f"end {restarts()}"
-        for _ in range(10 if lost else 0):
+        for _ in range(10 if waits else 0):
             if store.check([note]):
                 return False
             sleep(0.1)

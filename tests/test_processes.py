@@ -448,6 +448,15 @@ def test_a_killed_run_ends_with_the_same_bits(ranks, tmp_path, spec, at, loader)
         assert there[3] == here[3]
 
 
+@pytest.mark.parametrize("spec", ["ddp:find_unused_parameters=true", "fsdp"])
+def test_so_does_one_of_three_where_gradients_keep_their_order(ranks, tmp_path, spec):
+    whole = ranks(3, part, spec, noisy, SHUFFLED, 3, tmp_path / "whole")
+    ranks(3, part, spec, noisy, SHUFFLED, 3, tmp_path / "cut", 4)
+    rest = ranks(3, part, spec, noisy, SHUFFLED, 3, tmp_path / "cut", None, tmp_path / "cut")
+    for there, here in zip(rest, whole, strict=True):
+        same(there[2], here[2])
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (2, 1), (3, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize("at", [2, 6], ids=["within", "later"])
 @pytest.mark.parametrize("spec", ["ddp", "fsdp"])
