@@ -57,7 +57,7 @@ def fit(
     metrics: by name, `fn(output, target)` that returns a mean over the batch, or torchmetrics objects.
     device: where to train; None is where the model is, "auto" is cuda, then mps, then cpu.
     seed: seeds Python, NumPy and torch before anything else.
-    resume: a checkpoint, or a folder that has one, from which to go on.
+    resume: a checkpoint, or a folder that has one, from which to go on. Started again by torchrun, it goes on in `out`.
     steps_per_epoch: updates per epoch; needed where `train` has no length.
     out: the folder that plugins write to.
 

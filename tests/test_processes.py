@@ -281,11 +281,12 @@ def said(sizes, plugins):
     return messages.steps
 
 
-def test_f6_steps_send_no_message_but_the_gradients(ranks):
+@pytest.mark.parametrize("plugins", [[], ["split:into=2"]], ids=["", "split"])
+def test_f6_steps_send_no_message_but_the_gradients(ranks, plugins):
     """Lightning-AI/pytorch-lightning#21487: the weights of the samples are known without asking."""
-    for steps in ranks(2, said, [8] * 16 + [5], []):
+    for steps in ranks(2, said, [8] * 16 + [5], plugins):
         assert steps[:-1] == [{}] * 4
-        assert set(steps[-1]) == {"all_reduce"}             # the last one is uneven, and its loss a mean over both
+        assert steps[-1] == {"all_reduce": 1}               # the last one is uneven, and its loss a mean over both
 
 
 # Data
