@@ -406,6 +406,20 @@ def test_metrics_are_those_of_all_samples_once(ranks, number):
             assert there == pytest.approx(here, abs=1e-6)           # torchmetrics counts in float32
 
 
+def evaluated(spec, workers):
+    valid = numbered(18, num_workers=workers)                   # five batches, the last one of two samples
+    return fit(network(), LOSS, SGD, batches(8, 8), valid, metrics={"accuracy": accuracy}, plugins=spec, seed=0, epochs=2).history
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("spec", ["ddp", "fsdp"])
+def test_validation_data_of_a_loader_counts_once_too(ranks, spec, workers):
+    expected = evaluated(["accumulate:every=2"], 0)
+    for history in ranks(2, evaluated, [spec], workers):
+        for there, here in zip(history, expected, strict=True):
+            assert there == pytest.approx(here, abs=1e-10)
+
+
 # Going on
 
 
