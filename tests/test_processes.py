@@ -534,6 +534,19 @@ def test_a_signal_to_one_process_has_all_leave_at_the_same_step(ranks, tmp_path,
     assert 35 <= int(last.stem.removeprefix("step-")) < 5000
 
 
+def signalled_in_a_short_run(out):
+    try:
+        fit(network(), LOSS, SGD, batches(*[8] * 8), epochs=8, seed=0, out=out, plugins=["ddp", "checkpoint", Signals(1, 6)])
+    except SystemExit as end:
+        return end.code
+
+
+def test_a_signal_is_heard_of_where_an_epoch_ends(ranks, tmp_path):
+    """Though it took a second until they ask each other, and the run is over by then."""
+    assert ranks(2, signalled_in_a_short_run, tmp_path) == [128 + signal.SIGTERM] * 2
+    assert max((tmp_path / "checkpoints").glob("step-*.pt")).stem == "step-00000008"
+
+
 def spoken(out):
     import contextlib
     import io
