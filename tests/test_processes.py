@@ -510,19 +510,19 @@ def still(out, at, resume):
 
 
 class Signals:
-    def __init__(self, rank, at):
+    def __init__(self, rank, *at):
         self.rank, self.at = rank, at
 
     @hookimpl
     def after_step(self, run):
-        if run.rank == self.rank and run.attempts == self.at:
+        if run.rank == self.rank and run.attempts in self.at:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def signalled(rank, out):
+def signalled(rank, out, *more):
     try:
         fit(network(), LOSS, SGD, batches(*[8] * 20), epochs=500, seed=0, out=out,
-            plugins=["ddp", "checkpoint:every_epochs=1000", Signals(rank, 35), "progress", "csv"])
+            plugins=["ddp", "checkpoint:every_epochs=1000", Signals(rank, 35, *more), "progress", "csv"])
     except SystemExit as end:
         return end.code
 
@@ -532,6 +532,28 @@ def test_a_signal_to_one_process_has_all_leave_at_the_same_step(ranks, tmp_path,
     assert ranks(2, signalled, rank, tmp_path) == [128 + signal.SIGTERM] * 2
     last = max((tmp_path / "checkpoints").glob("step-*.pt"))
     assert 35 <= int(last.stem.removeprefix("step-")) < 5000
+
+
+def test_torchrun_passes_a_signal_on_that_was_there_already(ranks, tmp_path):
+    assert ranks(2, signalled, 1, tmp_path, 36) == [128 + signal.SIGTERM] * 2
+    assert int(max((tmp_path / "checkpoints").glob("step-*.pt")).stem.removeprefix("step-")) >= 36
+
+
+def unwritten(out):
+    from loopctl import files
+    rank, real = int(os.environ["RANK"]), files.save
+
+    def save(*arguments):
+        raise OSError(28, "No space left on device")
+    files.save = save if rank == 0 else real
+    try:
+        return fit(network(), LOSS, SGD, batches(8, 8), plugins=["ddp", "checkpoint"], seed=0, out=out).saved
+    finally:
+        files.save = real
+
+
+def test_what_one_process_could_not_write_none_goes_back_to(ranks, tmp_path):
+    assert ranks(2, unwritten, tmp_path) == [None, None]
 
 
 def signalled_in_a_short_run(out):

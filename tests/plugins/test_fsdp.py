@@ -138,6 +138,26 @@ def test_what_is_kept_is_whole_and_nothing_else_is_there(ranks, tmp_path):
     assert all(best[name].shape == value.shape for name, value in weights.items())
 
 
+class Worse:
+    """Validation losses that only rise."""
+
+    @hookimpl
+    def evaluate(self, run):
+        return {"val_loss": float(run.epoch)}
+
+
+def saving_the_first(out):
+    fit(network(), LOSS, adamw, batches(*[8] * 4), batches(8), epochs=4, seed=0, out=out, plugins=["fsdp", "checkpoint:keep=1", Worse()])
+
+
+def test_the_best_one_keeps_its_pieces(ranks, tmp_path):
+    ranks(2, saving_the_first, tmp_path)
+    best = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
+    assert best["position"]["epoch"] == 1
+    assert (tmp_path / "checkpoints" / best["pieces"] / ".metadata").exists()
+    assert len([*(tmp_path / "checkpoints").glob("*.pieces")]) == 2
+
+
 def test_one_whose_pieces_are_gone_is_passed_over(ranks, tmp_path):
     import shutil
     ranks(2, saving, tmp_path, 2)
