@@ -362,6 +362,23 @@ def test_data_that_is_in_parts_already_counts_the_same(ranks):
         same(weights, outcome(single), 1e-12)
 
 
+def begun_differently(spec, rank=None):
+    model = noisy()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor += int(os.environ["RANK"]) if rank is None else rank
+    run = fit(model, LOSS, partial(torch.optim.SGD, lr=0.0), batches(8, 8), plugins=[spec], seed=0)
+    return {name: value for name, value in outcome(run).items() if "running" not in name}, run.history[0]["train_loss"]
+
+
+@pytest.mark.parametrize("spec", ["ddp", "fsdp"])
+def test_all_begin_with_the_model_of_the_first(ranks, spec):
+    found, expected = ranks(2, begun_differently, spec), ranks(2, begun_differently, spec, 0)
+    for there, here in zip(found, expected, strict=True):
+        same(there[0], here[0])
+        assert there[1] == here[1]
+
+
 def noise():
     fit(network(), LOSS, SGD, batches(8, 8), plugins=["ddp"], seed=0)
     return float(torch.rand(1))
