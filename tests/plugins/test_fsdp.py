@@ -108,6 +108,16 @@ def test_it_computes_in_the_type_asked_for_and_keeps_the_weights_own(ranks, tmp_
     assert loss == pytest.approx(full.history[-1]["train_loss"], abs=0.05)
 
 
+def divided():
+    from torch.distributed.fsdp import FSDPModule
+    run = fit(network(), LOSS, adamw, batches(8, 8), plugins=["fsdp"], seed=0)
+    return [name for name, module in run.model.named_modules() if isinstance(module, FSDPModule)]
+
+
+def test_each_repeated_block_is_put_together_by_itself(ranks):
+    assert ranks(2, divided) == [["", "1", "2"]] * 2
+
+
 def test_one_process_alone_trains_as_it_would_without(ranks):
     (there, history, _), = ranks(1, trained, "fsdp", [])
     here = fit(network(), LOSS, adamw, batches(*UNEVEN), batches(8, 5, 7, seed=1), epochs=5, seed=0)
