@@ -64,6 +64,9 @@ class Parallel:
     def spread(self, run: Run) -> None:
         """Change the model, when all plugins have had their setup and before there is an optimizer."""
 
+    def release(self, run: Run) -> None:
+        """Let go, after training, of what only training needs."""
+
     @hookimpl
     def wrap_model(self, run):
         # All processes had the same random numbers, to begin with the same model. Their noise is to be their own.
@@ -91,7 +94,10 @@ class Parallel:
     @hookimpl(wrapper=True)
     def train(self, run):
         try:
-            return (yield)
+            try:
+                return (yield)
+            finally:
+                self.release(run)
         except BaseException:
             if self.begins and run.world_size > 1:
                 world.leave()               # now, so that nobody waits for this process

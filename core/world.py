@@ -8,6 +8,8 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import weakref
+from importlib import import_module
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,6 +79,8 @@ def join(run: Run, even_alone: bool = False) -> bool:
         elif store := board():          # which outlives processes that were here before: not their addresses again
             settings = {"store": dist.PrefixStore(f"attempt {restarts()}", store), "rank": rank(),
                         "world_size": launched()}
+        # Its functions keep for ever the process group that there is when they are imported, which must end: see leave.
+        import_module("torch.distributed.nn.functional")
         dist.init_process_group(BACKENDS[kind], **settings)
         atexit.register(leave)
     if dist.is_initialized() and run.world_size == 1:
@@ -94,7 +98,13 @@ def leave() -> None:
     """Leave the other processes. Those that wait for this one get an error."""
     atexit.unregister(leave)
     if dist.is_initialized():
+        group = dist.group.WORLD
         dist.destroy_process_group()
+        # Its threads end when nobody holds it. One that still lets go of a tensor while Python ends aborts the process.
+        held = weakref.ref(group)
+        del group
+        if held():
+            sleep(0.1)          # so that they may be done, where torch's caches hold it, as they do after fsdp
 
 
 def told(run: Run, value: T) -> T:

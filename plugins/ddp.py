@@ -88,6 +88,10 @@ class Ddp(Parallel):
                 raise UsageError("part of the model is frozen for now; say find_unused_parameters=true")
             self.replicate(run, self.trained, unused)
 
+    def release(self, run: Run) -> None:
+        if self.network is not None:
+            run.network, self.network, self.inner = run.model, None, None
+
     def meeting(self, run: Run, last: bool) -> Any:
         return nullcontext() if last or self.network is None else self.network.no_sync()
 

@@ -1,7 +1,9 @@
 """Small things that many tests train, and the processes in which some do."""
+import contextlib
 import copy
 import os
 import pickle
+import random
 import shutil
 import socket
 import subprocess
@@ -113,7 +115,7 @@ class Ranks:
         self.listener = Listener(str(folder / "ranks"), backlog=8)
         self.kept = []
 
-    def __call__(self, number, function, *arguments, timeout=40, **environment):
+    def __call__(self, number, function, *arguments, timeout=100, **environment):
         """Call a function of a test file in each of so many processes. Returns what each returned, by rank; raises what
         one raised, and of those that only missed another one nothing."""
         answers = self.answers(number, function, *arguments, timeout=timeout, **environment)
@@ -123,16 +125,13 @@ class Ranks:
             raise next((error for error in errors if not any(hint in str(error) for hint in missed)), errors[0])
         return [result for result, _ in answers]
 
-    def answers(self, number, function, *arguments, timeout=40, **environment):
+    def answers(self, number, function, *arguments, timeout=100, **environment):
         """By rank: what the function returned, and what it raised."""
         while len(self.kept) < number:
             process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("rank.py")), self.listener.address],
                                        env=os.environ | {"OMP_NUM_THREADS": "1"})
             self.kept.append((process, self.listener.accept()))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number),
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number),
                   "TORCHELASTIC_RESTART_COUNT": "0", **environment}
         for rank, (_, wire) in enumerate(self.kept[:number]):
             ranked = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -161,6 +160,15 @@ class Ranks:
             process.kill()
             process.wait()
         self.kept = []
+
+
+def free_port():
+    """A port to listen at. It is below those that the system gives to connections, so that none takes it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)          # tests seed the other random numbers
+        with contextlib.suppress(OSError), socket.socket() as taken:
+            taken.bind(("127.0.0.1", port))
+            return port
 
 
 @pytest.fixture(scope="session")

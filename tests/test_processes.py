@@ -128,23 +128,50 @@ class Flags:
         return (yield)
 
 
+class Pieces:
+    """Notes after each backward pass whether gradients have met: only then has a process its piece of them."""
+
+    def __init__(self):
+        self.met = []
+
+    @hookimpl(wrapper=True)
+    def backward(self, run):
+        result = yield
+        self.met.append(all(parameter.grad is not None for parameter in run.model.parameters()))
+        return result
+
+
+def in_pieces(plugins, sizes):
+    pieces = Pieces()
+    fit(network(), LOSS, SGD, batches(*sizes), plugins=["fsdp", *plugins, pieces], seed=0)
+    return pieces.met
+
+
 def flagged(plugins, sizes):
     flags = Flags()
     run = fit(network(), LOSS, SGD, batches(*sizes), batches(4, 4), plugins=["ddp", *plugins, flags], seed=0)
     return flags.forward, flags.backward_, outcome(run)
 
 
-@pytest.mark.parametrize(("plugins", "expected"), [
+MEET = pytest.mark.parametrize(("plugins", "expected"), [
     (["accumulate:every=3"], [False, False, True, True]),               # four micro-batches: a step of three, one of one
     (["split:into=2"], [False, True] * 4),
     (["accumulate:every=2", "split:into=2"], [False, False, False, True] * 2),
 ], ids=["accumulate", "split", "both"])
+
+
+@MEET
 def test_a8_gradients_meet_in_the_last_micro_batch_forward_and_backward(ranks, plugins, expected):
     """modelscope/FunASR#3472, karpathy/build-nanogpt#30, huggingface/transformers#7742"""
     found = ranks(2, flagged, plugins, [8] * 8)
     for forward, backward, weights in found:
         assert forward == backward == expected
         same(weights, found[0][2])
+
+
+@MEET
+def test_a8_gradients_of_pieces_meet_in_the_last_micro_batch(ranks, plugins, expected):
+    assert ranks(2, in_pieces, plugins, [8] * 8) == [expected, expected]
 
 
 def scheduled(plugins):

@@ -38,7 +38,7 @@ def loopctl(*arguments, launcher=(sys.executable, "-m", "loopctl"), cwd):
     return subprocess.run([*launcher, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, env=environment)
 
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,41 @@ def test_where_one_fails_all_end_soon_and_say_so_once(tmp_path, how, status, lin
     assert done.returncode == status
     assert done.stderr.strip() == line
     assert time.monotonic() - began < 60            # a process that waits for another one waits for half an hour
+
+
+# Says, after all else, which threads a process still has when Python ends.
+THREADS = '''
+import atexit, os, sys
+
+@atexit.register
+def threads():
+    names = [open(f"/proc/self/task/{one}/comm").read().strip() for one in os.listdir("/proc/self/task")]
+    sys.stdout.write(f"threads: {sorted(names)}\\n")
+
+'''
+COMMAND = '''
+from loopctl.cli import main
+main(["run", "--model", "linear", "--epochs", "1", "--plugin", "ddp", "--plugin", "early_stopping"])
+'''
+SCRIPT = '''
+from functools import partial
+import torch
+from loopctl import fit
+data = [(torch.randn(4, 3), torch.randint(0, 2, (4,))) for _ in range(5)]
+run = fit(torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy, partial(torch.optim.SGD, lr=0.1), data, plugins=["ddp"])
+'''
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="tells threads by Linux's /proc")
+@pytest.mark.parametrize("text", [COMMAND, SCRIPT], ids=["command", "script"])
+def test_no_thread_of_the_process_group_outlives_it(tmp_path, text):
+    """One that lets go of a tensor while Python ends would end the process by SIGABRT, now and then."""
+    (tmp_path / "trains.py").write_text(THREADS + text)
+    done = loopctl("trains.py", cwd=tmp_path, launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("threads: ")]
+    assert len(said) == 2
+    assert not [line for line in said if "gloo" in line]
 
 
 def test_processes_that_nobody_joins_are_refused(tmp_path):
