@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from loopctl import UsageError, available, fit, hookimpl
+from loopctl import UsageError, available, fit, hookimpl, world
 
 LOSS = nn.CrossEntropyLoss()
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -551,6 +551,28 @@ def still(out, at, resume):
 
 
 # Signals, and who speaks
+
+
+def test_the_first_that_asks_speaks_for_all_and_after_a_restart_another(monkeypatch):
+    store = dist.HashStore()
+    monkeypatch.setattr(world, "board", lambda: store)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert world.speaks(waits=True)                     # nobody else has
+        assert not world.speaks(waits=False)
+        assert not world.speaks(waits=True)
+
+
+@pytest.mark.parametrize(("rank", "alone"), [("0", True), ("1", False)])
+def test_the_first_process_speaks_where_torchrun_has_gone(monkeypatch, rank, alone):
+    def gone():
+        raise dist.DistNetworkError("connection refused")
+    monkeypatch.setattr(world, "board", gone)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert world.speaks(waits=False) == alone
 
 
 class Signals:
