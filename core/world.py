@@ -188,14 +188,14 @@ def recall(note: str) -> str:
 def speaks(waits: bool) -> bool:
     """Whether this process is the one to say why all of them end. The first that asks is.
 
-    waits: it gives others a moment to say so first
+    waits: it gives others five seconds to say so first
     """
     try:
         store = board()
         if store is None:
             return not waits or rank() == 0
         note = f"end {restarts()}"
-        for _ in range(10 if waits else 0):
+        for _ in range(50 if waits else 0):     # a process may be seconds behind, on a busy machine
             if store.check([note]):
                 return False
             sleep(0.1)

@@ -556,6 +556,7 @@ def still(out, at, resume):
 def test_the_first_that_asks_speaks_for_all_and_after_a_restart_another(monkeypatch):
     store = dist.HashStore()
     monkeypatch.setattr(world, "board", lambda: store)
+    monkeypatch.setattr(world, "sleep", lambda seconds: None)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for count in ("0", "1"):
