@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import nn
 
+from loopctl import world
+
 # The processes that a test begins have one thread too: as many tests as there are cores may be running.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -24,6 +26,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def _one_thread():
     """The same sums in the same order, and no two tests' threads in each other's way."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    """`fsdp` in one process is a process group until that ends; the next test is to know nothing of it."""
+    yield
+    world.leave()
 
 
 @pytest.fixture
