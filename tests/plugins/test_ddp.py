@@ -1,11 +1,14 @@
 """Several processes make the updates that one would make of all their batches."""
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from loopctl import fit
+from loopctl import Run, fit, hookimpl
+from loopctl.compose import compose
+from loopctl.prepare import prepare
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -79,3 +82,24 @@ def test_an_optimizer_that_looks_at_the_loss_sees_the_same_everywhere(ranks, num
     for weights, _ in found:
         for name, value in single.model.state_dict().items():
             torch.testing.assert_close(weights[name], value, rtol=1e-8, atol=1e-8)
+
+
+class Fails:
+    @hookimpl
+    def after_step(self, run):
+        raise ValueError("on purpose")
+
+
+def left(plugins):
+    """What was around the model, and whether nothing is when the run is over."""
+    run = Run(network(), LOSS, SGD, batches(*EVEN), hook=compose(["ddp", *plugins]))
+    prepare(run, {}, None, 0)
+    before = type(run.network)
+    with nullcontext() if not plugins else pytest.raises(ValueError, match="on purpose"):
+        run.hook.train(run=run)
+    return before.__name__, run.network is run.model
+
+
+@pytest.mark.parametrize("plugins", [[], [Fails()]], ids=["ended", "failed"])
+def test_after_training_nothing_is_left_around_the_model(ranks, plugins):
+    assert ranks(2, left, plugins) == [("DistributedDataParallel", True)] * 2
