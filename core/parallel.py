@@ -100,7 +100,7 @@ class Parallel:
                 self.release(run)
         except BaseException:
             if self.begins and run.world_size > 1:
-                world.leave()               # now, so that nobody waits for this process
+                world.leave(seconds=2)      # now, so that nobody waits for this process
             raise
 
     @hookimpl(wrapper=True)

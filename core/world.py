@@ -10,6 +10,7 @@ import os
 import socket
 import weakref
 from importlib import import_module
+from threading import Thread
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,17 +95,25 @@ def join(run: Run, even_alone: bool = False) -> bool:
     return begins
 
 
-def leave() -> None:
-    """Leave the other processes. Those that wait for this one get an error."""
+def leave(seconds: float | None = None) -> None:
+    """Leave the other processes. Those that wait for this one get an error.
+
+    seconds: wait no longer for messages that are on their way, whose other end may hang; None waits for them
+    """
     atexit.unregister(leave)
     if dist.is_initialized():
-        group = dist.group.WORLD
+        group = [dist.group.WORLD]
+        held = weakref.ref(group[0])
         dist.destroy_process_group()
         # Its threads end when nobody holds it. One that still lets go of a tensor while Python ends aborts the process.
-        held = weakref.ref(group)
-        del group
-        if held():
-            sleep(0.1)          # so that they may be done, where torch's caches hold it, as they do after fsdp
+        if seconds is None:
+            group.clear()
+            if held():
+                sleep(0.1)      # so that they may be done, where torch's caches hold it, as they do after fsdp
+        else:
+            clears = Thread(target=group.clear, daemon=True)
+            clears.start()
+            clears.join(seconds)
 
 
 def told(run: Run, value: T) -> T:

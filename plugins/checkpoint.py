@@ -67,10 +67,12 @@ class Checkpoint:
             result = yield
             self.settle(run)
             return result
-        except BaseException:
+        except BaseException as error:
             if self.writing:            # let it come to its end before processes leave each other
                 with suppress(Exception):
                     self.writing[1]()
+            if self.signal and world.lost(error):       # torchrun's, which ends this one because another has ended
+                raise SystemExit(128 + self.signal) from None
             raise
         finally:
             for number, handler in before.items():

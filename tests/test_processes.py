@@ -566,6 +566,20 @@ def test_the_first_that_asks_speaks_for_all_and_after_a_restart_another(monkeypa
         assert not world.speaks(waits=True)
 
 
+@pytest.mark.parametrize(("error", "raised"), [(dist.DistBackendError("gone"), SystemExit), (ValueError("its own"), ValueError)])
+def test_a_signal_that_comes_with_the_loss_of_another_process_ends_this_one(tmp_path, error, raised):
+    """It is torchrun's, which has said by then, or will say, why all end."""
+    class Loses:
+        @hookimpl
+        def after_step(self, run):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise error
+
+    with pytest.raises(raised) as caught:
+        fit(network(), LOSS, SGD, batches(8, 8), plugins=["checkpoint", Loses()], out=tmp_path)
+    assert getattr(caught.value, "code", 143) == 143
+
+
 @pytest.mark.parametrize(("rank", "alone"), [(0, True), (1, False)])
 def test_the_first_process_speaks_where_torchrun_has_gone(monkeypatch, rank, alone):
     def gone():

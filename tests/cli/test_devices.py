@@ -120,6 +120,55 @@ def test_no_thread_of_the_process_group_outlives_it(tmp_path, text):
     assert not [line for line in said if "gloo" in line]
 
 
+# One process fails while its gradients are on their way, and the other does not come to meet them.
+MEETS_NOBODY = '''
+import signal, time
+from dataclasses import dataclass
+import torch
+from torch import nn
+from loopctl import hookimpl
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input):
+        return input.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(0.5)
+        raise ValueError("half of a backward pass")
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(64, 600), nn.Linear(600, 600), nn.Linear(600, 10)
+
+    def forward(self, input):
+        hidden = self.first(input.flatten(1))
+        return self.third(self.second(Fails.apply(hidden) if getattr(self, "fails", False) else hidden))
+
+@dataclass(eq=False)
+class Parts:
+    @hookimpl
+    def before_step(self, run):
+        if run.step == 5:
+            run.model.fails = run.rank == 1
+            if run.rank == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(100)
+'''
+
+
+def test_a_failure_is_said_though_nobody_meets_its_gradients(tmp_path):
+    (tmp_path / "parts.py").write_text(MEETS_NOBODY)
+    began = time.monotonic()
+    done = loopctl("run", "--devices", "0,1", "--model", "parts.py:Net", "--plugin", "ddp:bucket_cap_mb=1", "--plugin", "parts.py:Parts",
+                   "--out", "a", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: process 1: ValueError: half of a backward pass" in done.stderr
+    assert time.monotonic() - began < 60
+
+
 def test_processes_that_nobody_joins_are_refused(tmp_path):
     done = loopctl("run", *SETTINGS, "--out", "a", cwd=tmp_path, launcher=(*TORCHRUN, "-m", "loopctl"))
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
