@@ -11,10 +11,10 @@ from statistics import mean
 import torch
 from torch import nn
 
-from loopctl import fit, hookimpl
+from loopctl import Run, fit, hookimpl
 from loopctl.cli import data, models
 from loopctl.cli.train import accuracy
-from loopctl.modes import evaluating
+from loopctl.model.eval_mode import eval_mode
 
 FEATURED = ["amp", "accumulate:every=2", "clip:max_norm=1", "warmup:length=10%", "cosine:by=step"]
 RECIPES = {
@@ -33,12 +33,12 @@ class Raw:
     """Keeps the raw weights of the end, before an average takes their place."""
 
     @hookimpl
-    def epoch_end(self, run):
+    def epoch_end(self, run: Run) -> None:
         self.model = copy.deepcopy(run.model)
 
 
 def scores(model: nn.Module, batches: list) -> tuple[float, float]:
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         outputs = torch.cat([model(input) for input, _ in batches])
     targets = torch.cat([target for _, target in batches])
     return accuracy(outputs, targets).item(), nn.functional.cross_entropy(outputs, targets).item()

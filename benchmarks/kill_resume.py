@@ -21,7 +21,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from loopctl import available, checkpoint
+from loopctl import available
+from loopctl.checkpoint.state import find_candidates, find_checkpoint
 
 # Real images whose every reading draws random numbers of Python, NumPy and torch: wherever one of them stands wrongly
 # after a resume, the pictures differ.
@@ -81,7 +82,7 @@ def survive(plugins: list[str], epochs: int, kills: int, place: Path, draw: rand
     while True:
         begun = (place / "killed" / "run.toml").exists()
         how = ["--resume", "killed"] if begun else ["--out", "killed"]
-        before = checkpoint.candidates(place / "killed")[:1]
+        before = find_candidates(place / "killed")[:1]
         process = start(command(plugins, epochs, *how), place)
         if killed < kills:
             if draw.random() < 0.1:
@@ -110,7 +111,7 @@ def start(words: list[str], place: Path) -> subprocess.Popen[str]:
 
 def wait(process: subprocess.Popen[str], run: Path, before: list[Path]) -> None:
     """Wait until the run has a checkpoint that it did not have before, or the process has ended."""
-    while process.poll() is None and checkpoint.candidates(run)[:1] == before:
+    while process.poll() is None and find_candidates(run)[:1] == before:
         time.sleep(0.01)
 
 
@@ -118,7 +119,7 @@ def compare(place: Path) -> None:
     for name in ("metrics.csv", "weights.safetensors"):
         one, other = ((place / run / name).read_bytes() for run in ("whole", "killed"))
         assert one == other, f"{name} differs"
-    one, other = (checkpoint.find(place / run) for run in ("whole", "killed"))
+    one, other = (find_checkpoint(place / run) for run in ("whole", "killed"))
     assert one[0].name == other[0].name
     for key, value in one[1].items():
         assert equal(value, other[1][key]), f"{key} differs in the last checkpoints"

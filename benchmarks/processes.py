@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from loopctl import fit, hookimpl
+from loopctl import Run, fit, hookimpl
 
 SEVERAL = torch.cuda.device_count() > 1
 AFTER = 2                       # so that every loop comes to ask for the last batch that counts
@@ -161,7 +161,7 @@ class Losses:
         self.all: list[torch.Tensor] = []
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run) -> None:
         self.all.append(run.loss)
 
 

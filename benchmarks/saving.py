@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
-from loopctl import checkpoint, files, fit, hookimpl
+from loopctl import Run, fit, hookimpl
+from loopctl.checkpoint.atomic_files import save_checkpoint
+from loopctl.checkpoint.state import capture_state
 
 
 class Measure:
@@ -26,17 +28,17 @@ class Measure:
         self.folder, self.rounds = folder, rounds
 
     @hookimpl
-    def safe_point(self, run):
-        if run.batch != 2:
+    def safe_point(self, run: Run) -> None:
+        if run.seen_in_epoch != 2:
             return
         ours, theirs, raw = (self.folder / name for name in ("ours", "theirs", "raw"))
         times: dict[str, list[float]] = {"ours": [], "theirs": [], "raw": []}
         for _ in range(self.rounds):
             with timed(times["ours"]):
-                files.save(checkpoint.state(run), ours)
+                save_checkpoint(capture_state(run), ours)
             data = ours.read_bytes()
             with timed(times["theirs"]), theirs.open("wb") as file:
-                torch.save(checkpoint.state(run), file)
+                torch.save(capture_state(run), file)
                 sync(file)
             with timed(times["raw"]), raw.open("wb") as file:
                 file.write(data)

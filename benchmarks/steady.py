@@ -14,7 +14,7 @@ from time import perf_counter
 from timing import BATCHES, make, sgd
 from torch import nn
 
-from loopctl import fit, hookimpl
+from loopctl import Run, fit, hookimpl
 
 PER_EPOCH = 1000
 
@@ -31,11 +31,11 @@ class Watch:
         self.at, self.times = at, [0.0] * PER_EPOCH         # made beforehand, so that watching takes no memory
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run) -> None:
         self.times[run.step % PER_EPOCH] = perf_counter()
 
     @hookimpl
-    def epoch_end(self, run):
+    def epoch_end(self, run: Run) -> None:
         if run.step in self.at:
             steps = [1e6 * (after - before) for before, after in zip(self.times, self.times[1:], strict=False)]
             print(f"| {run.step:,} | {median(steps):.0f} | {resident():.1f} |", flush=True)

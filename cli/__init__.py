@@ -13,9 +13,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from loopctl.cli.parameters import Devices, Number, Place, Text, Whole
+from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.errors import UsageError, nearest, one_line
-
-DEFAULTS = ("csv", "checkpoint", "progress")       # the plugins that `run` adds by itself
 
 
 class Commands(click.Group):
@@ -57,14 +56,14 @@ class Commands(click.Group):
 def complain(text: object, error: BaseException, start: str = "error: ") -> None:
     """Say on stderr what is wrong. Of several processes that train together, one says it."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
-        from loopctl import world
+        from loopctl.distributed.process_group import claim_error_report, is_peer_failure, rank
         # What is wrong everywhere, the first process says; what a lost one leads to, nobody if that one has said it.
-        common = isinstance(error, UsageError | click.ClickException) and world.rank() > 0
-        if not world.speaks(common or world.lost(error)):
+        common = isinstance(error, UsageError | click.ClickException) and rank() > 0
+        if not claim_error_report(common or is_peer_failure(error)):
             return
-        if world.lost(error):
+        if is_peer_failure(error):
             text = f"another process of the run has ended, or cannot be reached ({text})"
-        start += f"process {world.rank()}: " if world.rank() else ""
+        start += f"process {rank()}: " if rank() else ""
     click.echo(f"{start}{one_line(text)}", err=True)
 
 
@@ -82,7 +81,7 @@ def completes(names: Callable[[], list[str]]) -> Callable[..., list[CompletionIt
 
 
 def plugin_names() -> list[str]:
-    from loopctl.find import available
+    from loopctl.composition.discovery import available
     return list(available())
 
 
@@ -121,7 +120,7 @@ def from_file(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     known = {option.name: option for option in ctx.command.params if option.name not in not_here}
     for key, value in found.items():
         if key not in known:
-            way = "say it on the command line" if key in not_here else nearest(key, known, "there are")
+            way = "pass it on the command line" if key in not_here else nearest(key, known, "there are")
             raise click.UsageError(f"--{param.name}: {file}: {key!r} is no key of a configuration; {way}")
         if isinstance(value, dict) or (isinstance(value, list) != (key in ("plugin", "without"))):
             kind = "a list" if key in ("plugin", "without") else "one value"
@@ -161,7 +160,7 @@ COMPOSITION = (
     choice("--batch-size", default=64, type=COUNT, metavar="N", help="Images per batch."),
     choice("--plugin", plugin_names, multiple=True, type=Text(), metavar="NAME[:option=value,...]",
            help="Add a plugin; may be repeated, and they act in this order. See `loopctl plugins`."),
-    choice("--without", type=click.Choice(DEFAULTS), multiple=True,
+    choice("--without", type=click.Choice(DEFAULT_PLUGINS), multiple=True,
            help="Leave out a plugin that run adds by itself."),
     choice("--device", default="auto", type=Text(), metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:1."),
     choice("--devices", type=Devices(), metavar="0,1",

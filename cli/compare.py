@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loopctl import charts, page
 from loopctl.errors import UsageError, one_line
+from loopctl.report import charts, html
 
 MARK, NEAR = " *", "\u00a0*"        # after the best of a row; where lines break, in the same line
 Row = tuple[str, list[str]]         # what it is about, and a text per run
@@ -36,7 +36,7 @@ def compared(folders: tuple[Path, ...], out: Path | None) -> str:
     if len(folders) < 2:
         raise UsageError("compare takes two runs or more; name their folders, such as runs/a runs/b")
     if out and out.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--out {out}: what is written is a page of HTML; say {out}.html")
+        raise UsageError(f"--out {out}: what is written is a page of HTML; use {out}.html")
     runs = [read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
     tables = {"Configuration": configuration(runs), "Result": results(runs)}
     if out:
@@ -194,28 +194,28 @@ def whole(runs: list[Found], tables: dict[str, list[Row]]) -> str:
     parts = []
     for title, rows in tables.items():
         heading, kind = ["", *(run.name for run in runs)], "results" if title == "Result" else "wide"
-        table = page.table(heading, [[label, *map(bold, cells)] for label, cells in rows], kind)
-        parts.append(page.section(title, table if rows else "<p>No difference.</p>"))
+        table = html.table(heading, [[label, *map(bold, cells)] for label, cells in rows], kind)
+        parts.append(html.section(title, table if rows else "<p>No difference.</p>"))
     metrics = dict.fromkeys(key for run in runs for row in run.history for key in row if key not in ("epoch", "step"))
     drawn = []
     for key, metric in enumerate(metrics):
         lines = [charts.Line(run.name, run.points(metric)) for run in runs]
         drawn.append(charts.figure(key, metric, [line for line in lines if line.drawn or len(runs) < 8]))
-    parts += [page.section("Curves", f'<div class="charts">{"".join(drawn)}</div>')] * bool(drawn)
-    return page.page(f"{len(runs)} runs compared", ", ".join(run.name for run in runs), parts)
+    parts += [html.section("Curves", f'<div class="charts">{"".join(drawn)}</div>')] * bool(drawn)
+    return html.page(f"{len(runs)} runs compared", ", ".join(run.name for run in runs), parts)
 
 
 def bold(cell: str) -> str:
     if MARK not in cell:
-        return page.breaking(cell)
-    return page.Markup(f"<b>{page.escaped(cell.replace(MARK, NEAR))}</b>")
+        return html.breaking(cell)
+    return html.Markup(f"<b>{html.escaped(cell.replace(MARK, NEAR))}</b>")
 
 
 def write(content: str, out: Path) -> None:
     """Write the page, over an older one but over nothing else."""
     try:
-        if out.exists() and not page.ours(out):
-            raise UsageError(f"--out {out} exists, is no page of loopctl's, and is not overwritten; say another file")
-        page.write(content, out)
+        if out.exists() and not html.is_report(out):
+            raise UsageError(f"--out {out} exists, is no page of loopctl's, and is not overwritten; choose another file")
+        html.write(content, out)
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}; say another file") from error
+        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}; choose another file") from error

@@ -7,24 +7,25 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from loopctl import checkpoint, plots
+from loopctl.checkpoint.state import parameter_names
 from loopctl.cli.train import prepared
-from loopctl.compose import blame
+from loopctl.composition.compose import blame_plugin
 from loopctl.errors import UsageError, names
-from loopctl.rates import curve
+from loopctl.optim.learning_rate import lr_curve
+from loopctl.report import plots
 from loopctl.run import Run
 
 
 def drawn(settings: dict[str, Any], out: Path | None) -> str:
     """The curve that the settings make, as text; with `out` also as a picture, of the kind its name says."""
     if out and not out.suffix:
-        raise UsageError(f"--out {out}: its ending says what kind of picture it is; say {out}.png or {out}.svg")
+        raise UsageError(f"--out {out}: its ending says what kind of picture it is; use {out}.png or {out}.svg")
     run = prepared(settings)
     steps: list[int] = []
     rates: list[list[float]] = []
     factors: list[dict[str, float]] = []
-    with blame(run.hook):
-        for step, lr in curve(run):
+    with blame_plugin(run.hook):
+        for step, lr in lr_curve(run):
             steps.append(step)
             rates.append(lr)
             factors.append(said(run))
@@ -124,7 +125,7 @@ def labelled(run: Run, rates: list[list[float]]) -> Iterator[tuple[str, list[flo
     found: dict[tuple[float, ...], list[int]] = {}
     for number, values in enumerate(zip(*rates, strict=True)):
         found.setdefault(values, []).append(number)
-    parameters = checkpoint.parameters(run)
+    parameters = parameter_names(run)
     for values, numbers in found.items():
         mine = [name for number in numbers for name in parameters[number]]
         few = mine if len(mine) <= 3 else [mine[0], f"{len(mine) - 2} more", mine[-1]]

@@ -5,62 +5,23 @@ command line's own `--data-root` and `--download`.
 """
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
-from loopctl.cli import on_device
-from loopctl.cli.specs import at_least_one, at_most, call, resolve, room
+from loopctl.cli.specs import at_least_one, at_most, call, resolve
+from loopctl.composition.options import Option
+from loopctl.data import on_device
+from loopctl.data.dataset import Data
+from loopctl.data.memory import check_memory
 from loopctl.errors import UsageError, one_line
-from loopctl.options import Option
 
 # The option that every data set has, besides its function's own.
 HELD = {"on_device": Option("on_device", bool, False, "")}
-
-
-@dataclass(frozen=True, eq=False)
-class Data:
-    """A classification data set: (image, class) samples to train on and to validate on."""
-
-    train: Dataset[Any]
-    valid: Dataset[Any]
-    classes: int
-    shape: tuple[int, int, int]      # channels, height, width
-
-    # To hold it on the device as a whole, see on_device.py.
-    name: str = ""
-    on_device: bool = False
-    pictures: bool = False           # the sets have all pictures as bytes, in .data, and .transform takes many at once
-    still: Dataset[Any] | None = None                        # `train` without what is done to it at random, ...
-    augment: Callable[[Tensor], Tensor] | None = None        # ... and what does that to a whole batch
-
-    def loaders(self, batch_size: int, workers: int, device: torch.device) -> tuple[DataLoader[Any], DataLoader[Any]]:
-        """Batches of `train`, shuffled anew each epoch, and of `valid`, in order; in pinned memory for a GPU.
-
-        Raises UsageError where a batch, or the processes that load it, are more than this machine bears.
-        """
-        most = max(64, 4 * (os.cpu_count() or 1))
-        if workers > most:
-            raise UsageError(f"--workers {workers:,} is too many processes for this machine; say {most} or fewer")
-        images = min(batch_size, len(self.train))        # type: ignore[arg-type]
-        room(f"a batch of {images:,} images of {'x'.join(map(str, self.shape))}", 4 * images * prod(self.shape),
-             "say a smaller --batch-size, or smaller images")
-        if self.on_device:
-            return on_device.loaders(self, batch_size, workers, device)
-
-        def loader(part: Dataset[Any], shuffle: bool) -> DataLoader[Any]:
-            # Workers that persist would draw their seed once and not every epoch: other random numbers than those of
-            # the plain DataLoader, and of a run that went on in between.
-            return DataLoader(part, batch_size, shuffle, num_workers=workers, pin_memory=device.type == "cuda")
-        return loader(self.train, True), loader(self.valid, False)
 
 
 def make(spec: str, root: str, download: bool) -> Data:
@@ -77,7 +38,7 @@ def make(spec: str, root: str, download: bool) -> Data:
         made = from_pair(name, *made)
     if not isinstance(made, Data):
         raise UsageError(f"data {name} made a {type(made).__name__}; "
-                         "return a pair (train, valid) or a loopctl.cli.data.Data")
+                         "return a pair (train, valid) or a loopctl.Data")
     for part, samples in (("training", made.train), ("validation", made.valid)):
         if len(samples) == 0:        # type: ignore[arg-type]
             raise UsageError(f"data {name} has no {part} images")
@@ -90,7 +51,7 @@ def from_pair(name: str, train: Any, valid: Any) -> Data:
         raise UsageError(f"data {name}: both data sets need a length")
     if not hasattr(train, "classes"):
         raise UsageError(f"data {name}: the training set has no `classes`; "
-                         "return a loopctl.cli.data.Data, which says how many")
+                         "return a loopctl.Data, which says how many")
     if len(train) == 0:
         raise UsageError(f"data {name} has no training images")
     return Data(train, valid, len(train.classes), tuple(train[0][0].shape))
@@ -101,7 +62,7 @@ def digits(channels: int = 1) -> Data:
     from sklearn.datasets import load_digits
 
     at_least_one("data digits", channels=channels)
-    room(f"data digits: {channels:,} channels", 3 * 4 * 1797 * 64 * channels, "say fewer")
+    check_memory(f"data digits: {channels:,} channels", 3 * 4 * 1797 * 64 * channels, "use fewer")
     found = load_digits()
     images = (torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.3053) / 0.3761
     images, targets = images.expand(-1, channels, -1, -1).contiguous(), torch.tensor(found.target)
@@ -193,7 +154,7 @@ def imagenet(root: str, size: int = 224, augment: bool = True) -> Data:
                 for split in ("train", "val")]
     except (RuntimeError, OSError) as error:
         raise UsageError(f"data imagenet is not in {Path(root).absolute()}; put ILSVRC2012_devkit_t12.tar.gz, "
-                         "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, or say --data-root DIR "
+                         "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, or pass --data-root DIR "
                          f"({one_line(error)})") from error
     return Data(sets[0], sets[1], 1000, (3, size, size))
 
@@ -227,7 +188,7 @@ def sized(who: str, channels: int = 3, **side: int) -> None:
     """Raise UsageError where images of such a side leave no room for a network, which holds each many times over."""
     at_least_one(who, channels=channels, **side)
     for name, value in side.items():
-        room(f"{who}: a network on images of {name}={value}", 50 * 4 * channels * value**2, "say a smaller one")
+        check_memory(f"{who}: a network on images of {name}={value}", 50 * 4 * channels * value**2, "use a smaller one")
 
 
 def photograph(size: int, augment: bool) -> Any:

@@ -10,8 +10,8 @@ import uuid
 import click
 import torch
 
+from loopctl.distributed.process_group import launched_processes
 from loopctl.errors import UsageError
-from loopctl.world import launched
 
 
 def wanted(devices: str | None) -> list[int]:
@@ -23,16 +23,16 @@ def check(devices: str | None, device: str) -> None:
     """Refuse, with UsageError, devices that are not here, or another number of them than torchrun has processes."""
     numbers = wanted(devices)
     if device not in ("auto", "cuda", "cpu") and numbers:
-        raise UsageError(f"--devices {devices} with --device {device}: say --device cuda or cpu, or leave out one of "
+        raise UsageError(f"--devices {devices} with --device {device}: pass --device cuda or cpu, or leave out one of "
                          "the two")
     here = torch.cuda.device_count()
     missing = [number for number in numbers if number >= here]
     if (missing and device == "cuda") or (here and missing and device == "auto"):
         has = f"{here} CUDA device{'s' * (here != 1)}" if here else "no CUDA device"
         raise UsageError(f"--devices {devices}: there is no device {missing[0]}; this machine has {has}")
-    if launched() > 1 and numbers and len(numbers) != int(os.environ.get("LOCAL_WORLD_SIZE", launched())):
-        raise UsageError(f"--devices {devices}: torchrun has started {os.environ.get('LOCAL_WORLD_SIZE', launched())} "
-                         "processes here; leave out --devices")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", launched_processes()))
+    if launched_processes() > 1 and numbers and len(numbers) != local:
+        raise UsageError(f"--devices {devices}: torchrun has started {local} processes here; leave out --devices")
 
 
 def launch(devices: list[int], arguments: list[str]) -> int:

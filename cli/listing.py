@@ -12,11 +12,11 @@ from pathlib import Path
 from textwrap import wrap
 
 import loopctl.plugins  # noqa: F401  so that its folder is known; it imports none of them
-from loopctl.compose import SPECS
+from loopctl.composition.compose import SPECS
+from loopctl.composition.discovery import available, load, load_class, plugin_name, split_spec
+from loopctl.composition.option_types import describe_type, format_value
+from loopctl.composition.options import parse_options, plugin_options
 from loopctl.errors import UsageError
-from loopctl.find import available, load, load_class, name_of, split
-from loopctl.options import options, parse_options
-from loopctl.values import described, shown
 
 
 def table(check: bool) -> tuple[str, list[str]]:
@@ -38,10 +38,10 @@ def table(check: bool) -> tuple[str, list[str]]:
 
 def page(spec: str) -> str:
     """One plugin: what it does, its options, its hooks, where it comes from."""
-    head, rest = split(spec)
+    head, rest = split_spec(spec)
     cls = load_class(head)
-    known = options(cls)
-    parse_options(name_of(cls), rest, known)             # what run would refuse is refused here too
+    known = plugin_options(cls)
+    parse_options(plugin_name(cls), rest, known)             # what run would refuse is refused here too
     joined = [hook for hook in SPECS if hasattr(getattr(cls, hook, None), "loopctl_impl")]
     if not joined:
         raise UsageError(f"{head} has no hooks, so it is no plugin; mark its methods with @hookimpl")
@@ -49,13 +49,14 @@ def page(spec: str) -> str:
     names = tuple(f"{name}:" for name in known)
     about = "\n".join(text[:next((i for i, line in enumerate(text) if line.startswith(names)), len(text))]).strip()
     entry = available().get(head)
-    lines = [f"{name_of(cls)}: {about}", ""]
+    lines = [f"{plugin_name(cls)}: {about}", ""]
     if known:
         lines.append("options")
         width = max(map(len, known))
         for option in known.values():
-            default = "required" if option.default is MISSING else f"default {shown(option.default) or '(empty)'}"
-            text = [*wrap(option.help, 96 - width), f"{described(option.type)}; {default}"]
+            shown = "" if option.default is MISSING else format_value(option.default)
+            default = "required" if option.default is MISSING else f"default {shown or '(empty)'}"
+            text = [*wrap(option.help, 96 - width), f"{describe_type(option.type)}; {default}"]
             lines += [f"  {option.name if line is text[0] else '':{width}}  {line}" for line in text]
         lines.append("")
     required = ",".join(f"{option.name}=..." for option in known.values() if option.default is MISSING)

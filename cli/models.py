@@ -6,13 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from loopctl.cli.specs import at_least_one, at_most, call, completed, names_in_source, resolve, room
+from loopctl.cli.specs import at_least_one, at_most, call, completed, names_in_source, resolve
+from loopctl.data.memory import check_memory
 from loopctl.errors import UsageError, one_line
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from loopctl.cli.data import Data
+    from loopctl import Data
 
 SMALL = ("cnn", "linear", "mlp", "vit")
 
@@ -80,18 +81,18 @@ def weigh(name: str, factory: Callable[..., Any], options: dict[str, Any], fitte
     except Exception:                       # what is wrong with it is told when it is made
         return
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    room(f"model {name}: its weights and their gradients", 2 * size, "make it smaller")
+    check_memory(f"model {name}: its weights and their gradients", 2 * size, "make it smaller")
 
 
 def try_out(name: str, model: nn.Module, data: Data) -> None:
     """Show `model` one image, so that what does not fit is known before training."""
     import torch
 
-    from loopctl.modes import evaluating
+    from loopctl.model.eval_mode import eval_mode
 
     shape = "x".join(map(str, data.shape))
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             output = model(torch.zeros(1, *data.shape))
     except Exception as error:             # a model may raise anything at images it was not made for
         ways = "; the data may have an option for it, such as channels=3 or size=224" if name not in SMALL else ""

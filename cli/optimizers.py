@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from loopctl.cli.specs import names_in_source, resolve
+from loopctl.composition.option_types import FLOAT32_MAX
 from loopctl.errors import UsageError, one_line
-from loopctl.values import LARGEST
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[An
     """
     import torch
 
-    from loopctl import updates
+    from loopctl.optim.fast_step import without_dynamo_wrappers
 
     classes = {name.lower(): cls for name, cls in vars(torch.optim).items()
                if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer}
@@ -40,7 +40,7 @@ def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[An
     if device == "cuda" and "fused" in inspect.signature(cls).parameters and not excluded:
         options["fused"] = True
     rate = options.get("lr", 0)
-    if not (isinstance(rate, int | float) and 0 <= rate <= LARGEST):
+    if not (isinstance(rate, int | float) and 0 <= rate <= FLOAT32_MAX):
         raise UsageError(f"lr is {rate}; a learning rate is a number from 0, such as 1e-3")
     if cls in classes.values():
         check(name, cls, options)
@@ -52,7 +52,7 @@ def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[An
             raise UsageError(f"optimizer {name}: {one_line(error)}") from error
 
     weight = torch.full((1, 1), 2.5, requires_grad=True)
-    with updates.unlayered():
+    with without_dynamo_wrappers():
         tried = factory([weight])                                  # so that a wrong option is known now
     if not isinstance(tried, torch.optim.Optimizer):
         raise UsageError(f"optimizer {name} made a {type(tried).__name__}, not a torch.optim.Optimizer")
@@ -74,7 +74,7 @@ def step(name: str, tried: torch.optim.Optimizer, weight: torch.Tensor) -> None:
     """Try one update, on the way to the minimum of weight**4: some of torch's classes look at an option only there."""
     import torch
 
-    from loopctl import updates
+    from loopctl.optim.fast_step import fast_step
 
     looks = iter(range(99))
 
@@ -86,7 +86,7 @@ def step(name: str, tried: torch.optim.Optimizer, weight: torch.Tensor) -> None:
 
     try:
         closure()
-        updates.step(tried, closure)
+        fast_step(tried, closure)
     except StopIteration:               # it looks on and on, as it may
         return
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from loopctl import values
+from loopctl.composition.option_types import plain_number
 
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")         # no terminal shows them, and TOML has none
 
@@ -55,14 +55,14 @@ class Place(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not os.fspath(value).strip():
-            self.fail(f"{value!r} is no name; say one, or . for this folder.", param, ctx)
+            self.fail(f"{value!r} is no name; name one, or . for this folder.", param, ctx)
         return super().convert(shown(self, value, param, ctx), param, ctx)
 
 
 def plain(kind: click.ParamType, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
     """The text of a number as people write it: not 1_000, and not in another alphabet."""
     try:
-        return values.plain(value) if isinstance(value, str) else value
+        return plain_number(value) if isinstance(value, str) else value
     except ValueError:
         kind.fail(f"{value!r} is not a valid {kind.name}.", param, ctx)
 

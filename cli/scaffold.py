@@ -13,8 +13,8 @@ from os.path import lexists
 from pathlib import Path
 
 from loopctl.cli.listing import origin
+from loopctl.composition.discovery import available
 from loopctl.errors import UsageError
-from loopctl.find import available
 
 TEMPLATES = Path(__file__).with_name("templates")
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
@@ -45,15 +45,15 @@ def checked(name: str) -> str:
     if not NAME.fullmatch(plugin):
         parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", plugin)          # GradNoise is grad_noise
         near = re.sub(r"[^a-z0-9]+", "_", parts.lower()).strip("_")
-        way = f"say {near}" if NAME.fullmatch(near) else "say another"
+        way = f"use {near}" if NAME.fullmatch(near) else "choose another"
         raise UsageError(f"{name!r} is no name of a plugin, which has lower-case letters, digits and underscores and "
                          f"begins with a letter; {way}")
     if plugin.startswith("loopctl_"):
-        raise UsageError(f"{name}: the package is called loopctl-... by itself; say {plugin.removeprefix('loopctl_')}")
+        raise UsageError(f"{name}: the package is called loopctl-... by itself; use {plugin.removeprefix('loopctl_')}")
     if iskeyword(class_name(plugin)):
-        raise UsageError(f"{name}: its class would be called {class_name(plugin)}, a word of Python; say another name")
+        raise UsageError(f"{name}: its class would be called {class_name(plugin)}, a word of Python; choose another name")
     if entry := available().get(plugin):
-        raise UsageError(f"{plugin}: {origin(entry) or 'a package'} has a plugin of this name; say another")
+        raise UsageError(f"{plugin}: {origin(entry) or 'a package'} has a plugin of this name; choose another")
     return plugin
 
 
@@ -72,7 +72,7 @@ def put(folder: Path, texts: dict[str, str]) -> None:
     made: list[Path] = []
     try:
         if lexists(folder):
-            raise UsageError(f"{folder} exists and is not overwritten; say another folder with --out")
+            raise UsageError(f"{folder} exists and is not overwritten; choose another folder with --out")
         for parent in [*reversed(folder.parents), folder]:
             if parent is folder or not parent.exists():
                 parent.mkdir()
@@ -85,4 +85,4 @@ def put(folder: Path, texts: dict[str, str]) -> None:
         for parent in reversed(made):
             with suppress(OSError):
                 parent.rmdir()
-        raise UsageError(f"{folder} cannot be written: {error.strerror}; say another folder with --out") from error
+        raise UsageError(f"{folder} cannot be written: {error.strerror}; choose another folder with --out") from error

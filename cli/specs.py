@@ -5,16 +5,17 @@ One's own is `package.module:factory:option=value` or `path/to/file.py:factory:o
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from loopctl.composition.discovery import load
+from loopctl.composition.options import Option, parse_options, widened
 from loopctl.errors import UsageError, nearest, one_line
-from loopctl.find import load
-from loopctl.options import Option, parse_options, widened
+
+DEFAULT_PLUGINS = ("csv", "checkpoint", "progress")        # `run` adds them unless told --without
 
 # What an option is read as where its argument is annotated so; by how it is written, for annotations may be text.
 TYPES: dict[str, Any] = {inspect.formatannotation(hint): hint
@@ -33,7 +34,7 @@ def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Calla
     attr, _, rest = text.partition(":")
     if "." in head or (attr.isidentifier() and head not in names):
         if not attr:
-            raise UsageError(f"{kind} {head}: say which class or function of it, as in {head}:name")
+            raise UsageError(f"{kind} {head}: name a class or function of it, as in {head}:name")
         head, text = f"{head}:{attr}", rest
         try:
             factory: Any = load(head)
@@ -92,17 +93,6 @@ def at_most(who: str, most: int, **values: int) -> None:
     for name, value in values.items():
         if value > most:
             raise UsageError(f"{who}: {name} is at most {most:,}, not {value:,}")
-
-
-def room(what: str, size: float, way_out: str) -> None:
-    """Raise UsageError where `size` bytes are more than the machine has, which would die of it and not tell why."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):        # Windows does not tell
-        return
-    if size > memory:
-        raise UsageError(f"{what} would take {size / 1e9:,.0f} GB of memory, and this machine has "
-                         f"{memory / 1e9:,.0f} GB; {way_out}")
 
 
 def completed(factory: Callable[..., Any], options: dict[str, Any], offered: dict[str, Any]) -> dict[str, Any]:

@@ -21,16 +21,21 @@ import click
 import torch
 from torch import nn
 
-from loopctl import Parallel, checkpoint, explain, files, fit, hookimpl, world
-from loopctl.cli import DEFAULTS, data, launch, models, optimizers
-from loopctl.compose import blame, compose
+from loopctl import Parallel, explain, fit, hookimpl
+from loopctl.checkpoint.atomic_files import Weights, atomic_write, save_weights
+from loopctl.checkpoint.state import find_candidates
+from loopctl.cli import data, launch, models, optimizers
+from loopctl.cli.specs import DEFAULT_PLUGINS
+from loopctl.composition.compose import blame_plugin, compose
+from loopctl.composition.discovery import build_plugin, split_spec
+from loopctl.composition.options import to_spec
+from loopctl.distributed.process_group import launched_processes, rank, read_note, restart_count, store_note
 from loopctl.errors import UsageError
-from loopctl.find import build, split
-from loopctl.layers import table, text, watch
-from loopctl.modes import evaluating
-from loopctl.options import spec
-from loopctl.prepare import find_device, prepare
-from loopctl.randomness import seed_everything
+from loopctl.loop import DEFAULTS
+from loopctl.model.eval_mode import eval_mode
+from loopctl.model.summary import record_forward, render, table
+from loopctl.prepare import build_run, find_device
+from loopctl.rng import seed_everything
 from loopctl.run import Run
 
 
@@ -56,8 +61,8 @@ def assemble(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         "model": model, "loss_fn": nn.CrossEntropyLoss(), "optimizer": factory, "train": train, "valid": valid,
         "epochs": settings["epochs"], "max_steps": settings["max_steps"], "eval_every": settings["eval_every"],
         "plugins": plugins, "metrics": {"accuracy": accuracy}, "device": device, "seed": settings["seed"]}
-    written = [spec(split(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=True)]
-    several = world.launched() > 1 or settings["devices"]               # then each process has its own
+    written = [to_spec(split_spec(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=True)]
+    several = launched_processes() > 1 or settings["devices"]               # then each process has its own
     return arguments, settings | {"lr": lr, "device": device.type if several else str(device), "plugin": written}
 
 
@@ -65,12 +70,12 @@ def chosen(settings: dict[str, Any]) -> tuple[list[str], list[Any]]:
     """The plugins that the settings name, as specs and made. Raises UsageError where they do not go together."""
     launch.check(settings["devices"], settings["device"])
     specs = list(settings["plugin"])
-    given = {build(text)[0] for text in specs}
-    specs += [f"{name}:unit=images" if name == "progress" else name for name in DEFAULTS
+    given = {build_plugin(text)[0] for text in specs}
+    specs += [f"{name}:unit=images" if name == "progress" else name for name in DEFAULT_PLUGINS
               if name not in given and name not in settings["without"]]
-    plugins = [build(text)[1] for text in specs]
+    plugins = [build_plugin(text)[1] for text in specs]
     if len(launch.wanted(settings["devices"])) > 1 and not any(isinstance(plugin, Parallel) for plugin in plugins):
-        specs, plugins = ["ddp", *specs], [build("ddp")[1], *plugins]
+        specs, plugins = ["ddp", *specs], [build_plugin("ddp")[1], *plugins]
     compose(plugins)                          # what does not go together is refused before the data is read
     return specs, plugins
 
@@ -85,47 +90,47 @@ def on(settings: dict[str, Any]) -> str:
 
 def run(settings: dict[str, Any], arguments: list[str]) -> None:
     """Train as the settings say, in a folder of the run's own. `arguments` are those of the command line."""
-    if len(numbers := launch.wanted(settings["devices"])) > 1 and world.launched() == 1:
+    if len(numbers := launch.wanted(settings["devices"])) > 1 and launched_processes() == 1:
         chosen(settings)
         sys.exit(launch.launch(numbers, arguments))
     out, resume = settings.pop("out"), settings.pop("resume")
     settings.pop("config")
     if resume and out:
         raise UsageError("a resumed run goes on in its own folder; leave out --out")
-    if world.rank():
+    if rank():
         logging.getLogger("loopctl").setLevel(logging.ERROR)            # the first process speaks for all
-    elif world.restarts() and not resume:
-        begun = Path(world.recall("out") or out or "")
+    elif restart_count() and not resume:
+        begun = Path(read_note("out") or out or "")
         out, resume = (None, begun) if begun.name and begun.exists() else (out, None)
     train(settings, out, resume)
 
 
 def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> None:
     arguments, resolved = assemble(settings)
-    if resume and (resume / "weights.safetensors").exists() and not checkpoint.candidates(resume):
-        raise UsageError(f"--resume {resume}: this run is finished and has no checkpoint to go on from; "
+    if resume and (resume / "weights.safetensors").exists() and not find_candidates(resume):
+        raise UsageError(f"--resume {resume}: this run is finished and has no checkpoint to resume from; "
                          "begin a new one")
     recorder = Recorder(resolved, new=not resume)
     arguments["plugins"].append(recorder)
     # Of several processes, the first has the folder; the others learn of it when they have joined.
-    mine = folder(resume or out, recorder) if world.rank() == 0 else nullcontext(Path())
+    mine = folder(resume or out, recorder) if rank() == 0 else nullcontext(Path())
     with mine as place, matmul(settings["matmul"]):
         try:
             done = fit(**arguments, resume=resume, out=place)
         except KeyboardInterrupt:
             where = f"; what it has written is in {place}" if recorder.started else ""
-            if world.rank() == 0:
+            if rank() == 0:
                 click.echo(f"interrupted{where}", err=True)
             raise SystemExit(130) from None
         weights = place / "weights.safetensors"
         if not recorder.started and weights.exists():
             more = f"{done.epoch} epochs); to go on, ask for more --epochs"
             raise UsageError(f"{place}: this run is finished ({f'{done.stop})' if done.stop else more}")
-    final = files.Weights(done.model)           # which takes all processes where each has a piece
-    if world.rank():
+    final = Weights(done.model)           # which takes all processes where each has a piece
+    if rank():
         return
     try:
-        files.save_weights(final, weights)
+        save_weights(final, weights)
     except OSError as error:
         raise click.ClickException(f"{weights} cannot be written ({error.strerror or error}); "
                                    f"loopctl run --resume {place} tries again") from error
@@ -148,19 +153,15 @@ def prepared(settings: dict[str, Any]) -> Run:
     """The run that the settings make, with its optimizer built and nothing trained."""
     settings.pop("config")
     arguments, _ = assemble(settings)
-    hooks = compose(arguments.pop("plugins"))
-    device, seed, metrics = (arguments.pop(name) for name in ("device", "seed", "metrics"))
     arguments["max_steps"] = arguments["max_steps"] or inf
-    run = Run(**arguments, hook=hooks, world_size=max(1, len(launch.wanted(settings["devices"]))))
-    with blame(hooks):
-        prepare(run, metrics, device, seed)
-    return run
+    world_size = max(1, len(launch.wanted(settings["devices"])))
+    return build_run(DEFAULTS, **arguments, world_size=world_size)
 
 
 def explained(settings: dict[str, Any]) -> str:
     """The composition that the settings make, and its plan in numbers."""
     run = prepared(settings)
-    with blame(run.hook):
+    with blame_plugin(run.hook):
         return explain(run=run)
 
 
@@ -168,36 +169,37 @@ def summarized(settings: dict[str, Any]) -> str:
     """The layers of the model that the settings make, with its shapes for one batch."""
     run = prepared(settings)
     images, _ = next(iter(run.train))
-    with evaluating(run.model), torch.no_grad(), watch(run.model) as layers:
+    with eval_mode(run.model), torch.no_grad(), record_forward(run.model) as layers:
         run.model(images.to(run.device))
-    return text(table(layers))
+    return render(table(layers))
 
 
 @dataclass(eq=False)
 class Recorder:
     """Writes what the run is made of into its folder, once nothing speaks against training any more."""
 
-    looks_on = True
-    on_first_rank = True
+    observer_only = True
+    rank_zero_only = True
 
     settings: dict[str, Any]
     new: bool
     started: bool = False
 
     @hookimpl
-    def setup(self, run):
+    def setup(self, run: Run) -> None:
         run.config = {key: value for key, value in self.settings.items() if value is not None}
         if self.new:
             for name in ("run.toml", "explain.txt"):       # so that no plugin takes them for its own
                 (run.out / name).touch()
 
     @hookimpl
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run) -> None:
         if self.started:
             return
         explained = explain(run=run) + "\n"                # first, for it may find what is wrong
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
-        size = [len(loader.dataset) for loader in (run.train, run.valid)]
+        loaders: tuple[Any, Any] = run.train, run.valid
+        size = [len(loader.dataset) for loader in loaders]
         print(f"{self.settings['model']} ({parameters:,} parameters) on {self.settings['data']} "
               f"({size[0]:,} + {size[1]:,} images), {self.settings['optimizer']}, {self.settings['device']}"
               f"{f', {run.world_size} processes' if run.world_size > 1 else ''}")
@@ -207,7 +209,7 @@ class Recorder:
         lines = [f"{key} = {json.dumps(value, ensure_ascii=False, indent=4)}\n"
                  for key, value in sorted(run.config.items())]
         try:
-            with files.replacing(run.out / "run.toml") as file:
+            with atomic_write(run.out / "run.toml") as file:
                 file.write_text(heading + "".join(lines), encoding="utf-8")
             if self.new:
                 (run.out / "explain.txt").write_text(explained, encoding="utf-8")
@@ -224,7 +226,7 @@ def folder(path: Path | None, recorder: Recorder) -> Iterator[Path]:
     else:
         place, made = path or Path(), []
     try:
-        world.remember("out", str(place))
+        store_note("out", str(place))
         yield place
     finally:
         if recorder.new and not recorder.started:
@@ -245,7 +247,7 @@ def make_folder(path: Path | None) -> tuple[Path, list[Path]]:
         try:
             if place is path and place.exists() and not (place.is_dir() and not any(place.iterdir())):
                 instead = f", or --resume {path}" if place.is_dir() else ""
-                raise UsageError(f"--out {path} exists and is not overwritten; say another folder{instead}")
+                raise UsageError(f"--out {path} exists and is not overwritten; choose another folder{instead}")
             made = [parent for parent in (place, *place.parents) if not parent.exists()]
             place.mkdir(parents=True, exist_ok=place is path)
             with TemporaryFile(dir=place):              # it can be written
@@ -256,9 +258,9 @@ def make_folder(path: Path | None) -> tuple[Path, list[Path]]:
             for parent in made:
                 with suppress(OSError):
                     parent.rmdir()
-            raise UsageError(f"--out {place} cannot be written: {error.strerror}; say another folder") from error
+            raise UsageError(f"--out {place} cannot be written: {error.strerror}; choose another folder") from error
         return place, made
-    raise UsageError(f"--out {path} cannot be written: it has just become a file; say another folder")
+    raise UsageError(f"--out {path} cannot be written: it has just become a file; choose another folder")
 
 
 def by_time() -> Iterator[Path]:

@@ -4,67 +4,73 @@ Each takes all the arguments of its hook, needed or not, and so is called withou
 """
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from loopctl.batches import moved, samples, weighed
+import torch
+from torch import Tensor
+
+from loopctl.data.batch import apply_weight, batches_to_device, sample_count
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
-from loopctl.meters import Meters
-from loopctl.modes import evaluating
-from loopctl.updates import step
+from loopctl.metrics.meters import Meters
+from loopctl.model.eval_mode import eval_mode
+from loopctl.optim.fast_step import fast_step
+from loopctl.run import Run
 
 
 @hookimpl(trylast=True)
-def param_groups(run):
+def param_groups(run: Run) -> list[dict[str, Any]]:
     return [{"params": [parameter for parameter in run.model.parameters() if parameter.requires_grad]}]
 
 
 @hookimpl(trylast=True)
-def group_batches(run, batches):
+def group_batches(run: Run, batches: Iterable[Any]) -> Iterator[list[Any]]:
     return ([batch] for batch in batches)
 
 
 @hookimpl(trylast=True)
-def batch_weight(run, batch):
-    return samples(batch)
+def batch_weight(run: Run, batch: Any) -> float | Tensor:
+    return sample_count(batch)
 
 
 @hookimpl(trylast=True)
-def optimizer_step(run, closure):
-    return step(run.optimizer, closure)
+def optimizer_step(run: Run, closure: Callable[[], Tensor]) -> Tensor:
+    return fast_step(run.optimizer, closure)
 
 
 @hookimpl(trylast=True)
-def micro_step(run, batch, weight, last):
+def micro_step(run: Run, batch: Any, weight: float | Tensor, last: bool) -> Tensor:
     loss = run.hook.compute_loss(run=run, batch=batch)
-    loss = weighed(loss, weight)
+    loss = apply_weight(loss, weight)
     run.hook.backward(run=run, loss=loss)
     return loss.detach()
 
 
 @hookimpl(trylast=True)
-def compute_loss(run, batch):
+def compute_loss(run: Run, batch: Any) -> Tensor:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise UsageError(f"loss_fn takes (input, target) batches, and train gave a {type(batch).__name__}; "
                          "for others, replace compute_loss in a plugin")
     input, target = batch
     run.outputs = run.network(input)
+    assert run.loss_fn is not None
     return run.loss_fn(run.outputs, target)
 
 
 @hookimpl(trylast=True)
-def backward(run, loss):
+def backward(run: Run, loss: Tensor) -> Tensor:
     loss.backward()
     return loss
 
 
 @hookimpl(trylast=True)
-def evaluate(run):
+def evaluate(run: Run) -> dict[str, Any]:
     if run.valid is None:
         return {}
     meters = Meters(run.metric_fns["val"], "val_")
-    with evaluating(run.model), torch.no_grad():
-        for batch in moved(run.feeds["valid"], run.device):
+    with eval_mode(run.model), torch.no_grad():
+        for batch in batches_to_device(run.loaders["valid"], run.device):
             weight = run.hook.batch_weight(run=run, batch=batch)
             meters.loss.add(run.hook.compute_loss(run=run, batch=batch), weight)
             if meters.functions:

@@ -15,7 +15,7 @@ train                     all that follows; wrap it to hold something open: a pr
         compute_loss      -> mean loss of one micro-batch; run.outputs (wrap: autocast; replace: custom losses)
         backward          -> what was differentiated (replace: loss scaling)
       after_backward      all gradients of the step are complete, perhaps still scaled: unscale here
-      grads_ready         gradients are true: clip, measure, add noise
+      grads_ready         gradients are unscaled and complete: clip, measure, add noise
     after_step            run.step has moved on, unless run.skipped
     safe_point            state is consistent: save, or leave on a signal
   evaluate                -> metrics; at every epoch's end, and every eval_every steps if asked (wrap: averaged weights)
@@ -90,7 +90,7 @@ def group_batches(run: Run, batches: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 @hookspec
-def lr_scale(run: Run, initial_lr: float, group: dict[str, Any]) -> list[float]:
+def lr_scale(run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
     """Return a factor for the learning rate of one parameter group in the step that begins.
 
     The factors of all plugins multiply: `group["lr"] = initial_lr * product`. Called once per group and step.
@@ -116,7 +116,7 @@ def optimizer_step(run: Run, closure: Callable[[], Tensor]) -> Tensor:
 
 
 @hookspec(firstresult=True)
-def micro_step(run: Run, batch: Any, weight: float, last: bool) -> Tensor:
+def micro_step(run: Run, batch: Any, weight: float | Tensor, last: bool) -> Tensor:
     """Go forward and backward over one micro-batch; return its share of the step's loss, detached.
 
     weight: the micro-batch's share of its step, 0 to 1; of several processes, of the mean of theirs. last: it is the
@@ -141,7 +141,7 @@ def after_backward(run: Run) -> None:
 
 @hookspec
 def grads_ready(run: Run) -> None:
-    """The gradients are true: clip them, measure them, add noise."""
+    """The gradients are unscaled and complete: clip them, measure them, add noise."""
 
 
 @hookspec

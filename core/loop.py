@@ -1,10 +1,12 @@
 """The training loop. It says when; plugins say what.
 
-Read it from the top: `fit` prepares a run, `train` goes through epochs, `epoch` through steps, and a step is one update
-of the parameters from the gradients of one or more micro-batches. Every `hook.` is a moment that plugins can join.
+Read it from the top: `fit` prepares a run, `training_loop` goes through epochs, `run_epoch` through steps, and
+`run_step` makes one update of the parameters from the gradients of one or more micro-batches. At every `hook.` plugins
+can join.
 """
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from math import inf
@@ -14,19 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopctl.batches import moved
-from loopctl.checkpoint import restore
-from loopctl.compose import blame, compose
+from loopctl import defaults
+from loopctl.checkpoint.sharded_tensors import full_tensor
+from loopctl.checkpoint.state import restore
+from loopctl.composition.compose import blame_plugin
+from loopctl.data.batch import batches_to_device
+from loopctl.data.resumable_loader import open_loaders
+from loopctl.distributed.data_parallel import step_weight
+from loopctl.distributed.process_group import broadcast_from_rank0, restart_count
 from loopctl.errors import UsageError
-from loopctl.feed import feeding
 from loopctl.hooks import hookimpl
-from loopctl.meters import Meters
-from loopctl.pieces import whole
-from loopctl.prepare import prepare
-from loopctl.rates import set_rates
+from loopctl.metrics.meters import Meters
+from loopctl.optim.fast_step import zero_grad
+from loopctl.optim.learning_rate import apply_schedules
+from loopctl.prepare import build_run
 from loopctl.run import Run
-from loopctl.updates import zero_grad
-from loopctl.world import restarts, told
+
+DEFAULTS = (defaults, sys.modules[__name__])        # what implements the hooks that no plugin replaces
 
 
 def fit(
@@ -35,6 +41,7 @@ def fit(
     optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | torch.optim.Optimizer,
     train: Iterable[Any],
     valid: Iterable[Any] | None = None,
+    *,
     epochs: int = 1,
     max_steps: int | None = None,
     eval_every: int | None = None,
@@ -52,55 +59,58 @@ def fit(
     optimizer: a factory of parameter groups, such as `partial(torch.optim.SGD, lr=0.1)`, or an optimizer.
     train, valid: iterables of (input, target) batches, such as a DataLoader or a list; tensors nest as they like.
     epochs, max_steps: passes over `train`, and updates; whichever comes first ends the run.
-    eval_every: evaluate every so many steps too, not only at every epoch's end.
-    plugins: instances, or strings as on the command line (`"clip:max_norm=1"`); they act in the order given.
+    eval_every: also evaluate every so many steps, not only at the end of each epoch.
+    plugins: instances, or text as on the command line (`"clip:max_norm=1"`); they act in the order given.
     metrics: by name, `fn(output, target)` that returns a mean over the batch, or torchmetrics objects.
     device: where to train; None is where the model is, "auto" is cuda, then mps, then cpu.
     seed: seeds Python, NumPy and torch before anything else.
-    resume: a checkpoint, or a folder that has one, from which to go on. Started again by torchrun, it goes on in `out`.
+    resume: a checkpoint, or a folder with checkpoints, to resume from. After a restart by torchrun that is `out`.
     steps_per_epoch: updates per epoch; needed where `train` has no length.
     out: the folder that plugins write to.
 
     Raises UsageError, before anything is trained, where something asked for cannot be done.
     """
-    run = Run(model, loss_fn, optimizer, train, valid, epochs, inf if max_steps is None else max_steps, eval_every,
-              steps_per_epoch, out=Path(out), resume=Path(resume) if resume else Path(out) if restarts() else None)
-    run.hook = compose(plugins)
-    with blame(run.hook):
-        prepare(run, metrics, device, seed)
+    run = build_run(
+        DEFAULTS, plugins, metrics, device, seed, model=model, loss_fn=loss_fn, optimizer=optimizer, train=train,
+        valid=valid, epochs=epochs, max_steps=inf if max_steps is None else max_steps, eval_every=eval_every,
+        steps_per_epoch=steps_per_epoch, out=Path(out),
+        resume=Path(resume) if resume else Path(out) if restart_count() else None)
+    with blame_plugin(run.hook):
         run.hook.train(run=run)
     return run
 
 
-@hookimpl(trylast=True)
-def train(run: Run) -> None:
+@hookimpl(trylast=True, specname="train")
+def training_loop(run: Run) -> None:
     run.hook.train_start(run=run)
-    with feeding(run):
+    with open_loaders(run):
         if run.resume:
             restore(run)
-        while not run.over:
-            epoch(run)
+        while not run.finished:
+            run_epoch(run)
     run.hook.train_end(run=run)
 
 
-def epoch(run: Run) -> None:
-    """One pass over the training data, or what is left of it where the run goes on, then an evaluation."""
-    hook = run.hook
-    if not run.batch:
+def run_epoch(run: Run) -> None:
+    """Train on one pass over the training data, or on the rest of it after a resume, then evaluate."""
+    hook, counters = run.hook, run.counters
+    if not counters.seen_in_epoch:
         run.meters = Meters(run.metric_fns["train"], "train_")
     run.model.train()
     hook.epoch_start(run=run)
-    if not ends(run):
-        for batches in hook.group_batches(run=run, batches=moved(run.feeds["train"], run.device)):
-            step(run, batches)
+    evaluate_if_due(run)
+    if not epoch_finished(run):
+        for batches in hook.group_batches(run=run, batches=batches_to_device(run.loaders["train"], run.device)):
+            run_step(run, batches)
             hook.safe_point(run=run)
-            if ends(run):
+            evaluate_if_due(run)
+            if epoch_finished(run):
                 break
-    if not run.batch and run.ends:
+    if not counters.seen_in_epoch and run.should_stop:
         return
-    if not run.batch:
+    if not counters.seen_in_epoch:
         raise UsageError(f"train gave no batches in epoch {run.epoch + 1}; pass a list or a DataLoader, no iterator")
-    run.epoch, run.began = run.epoch + 1, (run.seen, run.attempts)
+    counters.finish_epoch()
     evaluate(run)
     lr = float(run.optimizer.param_groups[0]["lr"])
     run.history.append({"epoch": run.epoch, "step": run.step, **run.metrics, "lr": lr})
@@ -108,56 +118,61 @@ def epoch(run: Run) -> None:
     hook.safe_point(run=run)
 
 
-def ends(run: Run) -> bool:
-    """Whether the epoch ends here, before its data does. Where an evaluation is due within it, that comes first."""
-    if run.eval_every and run.attempts % run.eval_every == 0:
-        evaluate(run)
-    return run.ends or run.attempts - run.began[1] == run.steps_per_epoch
+def epoch_finished(run: Run) -> bool:
+    """Whether the epoch ends here although its data may go on."""
+    return run.should_stop or run.counters.attempts_in_epoch == run.steps_per_epoch
 
 
-def step(run: Run, batches: list[Any]) -> None:
-    """One update of the parameters, from a list of micro-batches."""
+def run_step(run: Run, batches: list[Any]) -> None:
+    """Make one update of the parameters, from a list of micro-batches."""
     hook, run.batches, run.loss = run.hook, batches, None
     if hook.acting["lr_scale"]:
-        set_rates(run)
+        apply_schedules(run)
     weights = [hook.batch_weight(run=run, batch=batch) for batch in batches]
-    run.weight, run.skipped = sum(weights), False
+    run.weight, run.skipped = step_weight(run, weights), False
     hook.before_step(run=run)
-    hook.optimizer_step(run=run, closure=partial(gradients, run, weights))
+    hook.optimizer_step(run=run, closure=partial(compute_gradients, run, weights))
     if run.loss is not None:
         run.meters.loss.add(run.loss, run.weight)
-    run.attempts += 1
-    run.seen += len(batches)
-    run.step += not run.skipped
+    run.counters.finish_step(len(batches), run.skipped)
     hook.after_step(run=run)
 
 
-def gradients(run: Run, weights: list[Any]) -> Tensor:
+def compute_gradients(run: Run, weights: list[Any]) -> Tensor:
     """Clear the gradients and compute them anew; return the loss. This is the closure of `optimizer.step(closure)`."""
     hook, losses, meters = run.hook, [], run.meters
-    first = run.loss is None            # an optimizer may look again; what the run reports is its first look
+    first_call = run.loss is None       # an optimizer may call the closure again; what is reported is the first call's
     zero_grad(run.optimizer)
     for number, (batch, weight) in enumerate(zip(run.batches, weights, strict=True), 1):
         share, last = weight / run.weight, number == len(weights)
         losses.append(hook.micro_step(run=run, batch=batch, weight=share, last=last))
-        if first and meters.functions:
+        if first_call and meters.functions:
             meters.observe(run.outputs, batch, weight)
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-    if first:
+    if first_call:
         run.loss = loss
     hook.after_backward(run=run)
     hook.grads_ready(run=run)
     return loss
 
 
+def evaluate_if_due(run: Run) -> None:
+    """Evaluate within an epoch, every `eval_every` steps."""
+    if run.eval_every and run.attempts % run.eval_every == 0:
+        evaluate(run)
+
+
 def evaluate(run: Run) -> None:
-    """Bring fresh metrics to the host, which is when the loop waits for the device, and have plugins judge them."""
-    if run.judged == run.attempts:
+    """Compute metrics and bring them to the host, which waits for the device; then plugins may judge them.
+
+    Does nothing where the run was evaluated after its last step already.
+    """
+    if run.counters.evaluated == run.attempts:
         return
     run.metrics |= run.meters.result(run) | run.hook.evaluate(run=run)
     for name, value in run.metrics.items():
         if hasattr(value, "tolist"):
-            run.metrics[name] = whole(value).tolist()
-    run.metrics = told(run, run.metrics)
-    run.judged = run.attempts
+            run.metrics[name] = full_tensor(value).tolist()
+    run.metrics = broadcast_from_rank0(run, run.metrics)
+    run.counters.finish_evaluation()
     run.hook.after_evaluate(run=run)

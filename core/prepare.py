@@ -1,8 +1,9 @@
-"""What happens between `fit(...)` and the first step: check what was asked for, then build what is missing."""
+"""Between `fit(...)` and the first step: check what was asked for, choose the device, build the optimizer."""
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from copy import deepcopy
 from math import inf, nan
 from typing import Any
@@ -10,27 +11,45 @@ from typing import Any
 import torch
 from torch import nn
 
-from loopctl.batches import known_length
+from loopctl.composition.compose import blame_plugin, compose
+from loopctl.data.batch import length_or_none
+from loopctl.distributed.data_parallel import Parallel
+from loopctl.distributed.process_group import launched_processes
 from loopctl.errors import UsageError, one_line
-from loopctl.meters import keeps_own_state
-from loopctl.parallel import Parallel
-from loopctl.randomness import seed_everything
+from loopctl.metrics.meters import is_stateful_metric
+from loopctl.optim.fast_step import without_dynamo_wrappers
+from loopctl.rng import seed_everything
 from loopctl.run import Run
-from loopctl.updates import unlayered
-from loopctl.world import launched
 
 
-def prepare(run: Run, metrics: dict[str, Any] | None, device: Any, seed: int | None) -> None:
+def build_run(
+    defaults: Iterable[Any], plugins: Iterable[Any], metrics: dict[str, Any] | None, device: Any, seed: int | None,
+    **asked: Any,
+) -> Run:
+    """Return a run that is ready to train: composed and checked, seeded, on its device, with its optimizer.
+
+    defaults: what implements the hooks that no plugin replaces. asked: fields of `Run`. The rest is as for `fit`.
+    Raises UsageError.
+    """
+    run = Run(**asked)
+    run.hook = compose(plugins, defaults)
+    with blame_plugin(run.hook):
+        prepare(run, metrics or {}, device, seed)
+    return run
+
+
+def prepare(run: Run, metrics: dict[str, Any], device: Any, seed: int | None) -> None:
     """Check `run`, seed, place the model, let plugins change it, and build the optimizer. Raises UsageError."""
     check(run)
     if seed is not None:
         seed_everything(seed)
     run.device = find_device(device, run.model)
     run.model.to(run.device)
-    place_metrics(run, metrics or {})
+    place_metrics(run, metrics)
 
-    if launched() > 1 and not any(isinstance(plugin, Parallel) for plugin in run.hook.plugins.values()):
-        raise UsageError(f"torchrun has started {launched()} processes, and nobody has them train together; add ddp")
+    launched = launched_processes()
+    if launched > 1 and not any(isinstance(plugin, Parallel) for plugin in run.hook.plugins.values()):
+        raise UsageError(f"torchrun has started {launched} processes, and no plugin has them train together; add ddp")
     run.hook.setup(run=run)
     run.optimizer = make_optimizer(run)
     run.network = run.model
@@ -46,12 +65,12 @@ def check(run: Run) -> None:
         if value not in (None, inf) and (not isinstance(value, int) or value < least):
             raise UsageError(f"{name} is {value!r}; it is a whole number from {least}")
     for name, data in (("train", run.train), ("valid", run.valid)):
-        if data is not None and known_length(data) == 0:
+        if data is not None and length_or_none(data) == 0:
             raise UsageError(f"{name} has no batches")
         if data is not None and not hasattr(data, "__iter__"):
             raise UsageError(f"{name} is a {type(data).__name__}, not an iterable of batches")
-    if known_length(run.train) is None and run.steps_per_epoch is None:
-        raise UsageError("train has no length, so where an epoch ends is unknown; say steps_per_epoch=...")
+    if length_or_none(run.train) is None and run.steps_per_epoch is None:
+        raise UsageError("train has no length, so where an epoch ends is unknown; pass steps_per_epoch=...")
 
 
 def find_device(device: Any, model: nn.Module | None = None) -> torch.device:
@@ -62,7 +81,7 @@ def find_device(device: Any, model: nn.Module | None = None) -> torch.device:
         return tensors[0].device if tensors else torch.device("cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if str(device) == "cuda" and launched() > 1:
+    if str(device) == "cuda" and launched_processes() > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"      # of each process its own
     try:
         with warnings.catch_warnings():
@@ -92,7 +111,7 @@ def place_metrics(run: Run, metrics: dict[str, Any]) -> None:
         if not callable(function):
             raise UsageError(f"metric {name!r} is a {type(function).__name__}, not a function of (output, target)")
     for when, data in (("train", run.train), ("val", run.valid)):
-        run.metric_fns[when] = {name: deepcopy(function).to(run.device) if keeps_own_state(function) else function
+        run.metric_fns[when] = {name: deepcopy(function).to(run.device) if is_stateful_metric(function) else function
                                 for name, function in metrics.items()}
         if data is not None:
             run.metrics |= {f"{when}_{name}": nan for name in ("loss", *metrics)}
@@ -109,7 +128,7 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
         groups = run.hook.param_groups(run=run)
         if not any(group["params"] for group in groups):
             raise UsageError("nothing is left to train: the model has no parameter with requires_grad")
-        with unlayered():
+        with without_dynamo_wrappers():
             optimizer = run.optimizer(groups)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UsageError(f"optimizer made a {type(optimizer).__name__}, not a torch.optim.Optimizer")

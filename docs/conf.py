@@ -3,15 +3,23 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
 import loopctl
-from loopctl.compose import SPECS
-from loopctl.options import options
+from loopctl.composition.compose import SPECS
+from loopctl.composition.options import plugin_options
+
+sys.path.insert(0, str(Path(__file__).parent))
+import docstrings
+import gallery
 
 project = "loopctl"
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 100
+smartquotes = False                    # quotes in docstrings are those of Python
 html_theme = "furo"
 html_title = "loopctl"
 html_show_copyright = False
@@ -26,7 +34,7 @@ PLUGINS = Path(__file__).parent / "generated"
 def page(name: str, cls: type) -> str:
     """What a plugin is for, its options, and the hooks that it joins."""
     summary, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
-    known = options(cls)
+    known = plugin_options(cls)
     prose, described = sections(rest.strip(), set(known))
     lines = [f"# {name}", "", summary, "", prose, ""]
     if known:
@@ -65,5 +73,14 @@ def write(app: Any) -> None:
             file.write_text(text)
 
 
+def draw(app: Any) -> None:
+    """Draw the pictures of gallery.md that are missing, or older than the page."""
+    gallery.draw(outdated_only=True)
+
+
 def setup(app: Any) -> None:
     app.connect("builder-inited", write)
+    app.connect("builder-inited", draw)
+    app.connect("autodoc-process-docstring", docstrings.process)
+    app.connect("autodoc-process-signature", docstrings.shorten)
+    app.connect("autodoc-skip-member", docstrings.skip)

@@ -1,7 +1,10 @@
 """Gradient accumulation."""
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from loopctl import grouped, hookimpl
+from loopctl import hookimpl
+from loopctl.data.batch import chunked
 
 
 @dataclass(eq=False)
@@ -18,5 +21,5 @@ class Accumulate:
             raise ValueError(f"every is at least 1, not {self.every}")
 
     @hookimpl
-    def group_batches(self, batches):
-        return grouped(batches, self.every)
+    def group_batches(self, batches: Iterable[Any]) -> Iterator[list[Any]]:
+        return chunked(batches, self.every)

@@ -1,10 +1,12 @@
 """Automatic mixed precision."""
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from loopctl import UsageError, hookimpl
+from loopctl import Run, UsageError, hookimpl
 
 
 @dataclass(eq=False)
@@ -37,12 +39,12 @@ class Amp:
             self.after_backward = self.optimizer_step = None                       # type: ignore[assignment, method-assign]
 
     @hookimpl(wrapper=True)
-    def compute_loss(self, run):
+    def compute_loss(self, run: Run) -> Generator[None, Tensor, Tensor]:
         with torch.autocast(run.device.type, getattr(torch, self.dtype)):
             return (yield)
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         if isinstance(run.optimizer, torch.optim.LBFGS):
             raise UsageError("float16 scaling cannot serve LBFGS, which computes gradients several times per step; "
                              "use dtype=bfloat16")
@@ -50,24 +52,24 @@ class Amp:
         self.scale = self.init_scale
 
     @hookimpl
-    def before_step(self):
+    def before_step(self) -> None:
         self.unscaled = False
 
     @hookimpl
-    def backward(self, loss):
+    def backward(self, loss: Tensor) -> Tensor:
         scaled = self.scaler.scale(loss)
         scaled.backward()
         return scaled
 
     @hookimpl
-    def after_backward(self, run):
+    def after_backward(self, run: Run) -> None:
         if self.unscaled:
             raise UsageError("float16 scaling allows one computation of gradients per step; use dtype=bfloat16")
         self.scaler.unscale_(run.optimizer)
         self.unscaled = True
 
     @hookimpl
-    def optimizer_step(self, run, closure):
+    def optimizer_step(self, run: Run, closure: Callable[[], Tensor]) -> Tensor:
         loss, states = closure(), run.optimizer.state
         known = len(states)
         self.scaler.step(run.optimizer)

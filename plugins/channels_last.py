@@ -1,11 +1,13 @@
 """Images stored pixel by pixel."""
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from loopctl import hookimpl
+from loopctl import Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -18,13 +20,13 @@ class ChannelsLast:
     """
 
     @hookimpl(wrapper=True)
-    def setup(self, run):       # a wrapper, so that it comes after those who put in layers of their own
+    def setup(self, run: Run) -> Generator[None, None, None]:       # a wrapper: after plugins that put in new layers
         yield
         for tensor in (*run.model.parameters(), *run.model.buffers()):
             tensor.data = channels_last(tensor.data)        # the same parameter, to optimizers and averages alike
 
     @hookimpl(wrapper=True)
-    def train(self, run):
+    def train(self, run: Run) -> Generator[None, None, None]:
         # A hook of the model itself serves whoever calls it: training, evaluation, a compiled or replicated network.
         handle = run.model.register_forward_pre_hook(converted, with_kwargs=True)
         try:
@@ -33,7 +35,7 @@ class ChannelsLast:
             handle.remove()
 
 
-def converted(model, args, kwargs):
+def converted(model: nn.Module, args: Any, kwargs: Any) -> Any:
     return tree_map_only(Tensor, channels_last, (args, kwargs))
 
 

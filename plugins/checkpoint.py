@@ -5,7 +5,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
@@ -15,7 +15,24 @@ from os.path import realpath
 from pathlib import Path
 from typing import Any, Literal
 
-from loopctl import Monitor, Run, UsageError, checkpoint, files, hookimpl, pieces, world
+from loopctl import Monitor, Run, UsageError, hookimpl
+from loopctl.checkpoint.atomic_files import (
+    Weights,
+    atomic_write,
+    claim_output,
+    read_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
+from loopctl.checkpoint.sharded_tensors import extract_sharded, save_sharded
+from loopctl.checkpoint.state import capture_state, check_serializable, checkpoints_in, find_candidates, step_number
+from loopctl.distributed.process_group import (
+    StopConsensus,
+    all_gather,
+    broadcast_from_rank0,
+    is_peer_failure,
+    launched_processes,
+)
 
 log = logging.getLogger("loopctl")
 
@@ -54,13 +71,13 @@ class Checkpoint:
             raise ValueError(f"every_minutes is above 0, not {self.every_minutes}")
 
     @hookimpl(wrapper=True)
-    def train(self, run):
+    def train(self, run: Run) -> Generator[None, None, None]:
         self.watch = Monitor(self.monitor, self.mode)
         self.ended = self.best = self.checked = False
         self.signal = 0
-        self.together = world.Together()
+        self.together = StopConsensus()
         self.good: list[Path] = []              # the checkpoints to keep, the last one first
-        self.best_pieces: str | None = None     # the folder that best.pt is about, if its tensors are in pieces
+        self.best_sharded: str | None = None     # the folder that best.pt is about, if its tensors are in pieces
         self.writing: tuple[Path, Callable[[], bool]] | None = None     # the one being written; wait for the result
         before = {number: signal.signal(number, self.heed) for number in free_signals()}
         try:
@@ -71,7 +88,7 @@ class Checkpoint:
             if self.writing:            # let it come to its end before processes leave each other
                 with suppress(Exception):
                     self.writing[1]()
-            if self.signal and world.lost(error):       # torchrun's, which ends this one because another has ended
+            if self.signal and is_peer_failure(error):       # torchrun's, which ends this one because another has ended
                 raise SystemExit(128 + self.signal) from None
             raise
         finally:
@@ -81,12 +98,12 @@ class Checkpoint:
     def heed(self, number: int, frame: Any) -> None:
         """Note that the run is to leave at the next safe point. A second signal ends it at once, but where torchrun has
         started several processes, which passes on to them what they may have had already."""
-        if self.signal and world.launched() == 1:
+        if self.signal and launched_processes() == 1:
             raise SystemExit(128 + number)
         self.signal = number
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         self.watch.start(run)
         self.folder = run.out / self.dir
         self.since = time.monotonic()
@@ -94,51 +111,50 @@ class Checkpoint:
             self.claim(run)
 
     def claim(self, run: Run) -> None:
-        """Refuse a folder that cannot be written to, or that others write to."""
-        try:
-            files.writable(self.folder / "best.safetensors")
-        except OSError as error:
-            raise UsageError(f"{self.folder} cannot be written ({error.strerror}); say another dir") from error
-        there = [*checkpoint.numbered(self.folder), *self.folder.glob("best.*")]
-        goes_on = [realpath(file) for file in checkpoint.candidates(run.resume)] if run.resume else []
-        # A run that goes on and has no checkpoint was killed before its first, and begins at the start.
-        if there and realpath(there[0]) not in goes_on and not (run.resume and not goes_on):
-            raise UsageError(f"{there[0]} exists and is not overwritten; move it, or say another dir")
+        """Raise UsageError for a folder that cannot be written to, or that holds files of another run."""
+        def files_of_others() -> list[Path]:
+            files = [*checkpoints_in(self.folder), *self.folder.glob("best.*")]
+            resumed = [realpath(file) for file in find_candidates(run.resume)] if run.resume else []
+            # A resumed run without a checkpoint was killed before its first one, and starts from the beginning.
+            own = realpath(files[0]) in resumed if files and resumed else bool(run.resume)
+            return [] if own else files
+
+        claim_output(self.folder, False, "dir", files_of_others)
         for name, other in run.hook.plugins.items():
             if other is not self and isinstance(other, Checkpoint) and Path(other.dir) == Path(self.dir):
-                raise UsageError(f"{name} writes to dir={self.dir} too; say another dir in one of them")
+                raise UsageError(f"{name} writes to dir={self.dir} too; choose another dir in one of them")
 
     @hookimpl
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run) -> None:
         if not self.checked:
             if run.rank == 0:
-                checkpoint.check(run)
+                check_serializable(run)
             self.checked = True
             # Those after the one gone on from are damaged.
-            last = checkpoint.number(run.saved) if run.saved else -1
-            self.good = [file for file in checkpoint.numbered(self.folder) if checkpoint.number(file) <= last]
-            if any(self.folder.glob("*.pieces")) and (self.folder / "best.pt").exists():
-                self.best_pieces = files.read(self.folder / "best.pt").get("pieces")
+            last = step_number(run.last_checkpoint) if run.last_checkpoint else -1
+            self.good = [file for file in checkpoints_in(self.folder) if step_number(file) <= last]
+            if any(self.folder.glob("*.sharded")) and (self.folder / "best.pt").exists():
+                self.best_sharded = read_checkpoint(self.folder / "best.pt").get("sharded")
 
     @hookimpl
-    def after_evaluate(self, run):
+    def after_evaluate(self, run: Run) -> None:
         if self.watch.improved(run):
-            file, weights = self.folder / "best.safetensors", files.Weights(run.model)
-            done = run.rank == 0 and self.tried(run, file, lambda: files.save_weights(weights, file))
-            self.best = world.told(run, done)
+            file, weights = self.folder / "best.safetensors", Weights(run.model)
+            done = run.rank == 0 and self.tried(run, file, lambda: save_weights(weights, file))
+            self.best = broadcast_from_rank0(run, done)
 
     @hookimpl
-    def epoch_end(self, run):
+    def epoch_end(self, run: Run) -> None:
         self.ended = True
 
     @hookimpl
-    def safe_point(self, run):
+    def safe_point(self, run: Run) -> None:
         late = self.every_minutes is not None and time.monotonic() - self.since >= 60 * self.every_minutes
         signal, late = self.together(run, (self.signal, late)) or (0, False)
-        ended, self.ended = self.ended and (run.over or run.epoch % self.every_epochs == 0), False
+        ended, self.ended = self.ended and (run.finished or run.epoch % self.every_epochs == 0), False
         if ended or self.best or signal or late or (self.every_steps and run.attempts % self.every_steps == 0):
             done = self.save(run)
-            if signal and not run.over:
+            if signal and not run.finished:
                 self.leave(run, signal, self.settle(run) and done)
 
     def save(self, run: Run) -> bool:
@@ -146,18 +162,18 @@ class Checkpoint:
         self.settle(run)
         file = self.folder / f"step-{run.attempts:08}.pt"
         best, self.best, self.since = self.best, False, time.monotonic()
-        content, parts = pieces.taken_out(checkpoint.state(run))
+        content, parts = extract_sharded(capture_state(run))
         put = partial(self.put, run, file, content, best) if run.rank == 0 else lambda: True
         if not parts:
             self.writing = file, put
             return self.settle(run)
         # In pieces it is written by all, and while training goes on. The file comes last: with it the rest is whole. At
         # an epoch's end it is written once more, to another folder, for the one before is whole until that is too.
-        content = deepcopy(content) | {"pieces": f"{file.stem}-{run.epoch}.pieces"}
+        content = deepcopy(content) | {"sharded": f"{file.stem}-{run.epoch}.sharded"}
         put = partial(self.put, run, file, content, best) if run.rank == 0 else lambda: True
         if run.rank == 0:
-            shutil.rmtree(self.folder / content["pieces"], ignore_errors=True)      # which a killed run has left
-        written = pieces.save(parts, self.folder / content["pieces"])
+            shutil.rmtree(self.folder / content["sharded"], ignore_errors=True)      # which a killed run has left
+        written = save_sharded(parts, self.folder / content["sharded"])
         self.writing = file, ThreadPoolExecutor(1).submit(lambda: bool(written.result()) and put()).result
         return True
 
@@ -166,23 +182,23 @@ class Checkpoint:
         if not self.writing:
             return True
         (file, result), self.writing = self.writing, None
-        done = all(world.gathered(run, self.tried(run, file, result)))
-        run.saved = file if done else run.saved
+        done = all(all_gather(run, self.tried(run, file, result)))
+        run.last_checkpoint = file if done else run.last_checkpoint
         return done
 
     def put(self, run: Run, file: Path, content: dict[str, Any], best: bool) -> bool:
-        files.save(content, file)
+        save_checkpoint(content, file)
         if best:
             self.tried(run, self.folder / "best.pt", partial(linked, file, self.folder / "best.pt"))
-            self.best_pieces = content.get("pieces")
+            self.best_sharded = content.get("sharded")
         self.good = [*dict.fromkeys((file, *self.good))][:self.keep]
-        for old in (*checkpoint.numbered(self.folder), *self.folder.glob("*.new")):
-            if old not in self.good and checkpoint.number(old) <= checkpoint.number(file) and not old.is_dir():
+        for old in (*checkpoints_in(self.folder), *self.folder.glob("*.new")):
+            if old not in self.good and step_number(old) <= step_number(file) and not old.is_dir():
                 self.tried(run, old, partial(old.unlink, missing_ok=True))
-        for old in self.folder.glob("step-*.pieces"):
+        for old in self.folder.glob("step-*.sharded"):
             its = old.with_name(f"{old.name.rpartition('-')[0]}.pt")
-            gone = old.name != content["pieces"] if its == file else not its.exists()
-            if gone and old.name != self.best_pieces:
+            gone = old.name != content["sharded"] if its == file else not its.exists()
+            if gone and old.name != self.best_sharded:
                 self.tried(run, old, partial(shutil.rmtree, old))
         return True
 
@@ -191,13 +207,14 @@ class Checkpoint:
         try:
             write()
         except OSError as error:
-            last = f"the last one is {run.saved}" if run.saved else "there is none yet"
+            last = f"the last one is {run.last_checkpoint}" if run.last_checkpoint else "there is none yet"
             log.warning("checkpoint: %s cannot be written (%s); %s", file, error.strerror or error, last)
             return False
         return True
 
     def leave(self, run: Run, number: int, done: bool) -> None:
-        way = f"resuming goes on from {run.saved}" if run.saved else "there is no checkpoint to go on from"
+        last = run.last_checkpoint
+        way = f"resume continues from {last}" if last else "there is no checkpoint to resume from"
         name = signal.Signals(number).name
         if run.rank == 0:
             log.warning("checkpoint: left on %s after %d updates, in epoch %d; %s", name, run.step, run.epoch + 1, way)
@@ -220,7 +237,7 @@ def free_signals() -> list[int]:
 
 def linked(file: Path, name: Path) -> None:
     """Give `file` a second name, or a copy where the file system has no links."""
-    with files.replacing(name) as aside:
+    with atomic_write(name) as aside:
         aside.unlink(missing_ok=True)
         try:
             os.link(file, aside)

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from loopctl import hookimpl
+from loopctl import Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -38,16 +38,16 @@ class Clip:
             raise ValueError(f"norm_type is at least 1, not {self.norm_type}")
 
     @hookimpl
-    def setup(self, run):
+    def setup(self, run: Run) -> None:
         if self.max_norm is not None:
             run.metrics["grad_norm"] = nan
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         self.parameters = list(run.model.parameters())
 
     @hookimpl
-    def grads_ready(self, run):
+    def grads_ready(self, run: Run) -> None:
         if self.max_norm is None:
             clip_grad_value_(self.parameters, self.value)   # type: ignore[arg-type]
         else:

@@ -1,13 +1,14 @@
 """Compiled models."""
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from loopctl import Run, UsageError, hookimpl, layers
+from loopctl import Run, UsageError, hookimpl
+from loopctl.model import summary
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")       # the modes that use them
 
@@ -43,10 +44,10 @@ class Compile:
         self.capturable = not self.graphs
 
     @hookimpl
-    def wrap_model(self, run):
+    def wrap_model(self, run: Run) -> None:
         self.settings: dict[str, Any] = {"backend": self.backend, "mode": self.mode, "dynamic": self.dynamic,
                                          "fullgraph": self.fullgraph}
-        self.blocks = layers.repeated(run.model) if self.per_block else []
+        self.blocks = summary.repeated_blocks(run.model) if self.per_block else []
         if self.per_block and not self.blocks:
             raise UsageError("per_block: no block of layers is in the model twice; leave out per_block")
         if self.graphs:
@@ -58,7 +59,7 @@ class Compile:
             run.network = torch.compile(run.network, **self.settings)
 
     @hookimpl(wrapper=True)
-    def train(self):
+    def train(self) -> Generator[None, None, None]:
         try:
             # Blocks of one class share a limit of versions, beyond which torch no longer compiles; so do runs.
             with quiet(), torch._dynamo.config.patch(recompile_limit=64):

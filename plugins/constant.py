@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loopctl import Length, hookimpl
+from loopctl import Duration, Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -17,7 +17,7 @@ class Constant:
     """
 
     factor: float = 1 / 3
-    total_iters: Length = 5
+    total_iters: Duration = 5
     by: Literal["epoch", "step"] = "epoch"
 
     def __post_init__(self) -> None:
@@ -25,5 +25,5 @@ class Constant:
             raise ValueError(f"factor is 0 to 1, not {self.factor}")
 
     @hookimpl
-    def lr_scale(self, run):
-        return self.factor if run.position(self.by) < run.length(self.total_iters, self.by) else 1.0
+    def lr_scale(self, run: Run) -> float | None:
+        return self.factor if run.position(self.by) < run.duration(self.total_iters, self.by) else 1.0

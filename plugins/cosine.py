@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from math import cos, pi
 from typing import Literal
 
-from loopctl import Length, hookimpl
+from loopctl import Duration, Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -17,7 +17,7 @@ class Cosine:
     by: move every epoch, or every step
     """
 
-    t_max: Length | None = None
+    t_max: Duration | None = None
     eta_min: float = 0.0
     by: Literal["epoch", "step"] = "epoch"
 
@@ -26,6 +26,6 @@ class Cosine:
             raise ValueError(f"eta_min is at least 0, not {self.eta_min}")
 
     @hookimpl
-    def lr_scale(self, run, initial_lr):
+    def lr_scale(self, run: Run, initial_lr: float) -> float | None:
         lowest = self.eta_min / initial_lr
-        return lowest + (1 - lowest) * (1 + cos(pi * run.position(self.by) / run.length(self.t_max, self.by))) / 2
+        return lowest + (1 - lowest) * (1 + cos(pi * run.position(self.by) / run.duration(self.t_max, self.by))) / 2

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from math import cos, pi
 from typing import Literal
 
-from loopctl import Length, hookimpl
+from loopctl import Duration, Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -18,7 +18,7 @@ class CosineRestarts:
     by: move every epoch, or every step
     """
 
-    t_0: Length
+    t_0: Duration
     t_mult: int = 1
     eta_min: float = 0.0
     by: Literal["epoch", "step"] = "epoch"
@@ -30,8 +30,8 @@ class CosineRestarts:
             raise ValueError(f"eta_min is at least 0, not {self.eta_min}")
 
     @hookimpl
-    def lr_scale(self, run, initial_lr):
-        position, length = run.position(self.by), run.length(self.t_0, self.by)
+    def lr_scale(self, run: Run, initial_lr: float) -> float | None:
+        position, length = float(run.position(self.by)), run.duration(self.t_0, self.by)
         if self.t_mult == 1:
             position %= length
         while position >= length:

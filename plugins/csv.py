@@ -4,7 +4,8 @@ import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loopctl import files, hookimpl
+from loopctl import Run, hookimpl
+from loopctl.checkpoint.atomic_files import atomic_write, claim_output
 
 log = logging.getLogger("loopctl")
 
@@ -17,19 +18,19 @@ class Csv:
     """
 
     path: str = "metrics.csv"
-    on_first_rank: ClassVar[bool] = True
+    rank_zero_only: ClassVar[bool] = True
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         self.file = run.out / self.path
-        files.claim(self.file, replace=bool(run.resume))
+        claim_output(self.file, resumed=bool(run.resume))
 
     @hookimpl
-    def epoch_end(self, run):
+    def epoch_end(self, run: Run) -> None:
         # The whole history each time: complete whenever the run is killed, and with every column any epoch has.
         columns = dict.fromkeys(key for row in run.history for key in row)
         try:
-            with files.replacing(self.file) as aside, aside.open("w", newline="") as file:
+            with atomic_write(self.file) as aside, aside.open("w", newline="") as file:
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(run.history)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopctl import Run, UsageError, hookimpl, mapped
+from loopctl import Run, UsageError, hookimpl
+from loopctl.data.batch import map_nested
 
 GRAPHS = ("cuda",)                          # devices whose work can be captured
 # What happens in these is captured, or decides what is: their code does not run again in a replayed step.
@@ -33,7 +34,7 @@ class Cudagraph:
             raise ValueError(f"warmup is at least 1, not {self.warmup}")
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         self.graph: Any = None
         self.loss: Any = None
         self.seen: dict[Any, int] = {}      # steps so far, by the shapes of their batches
@@ -55,7 +56,7 @@ class Cudagraph:
                                  "capturable, such as adamw, or fused, such as sgd:fused=true")
 
     @hookimpl
-    def optimizer_step(self, run, closure):
+    def optimizer_step(self, run: Run, closure: Callable[[], Tensor]) -> Tensor:
         if not self.seen:
             self.side = torch.cuda.Stream(run.device)
             self.rates = [torch.tensor(float(group["lr"]), device=run.device) for group in run.optimizer.param_groups]
@@ -68,7 +69,7 @@ class Cudagraph:
         if self.graph is None or shapes != self.captured:
             self.seen[shapes] = self.seen.get(shapes, 0) + 1
             return self.as_usual(run, closure)
-        mapped(copy, self.batches, run.batches)
+        map_nested(copy, self.batches, run.batches)
         self.graph.replay()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
@@ -82,7 +83,7 @@ class Cudagraph:
     def shapes(self, batches: list[Any]) -> Any:
         """What must be the same for a replay: the shapes of tensors, and whatever is no tensor itself."""
         leaves: list[Any] = []
-        mapped(lambda leaf: leaves.append((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf), batches)
+        map_nested(lambda leaf: leaves.append((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf), batches)
         return tuple(leaves)
 
     def as_usual(self, run: Run, closure: Callable[[], Tensor]) -> Tensor:
@@ -98,7 +99,7 @@ class Cudagraph:
     def capture(self, run: Run, closure: Callable[[], Tensor], shapes: Any) -> None:
         """Note down what the step does, with batches and results in memory of its own. Nothing is done yet."""
         given, meters, before = run.batches, run.meters, dict(run.metrics)
-        self.batches = run.batches = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given)
+        self.batches = run.batches = map_nested(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given)
         run.meters = type(meters)(meters.functions, meters.prefix)      # what it is given belongs to the graph
         run.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()

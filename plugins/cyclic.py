@@ -2,7 +2,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loopctl import Length, claim_momentum, hookimpl, per_group, set_momentum
+from loopctl import Duration, Run, hookimpl
+from loopctl.optim.learning_rate import check_momentum_cycling, per_group, set_momentum
 
 
 @dataclass(eq=False)
@@ -25,8 +26,8 @@ class Cyclic:
 
     base_lr: float | list[float]
     max_lr: float | list[float]
-    step_size_up: Length = 2000
-    step_size_down: Length | None = None
+    step_size_up: Duration = 2000
+    step_size_down: Duration | None = None
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
     gamma: float = 1.0
     cycle_momentum: bool = True
@@ -49,23 +50,23 @@ class Cyclic:
             self.train_start = self.before_step = None          # type: ignore[assignment, method-assign]
 
     @hookimpl
-    def lr_scale(self, run, initial_lr, group):
+    def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
         base, top = (per_group(run, group, name, getattr(self, name)) for name in ("base_lr", "max_lr"))
         return (base + (top - base) * self.height(run)) / initial_lr
 
     @hookimpl
-    def train_start(self, run):
-        claim_momentum(run, self)
+    def train_start(self, run: Run) -> None:
+        check_momentum_cycling(run, self)
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run) -> None:
         momentum = self.max_momentum - (self.max_momentum - self.base_momentum) * self.height(run)
         set_momentum(run, momentum)
 
     def height(self, run: Any) -> float:
         """How far up it is now: 0 at the lower rate, 1 at the upper."""
-        position, up = run.position(self.by), run.length(self.step_size_up, self.by)
-        down = up if self.step_size_down is None else run.length(self.step_size_down, self.by)
+        position, up = run.position(self.by), run.duration(self.step_size_up, self.by)
+        down = up if self.step_size_down is None else run.duration(self.step_size_down, self.by)
         cycles, place = divmod(position, up + down)
         height = min(place / up, (up + down - place) / down)
         return height * {"triangular": 1.0, "triangular2": 0.5**cycles, "exp_range": self.gamma**position}[self.mode]

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loopctl import Parallel, Run, UsageError, hookimpl, world
+from loopctl import Parallel, Run, UsageError, hookimpl
+from loopctl.distributed.process_group import broadcast_tensors, is_single_process
 
 # Newer versions of torch have both, and no longer want the second.
 BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -48,8 +49,8 @@ class Ddp(Parallel):
             run.model = nn.SyncBatchNorm.convert_sync_batchnorm(run.model)
 
     @hookimpl
-    def wrap_model(self, run):
-        if not world.alone(run):
+    def wrap_model(self, run: Run) -> None:
+        if not is_single_process(run):
             if not isinstance(run.network, nn.Module):
                 raise UsageError(f"it wraps a module, and run.network is a {type(run.network).__name__}; name ddp "
                                  "before the plugin that changed it")
@@ -64,7 +65,7 @@ class Ddp(Parallel):
             parameter.requires_grad_(True)
         inner = self.inner if run.network is self.network else run.network
         # It would send buffers before a forward pass. Parallel does so after it, where others see them.
-        world.level(run, run.model.buffers())
+        broadcast_tensors(run, run.model.buffers())
         self.inner, self.trained, self.unused = inner, trained, unused
         self.network = run.network = DistributedDataParallel(
             inner, device_ids=[run.device.index] if run.device.type == "cuda" else None, **settings,
@@ -74,7 +75,7 @@ class Ddp(Parallel):
             parameter.requires_grad_(False)
 
     @hookimpl
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run) -> None:
         super().epoch_start(run)
         if self.network is None:
             return
@@ -85,7 +86,7 @@ class Ddp(Parallel):
         unused = self.find_unused_parameters or now != self.trained
         if unused != self.unused:
             if run.network is not self.network:
-                raise UsageError("part of the model is frozen for now; say find_unused_parameters=true")
+                raise UsageError("part of the model is frozen for now; pass find_unused_parameters=true")
             self.replicate(run, self.trained, unused)
 
     def release(self, run: Run) -> None:

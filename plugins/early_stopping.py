@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loopctl import Monitor, hookimpl
+from loopctl import Monitor, Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -29,14 +29,14 @@ class EarlyStopping:
             raise ValueError(f"min_delta is at least 0, not {self.min_delta}")
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         self.watch = Monitor(self.monitor, self.mode, self.min_delta)
         self.waited = 0
         self.weights: dict[str, Any] = {}
         self.watch.start(run)
 
     @hookimpl
-    def after_evaluate(self, run):
+    def after_evaluate(self, run: Run) -> None:
         if self.watch.improved(run):
             self.waited = 0
             if self.restore_best:
@@ -48,7 +48,7 @@ class EarlyStopping:
             run.stop = f"{self.watch.metric} has {best} for {self.waited} evaluations"
 
     @hookimpl
-    def train_end(self, run):
+    def train_end(self, run: Run) -> None:
         if self.weights:
             run.model.load_state_dict(self.weights)
 

@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 
-from loopctl import Length, UsageError, fill, hookimpl, swapped
+from loopctl import Duration, Run, UsageError, hookimpl
+from loopctl.model.weight_averages import WeightAverage
 
 
 @dataclass(eq=False)
-class Ema:
+class Ema(WeightAverage):
     """Average the weights exponentially over the updates; evaluate and end with the average.
 
     It is torch.optim.swa_utils.get_ema_multi_avg_fn; an average of the iterates is due to Polyak and Juditsky,
@@ -22,15 +23,15 @@ class Ema:
 
     decay: float = 0.999
     warmup: bool = True
-    start: Length | None = None
+    start: Duration | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay is between 0 and 1, not {self.decay}")
 
     @hookimpl
-    def train_start(self, run):
-        if self.start is not None and run.length(self.start, "step") > run.planned_steps:
+    def train_start(self, run: Run) -> None:
+        if self.start is not None and run.duration(self.start, "step") > run.planned_steps:
             raise UsageError(f"start={self.start} is after the run's end, so nothing would be averaged")
         self.average: dict[str, Any] = {}       # empty until it starts
         self.count = 0
@@ -42,11 +43,11 @@ class Ema:
         self.alike = [[name for name, tensor in self.own.items() if type(tensor) is kind] for kind in kinds]
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run) -> None:
         if run.skipped:
             return
         if not self.average:
-            if self.start is None or run.epochs_done >= run.length(self.start, "epoch"):
+            if self.start is None or run.epochs_done >= run.duration(self.start, "epoch"):
                 self.average = {name: tensor.clone() for name, tensor in self.own.items()}
                 self.count = 1
             return
@@ -54,21 +55,6 @@ class Ema:
         for alike in self.alike:
             torch._foreach_lerp_([self.average[name] for name in alike], [self.own[name] for name in alike], 1 - decay)
         self.count += 1
-
-    @hookimpl(wrapper=True)
-    def evaluate(self, run):
-        with swapped(run.model, self.average):
-            return (yield)
-
-    @hookimpl(wrapper=True)
-    def after_evaluate(self, run):
-        with swapped(run.model, self.average):
-            return (yield)
-
-    @hookimpl(wrapper=True)
-    def train_end(self, run):       # a wrapper, so that it comes before what others do with the final weights
-        fill(run.model, self.average)
-        return (yield)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "count": self.count}

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loopctl import hookimpl
+from loopctl import Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -23,5 +23,5 @@ class Exponential:
             raise ValueError(f"gamma is above 0, not {self.gamma}")
 
     @hookimpl
-    def lr_scale(self, run):
+    def lr_scale(self, run: Run) -> float | None:
         return self.gamma ** run.position(self.by)

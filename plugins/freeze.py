@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loopctl import Length, UsageError, hookimpl, matching
+from loopctl import Duration, Run, UsageError, hookimpl
+from loopctl.model.parameter_matching import matching_parameters
 
 
 @dataclass(eq=False)
@@ -27,8 +28,8 @@ class Freeze:
 
     patterns: list[str] = field(default_factory=list)
     keep: list[str] = field(default_factory=list)
-    until: Length | None = None
-    gradual: Length | None = None
+    until: Duration | None = None
+    gradual: Duration | None = None
 
     def __post_init__(self) -> None:
         for name in ("patterns", "keep"):
@@ -41,8 +42,9 @@ class Freeze:
             self.before_step = None     # type: ignore[method-assign, assignment]   # nothing is due in any step
 
     @hookimpl
-    def setup(self, run):
-        found = {parameter for some in matching(run.model, self.patterns or self.keep).values() for parameter in some}
+    def setup(self, run: Run) -> None:
+        matched = matching_parameters(run.model, self.patterns or self.keep)
+        found = {parameter for some in matched.values() for parameter in some}
         chosen = {name: parameter for name, parameter in run.model.named_parameters()
                   if parameter.requires_grad and (parameter in found) != bool(self.keep)}
         self.names = list(chosen)
@@ -57,11 +59,11 @@ class Freeze:
                 parameter.requires_grad_(False)
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         if not self.for_good:
             per_epoch = run.plan()[0]
-            first = run.length(self.until or self.gradual, "epoch")
-            later = run.length(self.gradual, "epoch") if self.gradual else 0.0
+            first = run.duration(self.until or self.gradual, "epoch")
+            later = run.duration(self.gradual, "epoch") if self.gradual else 0.0
             # Rounded up to a whole step, but 7 % of 100 steps are 7.000000000000001.
             self.starts = [max(1, ceil((first + part * later) * per_epoch - 1e-6)) for part in range(len(self.parts))]
             if any(group["dampening"] for group in fused_momentum(run.optimizer)):
@@ -72,11 +74,11 @@ class Freeze:
             raise UsageError("nothing is left to train at the start; keep at least the last part trainable")
 
     @hookimpl
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run) -> None:
         self.follow(run)
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run) -> None:
         if not self.since <= run.attempts < self.next:
             self.follow(run)
 

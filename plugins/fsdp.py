@@ -1,14 +1,17 @@
 """Training in several processes, each of which has a piece of every weight."""
+from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from loopctl import Parallel, Run, UsageError, hookimpl, layers, world
+from loopctl import Parallel, Run, UsageError, hookimpl
+from loopctl.distributed.process_group import broadcast_tensors, is_only_planned
+from loopctl.model import summary
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -38,7 +41,7 @@ class Fsdp(Parallel):
     alone: ClassVar[bool] = True            # pieces, types and offloading are of use on one device too
 
     def spread(self, run: Run) -> None:
-        if world.planned(run):
+        if is_only_planned(run):
             return
         if self.offload and run.device.type == "cpu":
             raise UsageError("offload=true is for GPUs: on a CPU the weights are in the host's memory already")
@@ -47,8 +50,8 @@ class Fsdp(Parallel):
         settings: dict[str, Any] = {
             "mesh": init_device_mesh(run.device.type, (run.world_size,)), "mp_policy": MixedPrecisionPolicy(**types),
             "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy()}
-        world.level(run, [*run.model.parameters(), *run.model.buffers()])       # all cut the same weights in pieces
-        for block in layers.repeated(run.model):
+        broadcast_tensors(run, [*run.model.parameters(), *run.model.buffers()])     # all ranks shard the same weights
+        for block in summary.repeated_blocks(run.model):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **settings)
         fully_shard(run.model, **settings)
         # Once, so that the pieces are now where they will be: the first time puts some of them elsewhere.
@@ -60,7 +63,7 @@ class Fsdp(Parallel):
         self.trained = trainable(run.model)
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         super().train_start(run)
         if isinstance(run.optimizer, torch.optim.SGD | torch.optim.Adagrad):
             for group in run.optimizer.param_groups:
@@ -68,7 +71,7 @@ class Fsdp(Parallel):
             run.optimizer._step_supports_amp_scaling = False            # which it says of itself where it is fused
 
     @hookimpl
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run) -> None:
         super().epoch_start(run)
         if trainable(run.model) != self.trained:
             raise UsageError("part of the model is frozen for a while only, which fully_shard does not follow; freeze "
@@ -82,7 +85,7 @@ class Fsdp(Parallel):
 
     # Without a backward pass the outermost weights would stay together, and so be others than an average knows.
     @hookimpl(wrapper=True)
-    def compute_loss(self, run):
+    def compute_loss(self, run: Run) -> Generator[None, Tensor, Tensor]:
         loss = yield
         if not torch.is_grad_enabled():
             model: Any = run.model          # which fully_shard has given more methods

@@ -1,9 +1,10 @@
 """A schedule of one's own."""
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from loopctl import UsageError, hookimpl, per_group
+from loopctl import Run, UsageError, hookimpl
+from loopctl.optim.learning_rate import per_group
 
 
 @dataclass(eq=False)
@@ -20,7 +21,7 @@ class Lambda:
     by: Literal["epoch", "step"] = "epoch"
 
     @hookimpl
-    def lr_scale(self, run, group):
+    def lr_scale(self, run: Run, group: dict[str, Any]) -> float | None:
         factor = per_group(run, group, "lr_lambda", self.lr_lambda)(run.position(self.by))
         try:
             return float(factor)                # None would count as no schedule at all

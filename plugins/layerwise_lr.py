@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopctl import UsageError, hookimpl, matching
+from loopctl import Run, UsageError, hookimpl
+from loopctl.model.parameter_matching import matching_parameters
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -41,9 +42,9 @@ class LayerwiseLr:
         self.parsed = {pattern: parse_rate(pattern, rate) for pattern, rate in self.rates.items()}
 
     @hookimpl
-    def param_groups(self, run):
+    def param_groups(self, run: Run) -> list[dict[str, Any]]:
         own, taken, rated = own_rate(run), set(), []
-        for pattern, parameters in matching(run.model, self.parsed).items():
+        for pattern, parameters in matching_parameters(run.model, self.parsed).items():
             number, relative = self.parsed[pattern]
             left = [parameter for parameter in parameters if parameter not in taken]
             if not left:

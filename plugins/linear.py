@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loopctl import Length, hookimpl
+from loopctl import Duration, Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -19,7 +19,7 @@ class Linear:
 
     start_factor: float = 1 / 3
     end_factor: float = 1.0
-    total_iters: Length = 5
+    total_iters: Duration = 5
     by: Literal["epoch", "step"] = "epoch"
 
     def __post_init__(self) -> None:
@@ -29,6 +29,6 @@ class Linear:
             raise ValueError(f"end_factor is 0 to 1, not {self.end_factor}")
 
     @hookimpl
-    def lr_scale(self, run):
-        done = min(1.0, run.position(self.by) / run.length(self.total_iters, self.by))
+    def lr_scale(self, run: Run) -> float | None:
+        done = min(1.0, run.position(self.by) / run.duration(self.total_iters, self.by))
         return self.start_factor + (self.end_factor - self.start_factor) * done

@@ -1,9 +1,13 @@
 """The learning-rate range test."""
+from collections.abc import Generator
 from dataclasses import dataclass
 from math import inf, isfinite, nan
 from pathlib import Path
 
-from loopctl import Run, UsageError, files, hookimpl, plots, rehearsal
+from loopctl import Run, UsageError, hookimpl
+from loopctl.checkpoint.atomic_files import claim_output
+from loopctl.report import plots
+from loopctl.trial_run import trial_run
 
 
 @dataclass(eq=False)
@@ -54,20 +58,20 @@ class LrFinder:
             raise ValueError(f"path is a .png, .svg or .pdf file, not {self.path!r}")
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         self.rates: list[float] = []
         self.losses: list[float] = []       # smoothed
         self.steepest = self.tenth = nan
         self.file = run.out / self.path
         if run.rank == 0:
-            files.claim(self.file, replace=bool(run.resume))
+            claim_output(self.file, resumed=bool(run.resume))
         if not any(group["initial_lr"] for group in run.optimizer.param_groups):
-            raise UsageError("every learning rate is 0, and those of the groups keep their ratio; say one above 0")
+            raise UsageError("every learning rate is 0, and those of the groups keep their ratio; choose one above 0")
 
     # When all others are ready to train, and a run that goes on is where it was. A wrapper, so that it comes before
     # those who look at the clock here.
     @hookimpl(wrapper=True)
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run) -> Generator[None, None, None]:
         if run.seen == 0 and not self.rates:
             self.search(run)
             if not self.rates:
@@ -83,7 +87,7 @@ class LrFinder:
     def search(self, run: Run) -> None:
         ratios = [initial / top_rate(run) for initial in initial_rates(run)]
         growth, mean, lowest = (self.end_lr / self.start_lr) ** (1 / (self.num_steps - 1)), 0.0, inf
-        with rehearsal.rehearsal(run) as copy:
+        with trial_run(run) as copy:
             for number in range(self.num_steps):
                 rate = self.start_lr * growth ** number
                 loss = copy.step([rate * ratio for ratio in ratios]).item()
@@ -124,7 +128,7 @@ class LrFinder:
 
     def take(self, run: Run) -> None:
         if not isfinite(self.steepest):
-            raise UsageError("use=true: there is no rate to use, for the loss falls nowhere; say another start_lr or "
+            raise UsageError("use=true: there is no rate to use, for the loss falls nowhere; choose another start_lr or "
                              "end_lr, or leave out use")
         factor = self.steepest / top_rate(run)
         for group in run.optimizer.param_groups:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loopctl import UsageError, hookimpl, per_group
+from loopctl import Run, UsageError, hookimpl
+from loopctl.optim.learning_rate import per_group
 
 
 @dataclass(eq=False)
@@ -26,7 +27,7 @@ class Multiplicative:
         self.products: dict[Any, array[float]] = defaultdict(lambda: array("d", [1.0]))
 
     @hookimpl
-    def lr_scale(self, run, group):
+    def lr_scale(self, run: Run, group: dict[str, Any]) -> float | None:
         function, position = per_group(run, group, "lr_lambda", self.lr_lambda), run.position(self.by)
         products = self.products[id(function)]
         while len(products) <= position:

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loopctl import Length, hookimpl
+from loopctl import Duration, Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -16,7 +16,7 @@ class Multistep:
     by: count in epochs, or in steps
     """
 
-    milestones: list[Length]
+    milestones: list[Duration]
     gamma: float = 0.1
     by: Literal["epoch", "step"] = "epoch"
 
@@ -27,6 +27,6 @@ class Multistep:
             raise ValueError(f"gamma is above 0, not {self.gamma}")
 
     @hookimpl
-    def lr_scale(self, run):
+    def lr_scale(self, run: Run) -> float | None:
         position = run.position(self.by)
-        return self.gamma ** sum(position >= run.length(milestone, self.by) for milestone in self.milestones)
+        return self.gamma ** sum(position >= run.duration(milestone, self.by) for milestone in self.milestones)

@@ -1,6 +1,7 @@
 """Steps that are not finite."""
 from cmath import isfinite
 from collections import deque
+from collections.abc import Generator
 from copy import deepcopy
 from dataclasses import dataclass
 from math import inf
@@ -12,7 +13,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import get_total_norm
 
-from loopctl import Run, UsageError, checkpoint, hookimpl, world
+from loopctl import Run, UsageError, hookimpl
+from loopctl.checkpoint.state import roll_back
+from loopctl.distributed.process_group import AgreedStop, all_reduce_max
+from loopctl.metrics.host_copy import HostCopy
 
 AHEAD = ("cuda",)       # devices that work ahead of the host, which would have to wait for a value
 
@@ -44,18 +48,18 @@ class NanGuard:
             raise ValueError(f"limit is at least 1, not {self.limit}")
 
     @hookimpl
-    def setup(self, run):
+    def setup(self, run: Run) -> None:
         self.run: Run | None = None
         self.in_a_row = 0
         self.due = ""                                                   # why to go back, until that is done
         self.kept: list[Tensor] = []                                    # what a step may change,
         self.copies: list[Tensor] = []                                  # and what it was before
-        self.coming: deque[tuple[int, bool, Tensor, Any]] = deque()     # verdicts on their way to the host
+        self.coming: deque[tuple[int, bool, HostCopy]] = deque()        # verdicts on their way to the host
         if self.action != "stop":
             run.metrics["skipped_steps"] = 0
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         self.run = run
         if self.action == "rollback" and not run.hook.acting["safe_point"]:
             raise UsageError("action=rollback goes back to the last checkpoint, and nobody saves one; add checkpoint")
@@ -72,7 +76,7 @@ class NanGuard:
                      and len(run.hook.acting["optimizer_step"]) == 1)
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run) -> None:
         self.what = ""                  # what is not finite, if the host knows
         self.bad: Any = None            # whether loss and gradient are not, if the device does
         self.looked = False
@@ -93,7 +97,7 @@ class NanGuard:
 
     # A wrapper, so that the gradients are judged before anybody clips them, and gone only when all have seen them.
     @hookimpl(wrapper=True)
-    def grads_ready(self, run):
+    def grads_ready(self, run: Run) -> Generator[None, None, None]:
         self.judge(run)
         result = yield
         if self.what:
@@ -103,7 +107,7 @@ class NanGuard:
         return result
 
     @hookimpl(wrapper=True)
-    def optimizer_step(self, run):
+    def optimizer_step(self, run: Run) -> Generator[None, Tensor, Tensor]:
         try:
             loss = yield
         finally:
@@ -119,13 +123,13 @@ class NanGuard:
         return loss
 
     @hookimpl(wrapper=True)
-    def evaluate(self, run):
+    def evaluate(self, run: Run) -> Generator[None, dict[str, Any], dict[str, Any]]:
         self.hear(run, wait=True)       # an evaluation waits for the device in any case
         return (yield)
 
     # Not in evaluate, where an average may stand in for the weights.
     @hookimpl(wrapper=True)
-    def epoch_end(self, run):
+    def epoch_end(self, run: Run) -> Generator[None, None, None]:
         if self.due:
             self.go_back(run)
         return (yield)
@@ -143,13 +147,13 @@ class NanGuard:
         if self.late:
             largest = get_total_norm(gradients, inf)        # no sum, which may be infinite where no term is
             bad = torch.stack((run.loss, largest.to(run.loss.device))).isfinite().logical_not()
-            bad = world.largest(run, bad.int()).bool()          # the loss is each process's own
+            bad = all_reduce_max(run, bad.int()).bool()          # the loss is each process's own
             self.bad = bad if self.bad is None else self.bad | bad
         elif not (self.what or (self.searches and self.looked)):
             self.looked = True
             what = ("", "gradient", "loss")
             found = 2 if not isfinite(run.loss.item()) else 0 if finite(gradients) else 1
-            self.what = what[int(world.largest(run, found))]    # the loss is each process's own
+            self.what = what[int(all_reduce_max(run, found))]    # the loss is each process's own
 
     def conclude_there(self, run: Run) -> None:
         """Have the device undo the step if it was bad, and tell the host about it."""
@@ -189,30 +193,20 @@ class NanGuard:
 
     def send(self, run: Run) -> None:
         """Have the verdict copied to the host, without waiting."""
-        arrived = None
-        copy = self.bad.to("cpu", non_blocking=True)
-        if self.bad.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(self.bad.device))
-        self.coming.append((run.attempts + 1, run.skipped, copy, arrived))
+        self.coming.append((run.attempts + 1, run.skipped, HostCopy(self.bad)))
 
     def hear(self, run: Run, wait: bool = False) -> None:
         """Take note of the verdicts that have arrived."""
-        while self.coming:
-            step, skipped, verdict, arrived = self.coming[0]
-            if arrived and wait:
-                arrived.synchronize()
-            elif arrived and not arrived.query():
-                return
-            self.coming.popleft()
-            what = named(*verdict.tolist())
+        while self.coming and (wait or self.coming[0][2].arrived):
+            step, skipped, verdict = self.coming.popleft()
+            what = named(*verdict.wait().tolist())
             if what == "gradient" and skipped:
                 what = ""
             if what and not skipped:
                 if step > run.attempts:         # the step at hand, which is not counted yet
                     run.skipped = True
                 else:
-                    run.step -= 1
+                    run.counters.discard_update()
             self.note(run, step, what)
 
     def note(self, run: Run, step: int, what: str) -> None:
@@ -231,15 +225,15 @@ class NanGuard:
             self.due = fact
 
     def end(self, run: Run, reason: str) -> None:
-        run.stop = run.stop or (world.Agreed(reason) if run.world_size > 1 else reason)     # all judge alike
+        run.stop = run.stop or (AgreedStop(reason) if run.world_size > 1 else reason)     # all judge alike
 
     def go_back(self, run: Run) -> None:
         self.hear(run, wait=True)       # of the steps that this undoes
-        if run.saved is None:
+        if run.last_checkpoint is None:
             self.end(run, f"{self.due}, and there is no checkpoint yet to go back to")
         else:
             in_a_row = self.in_a_row
-            checkpoint.roll_back(run)
+            roll_back(run)
             self.in_a_row = in_a_row    # else going back would never come to the limit
         self.due = ""
 

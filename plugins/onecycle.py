@@ -4,7 +4,8 @@ from itertools import pairwise
 from math import cos, pi
 from typing import Any, Literal
 
-from loopctl import Length, claim_momentum, hookimpl, per_group, set_momentum
+from loopctl import Duration, Run, hookimpl
+from loopctl.optim.learning_rate import check_momentum_cycling, per_group, set_momentum
 
 
 @dataclass(eq=False)
@@ -27,7 +28,7 @@ class Onecycle:
     """
 
     max_lr: float | list[float]
-    total_steps: Length | None = None
+    total_steps: Duration | None = None
     pct_start: float = 0.3
     anneal_strategy: Literal["cos", "linear"] = "cos"
     cycle_momentum: bool = True
@@ -52,23 +53,23 @@ class Onecycle:
             self.train_start = self.before_step = None          # type: ignore[assignment, method-assign]
 
     @hookimpl
-    def lr_scale(self, run, initial_lr, group):
+    def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
         peak = per_group(run, group, "max_lr", self.max_lr)
         first = peak / self.div_factor
         return self.between(run, first, peak, first / self.final_div_factor) / initial_lr
 
     @hookimpl
-    def train_start(self, run):
-        claim_momentum(run, self)
+    def train_start(self, run: Run) -> None:
+        check_momentum_cycling(run, self)
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run) -> None:
         momentum = self.between(run, self.max_momentum, self.base_momentum, self.max_momentum)
         set_momentum(run, momentum)
 
     def between(self, run: Any, first: float, peak: float, last: float) -> float:
         """Where a value that goes from `first` over `peak` to `last` is now."""
-        position, total = run.position(self.by), run.length(self.total_steps, self.by)
+        position, total = run.position(self.by), run.duration(self.total_steps, self.by)
         top = self.pct_start * total - 1
         back = [(2 * top, first)] if self.three_phase else []
         for (start, old), (end, new) in pairwise([(0, first), (top, peak), *back, (total - 1, last)]):   # noqa: B007

@@ -3,7 +3,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal
 
-from loopctl import Monitor, hookimpl, per_group
+from loopctl import Monitor, Run, hookimpl
+from loopctl.optim.learning_rate import per_group
 
 
 @dataclass(eq=False)
@@ -45,7 +46,7 @@ class Plateau:
         self.rates: list[float] = []                 # of the parameter groups, once they were reduced
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         self.watch = Monitor(self.monitor, self.mode)
         self.best: float | None = None
         self.bad = self.cooling = 0                  # evaluations: without improvement, and still to cool down
@@ -55,11 +56,11 @@ class Plateau:
             per_group(run, group, "min_lr", self.min_lr)         # refuses a list of another length
 
     @hookimpl
-    def lr_scale(self, run, initial_lr, group):
+    def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
         return per_group(run, group, "rates", self.rates) / initial_lr if self.rates else 1.0
 
     @hookimpl
-    def after_evaluate(self, run):
+    def after_evaluate(self, run: Run) -> None:
         value, sign = run.metrics[self.watch.metric], 1 if self.watch.mode == "max" else -1
         best = -sign * inf if self.best is None else self.best
         margin = best * (1 + sign * self.threshold) if self.threshold_mode == "rel" else best + sign * self.threshold

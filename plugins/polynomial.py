@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loopctl import Length, hookimpl
+from loopctl import Duration, Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -16,7 +16,7 @@ class Polynomial:
     by: move every epoch, or every step
     """
 
-    total_iters: Length = 5
+    total_iters: Duration = 5
     power: float = 1.0
     by: Literal["epoch", "step"] = "epoch"
 
@@ -25,5 +25,5 @@ class Polynomial:
             raise ValueError(f"power is above 0, not {self.power}")
 
     @hookimpl
-    def lr_scale(self, run):
-        return max(0.0, 1 - run.position(self.by) / run.length(self.total_iters, self.by)) ** self.power
+    def lr_scale(self, run: Run) -> float | None:
+        return max(0.0, 1 - run.position(self.by) / run.duration(self.total_iters, self.by)) ** self.power

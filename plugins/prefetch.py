@@ -1,12 +1,13 @@
 """Batches on the GPU before it asks for them."""
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from loopctl import Run, hookimpl, tensors
+from loopctl import Run, hookimpl
+from loopctl.data.batch import iter_tensors
 
 STREAMS = ("cuda",)                     # devices that copy and compute at once
 
@@ -22,7 +23,7 @@ class Prefetch:
     """
 
     capturable: ClassVar[bool] = True
-    looks_on: ClassVar[bool] = True
+    observer_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.groups: Iterator[list[Any]] | None = None         # of the epoch at hand
@@ -30,19 +31,19 @@ class Prefetch:
         self.leaving: deque[tuple[Any, Any]] = deque()         # what the GPU may still read, and when it has done so
 
     @hookimpl(wrapper=True)
-    def train(self):
+    def train(self) -> Generator[None, None, None]:
         try:
             return (yield)
         finally:
             self.__post_init__()                               # let go of batches and loader
 
     @hookimpl(wrapper=True)
-    def group_batches(self, run):
+    def group_batches(self, run: Run) -> Generator[None, Iterator[list[Any]], Iterator[list[Any]]]:
         groups = iter((yield))
         return self.ahead(run, groups) if run.device.type in STREAMS else groups
 
     @hookimpl
-    def grads_ready(self, run):
+    def grads_ready(self, run: Run) -> None:
         elsewhere = isinstance(run.train, list | tuple) or getattr(run.train, "num_workers", 0) > 0
         if self.groups and elsewhere and not self.coming and not torch.cuda.is_current_stream_capturing():
             self.coming = [self.fetch(self.groups)]
@@ -56,7 +57,7 @@ class Prefetch:
                 raise error
             if group is None:
                 return
-            if next(tensors(group), None) is not None:         # else it only counts steps, with numbers
+            if next(iter_tensors(group), None) is not None:         # else it only counts steps, with numbers
                 self.groups, self.coming = groups, []
             main.wait_event(copied)
             yield group

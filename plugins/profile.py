@@ -2,7 +2,7 @@
 import logging
 import os
 from bisect import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +12,9 @@ from torch import autograd
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from loopctl import UsageError, files, hookimpl, layers
+from loopctl import Run, UsageError, hookimpl
+from loopctl.checkpoint.atomic_files import atomic_write, claim_output
+from loopctl.model import summary
 
 log = logging.getLogger("loopctl")
 
@@ -42,7 +44,7 @@ class Profile:
     steps: int = 10
     path: str = "trace.json"
     capturable: ClassVar[bool] = True
-    on_first_rank: ClassVar[bool] = True
+    rank_zero_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, least in (("start", 0), ("steps", 1)):
@@ -52,7 +54,7 @@ class Profile:
             raise ValueError(f"path is a .json file, not {self.path!r}")
 
     @hookimpl(wrapper=True)
-    def train(self, run):
+    def train(self, run: Run) -> Generator[None, None, None]:
         self.done, self.wanted = 0, True
         self.profiler: Any = None
         with ExitStack() as self.recording, ExitStack() as self.waiting:        # which end here after an exception
@@ -60,34 +62,34 @@ class Profile:
             if self.profiler and self.done > self.start:
                 self.finish(run)
             elif self.wanted:
-                print(f"profile: nothing is recorded, for the run ended after {self.done} steps; say start=0")
+                print(f"profile: nothing is recorded, for the run ended after {self.done} steps; pass start=0")
         return result
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         self.file = run.out / self.path
-        files.claim(self.file, replace=bool(run.resume))
+        claim_output(self.file, resumed=bool(run.resume))
         self.wanted = not self.file.exists()
         if self.wanted and self.start + self.steps > run.planned_steps:
             raise UsageError(f"steps {self.start + 1} to {self.start + self.steps} are to be recorded, and the run has "
-                             f"{run.planned_steps}; say start=0,steps={run.planned_steps}, or fewer")
+                             f"{run.planned_steps}; pass start=0,steps={run.planned_steps}, or fewer")
         if autograd._profiler_enabled() or any(isinstance(other, Profile) and other is not self
                                                for other in run.hook.plugins.values()):
             raise UsageError("another profiler is there, and torch has one at a time; leave one of them out")
 
     @hookimpl
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run) -> None:
         if self.wanted and self.done == self.start and not self.profiler:
             self.begin(run)
             self.waiting.enter_context(record_function("data"))
 
     @hookimpl
-    def before_step(self):
+    def before_step(self) -> None:
         if self.profiler:
             self.waiting.close()
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run) -> None:
         self.done += 1
         if self.profiler and self.done == self.start + self.steps:
             self.finish(run)
@@ -119,9 +121,9 @@ class Profile:
         profiler, self.profiler, self.wanted = self.profiler, None, False
         first = run.attempts - (self.done - self.start) + 1
         # A live progress bar stays below what is printed.
-        print(layers.text(table(profiler, first, run.attempts, run.device.type == "cuda")))
+        print(summary.render(table(profiler, first, run.attempts, run.device.type == "cuda")))
         try:
-            with files.replacing(self.file) as aside:
+            with atomic_write(self.file) as aside:
                 profiler.export_chrome_trace(str(aside))
         except OSError as error:
             log.warning("profile: %s cannot be written (%s)", self.file, error.strerror)

@@ -1,12 +1,12 @@
 """What a run shows while it trains."""
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from math import nan
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
-
-from loopctl import hookimpl
+from loopctl import Run, hookimpl
+from loopctl.metrics.host_copy import LatestValue
 
 
 @dataclass(eq=False)
@@ -19,14 +19,14 @@ class Progress:
 
     unit: str = "samples"
     interval: float = 0.1
-    on_first_rank: ClassVar[bool] = True
+    rank_zero_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.interval >= 0:
             raise ValueError(f"interval is at least 0, not {self.interval}")
 
     @hookimpl(wrapper=True)
-    def train(self, run):
+    def train(self, run: Run) -> Generator[None, None, None]:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -41,7 +41,7 @@ class Progress:
             TimeRemainingColumn(compact=True), TextColumn("left"),
             console=self.console, auto_refresh=False, disable=not self.live, transient=True)
         self.task = self.bar.add_task("", total=run.planned_steps, epoch="", now="")
-        self.next, self.loss, self.count = 0.0, Glance(), Glance()
+        self.next, self.loss, self.count = 0.0, LatestValue(), LatestValue()
         self.began = False
         try:
             result = yield
@@ -52,55 +52,35 @@ class Progress:
         return result
 
     @hookimpl
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run) -> None:
         self.since, self.counted, self.began = time.monotonic(), 0, True
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run) -> None:
         self.counted += run.weight * run.world_size         # what all processes have trained on
         if self.live and time.monotonic() >= self.next:
             self.next = time.monotonic() + self.interval
             self.bar.start()                           # does nothing when it has started
             lr = float(run.optimizer.param_groups[0]["lr"])
-            now = f"loss {self.loss.at(run.loss):.4f} lr {lr:.3g} {self.speed(self.count.at(self.counted))}"
+            loss = self.loss.update(nan if run.loss is None else run.loss)
+            now = f"loss {loss:.4f} lr {lr:.3g} {self.speed(self.count.update(self.counted))}"
             self.bar.update(self.task, completed=run.attempts, epoch=f"{run.epoch + 1}/{run.epochs}", now=now)
             self.bar.refresh()
 
     @hookimpl
-    def epoch_end(self, run):
+    def epoch_end(self, run: Run) -> None:
         if not self.live:
             row = "  ".join(f"{key} {shown(value)}" for key, value in run.history[-1].items() if key != "epoch")
             self.console.print(f"epoch {run.epoch}/{run.epochs}  {row}  {self.trained}",
                                highlight=False, markup=False, emoji=False)
 
     @hookimpl(wrapper=True)
-    def evaluate(self):
+    def evaluate(self) -> Generator[None, dict[str, Any], dict[str, Any]]:
         self.trained = self.speed(float(self.counted))      # now, before evaluation takes its time
         return (yield)
 
     def speed(self, count: float) -> str:
         return f"{count / (time.monotonic() - self.since):,.0f} {self.unit}/s"
-
-
-class Glance:
-    """A scalar's value on the host without waiting for the device: what is shown may be one look old."""
-
-    def __init__(self) -> None:
-        self.value = nan
-        self.copy: torch.Tensor | None = None
-
-    def at(self, value: torch.Tensor | float) -> float:
-        if not isinstance(value, torch.Tensor) or value.device.type != "cuda":
-            return float(value)
-        if self.copy is None:
-            self.copy, self.arrived = torch.empty((), dtype=value.dtype, pin_memory=True), torch.cuda.Event()
-        elif not self.arrived.query():
-            return self.value
-        else:
-            self.value = float(self.copy)
-        self.copy.copy_(value, non_blocking=True)
-        self.arrived.record()
-        return self.value
 
 
 def shown(value: object) -> str:

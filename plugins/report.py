@@ -2,7 +2,7 @@
 import logging
 import os
 import platform
-from contextlib import ExitStack
+from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -12,7 +12,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from loopctl import Run, UsageError, charts, checkpoint, explain, files, hookimpl, layers, page
+from loopctl import Run, explain, hookimpl
+from loopctl.checkpoint.atomic_files import atomic_write, claim_output
+from loopctl.checkpoint.state import run_config
+from loopctl.model import summary
+from loopctl.model.summary import FirstStepLayers
+from loopctl.report import charts, html
 
 log = logging.getLogger("loopctl")
 
@@ -30,81 +35,75 @@ class Report:
 
     path: str = "report.html"
     capturable: ClassVar[bool] = True       # it looks on at the first step only
-    on_first_rank: ClassVar[bool] = True
+    rank_zero_only: ClassVar[bool] = True
 
     @hookimpl(wrapper=True)
-    def train(self, run):
-        self.began, self.layers = False, None
-        with ExitStack() as self.watching:          # ends in after_step, or here after an exception
+    def train(self, run: Run) -> Generator[None, None, None]:
+        self.began = False
+        with FirstStepLayers() as self.first_step:
             try:
                 result = yield
             except BaseException as error:
                 if self.began and run.history:
                     self.write(run, f"broken off: {type(error).__name__}{f': {error}' if str(error) else ''}")
                 raise
-        if self.began:                              # else a run that was at its end already, which has its report
+        if self.began:                              # else the run was finished before, and has its report
             self.write(run, f"stopped early: {run.stop}" if run.stop else "finished")
         return result
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         self.file = run.out / self.path
-        try:
-            files.writable(self.file)
-            there = self.file.exists() and not (run.resume and page.ours(self.file))
-        except OSError as error:
-            raise UsageError(f"{self.file} cannot be written ({error.strerror}); say another path") from error
-        if there:
-            raise UsageError(f"{self.file} exists and is not overwritten; move it, or say another path")
+        resumed = bool(run.resume) and (self.file.is_dir() or self.is_report())       # a folder is refused in any case
+        claim_output(self.file, resumed)
         self.tree = explain(run.hook.plugins.values())
         self.start, self.since = datetime.now(), monotonic()
 
     @hookimpl
-    def epoch_start(self):
+    def epoch_start(self) -> None:
         self.began = True
 
     @hookimpl
-    def before_step(self, run):
-        if self.layers is None:
-            before = run.outputs                    # each micro-batch sets its own: the first ends when these are gone
-            self.layers = self.watching.enter_context(layers.watch(run.model, lambda: run.outputs is before))
-            self.looking = True
+    def before_step(self, run: Run) -> None:
+        self.first_step.start(run)
 
     @hookimpl
-    def after_step(self):
-        if self.looking:
-            self.watching.close()
-            self.looking = False
+    def after_step(self) -> None:
+        self.first_step.finish()
+
+    def is_report(self) -> bool:
+        """Whether the file does not exist yet, or is a page that this plugin has written."""
+        return not self.file.exists() or html.is_report(self.file)
 
     def write(self, run: Run, end: str) -> None:
         """Write the page, or a line that says why there is none."""
         try:
-            if self.file.exists() and not page.ours(self.file):
+            if not self.is_report():
                 log.warning("report: %s has come to be meanwhile and is not overwritten; there is no report", self.file)
                 return
-            with files.replacing(self.file) as aside:
-                page.write(self.content(run, end), aside)
+            with atomic_write(self.file) as aside:
+                html.write(self.content(run, end), aside)
         except Exception as error:              # whatever a metric is: the training is worth more than its report
             said = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
             log.warning("report: %s cannot be written (%s); there is no report", self.file, said)
 
     def content(self, run: Run, end: str) -> str:
-        asked = run.config or checkpoint.config(run)
+        asked = run.config or run_config(run)
         model = asked.get("model", type(run.model).__name__)
         title = f"{model} on {asked['data']}" if "data" in asked else model
-        parts = [f'<div class="columns">{page.section("The run", page.table([], self.facts(run)))}'
-                 f'{page.section("Results", results(run.history))}</div>']
+        parts = [f'<div class="columns">{html.section("The run", html.table([], self.facts(run)))}'
+                 f'{html.section("Results", results(run.history))}</div>']
         if found := charts.curves(run.history):
             drawn = "".join(charts.figure(key, name, lines) for key, (name, lines) in enumerate(found.items()))
-            parts.append(page.section("Curves", f'<div class="charts">{drawn}</div>'))
+            parts.append(html.section("Curves", f'<div class="charts">{drawn}</div>'))
         parts += [
-            f'<div class="columns">{page.section("Configuration", page.table([], settings(asked)))}'
-            f'{page.section("Environment", page.table([], environment(run)))}</div>',
-            page.section("Composition", "<p>Every moment of training, and the plugins that act there.</p>",
-                         page.verbatim(self.tree))]
-        if self.layers:
-            parts.append(page.section("Layers", layer_table(self.layers)))
-        return page.page(title, end, parts)
+            f'<div class="columns">{html.section("Configuration", html.table([], settings(asked)))}'
+            f'{html.section("Environment", html.table([], environment(run)))}</div>',
+            html.section("Composition", "<p>Every moment of training, and the plugins that act there.</p>",
+                         html.verbatim(self.tree))]
+        if self.first_step.layers:
+            parts.append(html.section("Layers", layer_table(self.first_step.layers)))
+        return html.page(title, end, parts)
 
     def facts(self, run: Run) -> list[list[str]]:
         seconds = round(monotonic() - self.since)
@@ -124,19 +123,19 @@ def results(history: list[dict[str, Any]]) -> str:
         top = charts.best(column, points)
         epoch, value = top or (None, None)
         rows.append([column, *map(charts.shown, (points[-1][1], value, epoch))])
-    return page.table(["metric", "last", "best", "in epoch"], rows, "numbers")
+    return html.table(["metric", "last", "best", "in epoch"], rows, "numbers")
 
 
-def layer_table(found: list[layers.Layer]) -> str:
+def layer_table(found: list[summary.Layer]) -> str:
     """The report that `summary` prints."""
-    report = layers.table(found)
+    report = summary.table(found)
     cells = zip(*([str(cell) for cell in column.cells] for column in report.columns), strict=True)
-    return page.table([str(column.header) for column in report.columns], cells, "layers")
+    return html.table([str(column.header) for column in report.columns], cells, "layers")
 
 
 def settings(asked: dict[str, Any]) -> list[list[str]]:
     """What the run was asked for, without what was left open."""
-    return [[key, page.breaking("\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))]
+    return [[key, html.breaking("\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))]
             for key, value in sorted(asked.items()) if value not in (None, inf, (), [])]
 
 

@@ -1,4 +1,5 @@
 """Sharpness-aware minimization."""
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ class Sam:
         self.kept: list[tuple[Tensor, Tensor]] = []         # what is not itself now, and what it was
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         if isinstance(run.optimizer, torch.optim.LBFGS):
             raise UsageError("LBFGS looks at several points per step itself, so which one to move away from is open; "
                              "use another optimizer")
@@ -39,7 +40,7 @@ class Sam:
                            for buffer in module.buffers(recurse=False)]
 
     @hookimpl(wrapper=True)
-    def optimizer_step(self, closure):
+    def optimizer_step(self, closure: Callable[[], Tensor]) -> Generator[None, Tensor, Tensor]:
         closure()
         try:
             self.leave()
@@ -49,7 +50,7 @@ class Sam:
 
     # Gradients are complete here and nobody has clipped them yet. The weights are back before anybody does.
     @hookimpl
-    def after_backward(self, run):
+    def after_backward(self, run: Run) -> None:
         if self.kept:
             self.come_back()
         else:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from loopctl import Run, UsageError, hookimpl, mapped, randomness, tensors, weighed
+from loopctl import Run, UsageError, hookimpl
+from loopctl.data.batch import apply_weight, iter_tensors, map_nested
+from loopctl.rng import rng_state, set_rng_state
 
 
 @dataclass(eq=False)
@@ -30,29 +32,29 @@ class Split:
         if self.into != "auto" and self.into < 1:
             raise ValueError(f"into is at least 1, or auto, not {self.into}")
         self.parts = 1 if self.into == "auto" else self.into
-        self.begun: list[tuple[Any, float]] = []        # the step's micro-batches so far, with their weights
+        self.begun: list[tuple[Any, float | Tensor]] = []        # the step's micro-batches so far, with their weights
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         if self.into == "auto" and run.world_size > 1:
-            raise UsageError("into=auto: a process cannot do a step over while others wait for it; say a number")
+            raise UsageError("into=auto: a process cannot do a step over while others wait for it; pass a number")
         self.within = False             # what comes is a part
         self.statistics = [buffer for module in run.model.modules() if isinstance(module, _BatchNorm)
                            for buffer in module.buffers(recurse=False)]
 
     @hookimpl
-    def before_step(self):
+    def before_step(self) -> None:
         self.begun = []
 
     # It cannot be done over in a wrapper, which yields once.
     @hookimpl
-    def micro_step(self, run, batch, weight, last):
+    def micro_step(self, run: Run, batch: Any, weight: float | Tensor, last: bool) -> Tensor:
         if self.within:
-            part = weighed(run.hook.compute_loss(run=run, batch=batch), weight)
+            part = apply_weight(run.hook.compute_loss(run=run, batch=batch), weight)
             run.hook.backward(run=run, loss=part)
             return part.detach()
         if not self.begun and self.into == "auto":
-            self.random = randomness.random_state()
+            self.random = rng_state()
             self.kept = [buffer.clone() for buffer in self.statistics]
         self.begun.append((batch, weight))
         todo, loss = self.begun[-1:], None          # type: Any, Tensor | None
@@ -72,7 +74,7 @@ class Split:
             self.begun = []
         return loss
 
-    def look(self, run: Run, batch: Any, weight: float, last: bool) -> Tensor:
+    def look(self, run: Run, batch: Any, weight: float | Tensor, last: bool) -> Tensor:
         """Go forward and backward over one batch, part by part; return its share of the loss.
 
         Each part is a micro-step in this one, for whoever must know which backward pass is the step's last.
@@ -80,7 +82,7 @@ class Split:
         parts = cut(batch, self.parts)
         if len(parts) < self.parts and run.world_size > 1:
             raise UsageError(f"a batch of {len(parts)} samples is not cut into {self.parts} parts while other "
-                             "processes wait; say a smaller number, or DataLoader(drop_last=True)")
+                             "processes wait; use a smaller number, or DataLoader(drop_last=True)")
         counts = [run.hook.batch_weight(run=run, batch=part) for part in parts]
         total, losses, outputs = sum(counts), [], []
         self.within = True
@@ -102,7 +104,7 @@ class Split:
         run.optimizer.zero_grad()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-        randomness.set_random_state(self.random)
+        set_rng_state(self.random)
         with torch.no_grad():
             for buffer, was in zip(self.statistics, self.kept, strict=True):
                 buffer.copy_(was)
@@ -117,7 +119,7 @@ class Split:
 
 def size(batch: Any) -> int:
     """How many samples a batch has: the length of its first tensor that has one."""
-    return next((tensor.shape[0] for tensor in tensors(batch) if tensor.ndim), 1)
+    return next((tensor.shape[0] for tensor in iter_tensors(batch) if tensor.ndim), 1)
 
 
 def cut(batch: Any, parts: int) -> list[Any]:
@@ -137,7 +139,7 @@ def cut(batch: Any, parts: int) -> list[Any]:
             return value[begin:end]
         return take
 
-    return [mapped(one(begin, end), batch) for begin, end in pairwise(ends)]
+    return [map_nested(one(begin, end), batch) for begin, end in pairwise(ends)]
 
 
 def join(outputs: list[Any], sizes: list[int]) -> Any:
@@ -146,4 +148,4 @@ def join(outputs: list[Any], sizes: list[int]) -> Any:
         per_sample = all(isinstance(value, Tensor) and value.ndim and len(value) == size
                          for value, size in zip(values, sizes, strict=True))
         return torch.cat(values) if per_sample else values[-1]
-    return mapped(together, *outputs)
+    return map_nested(together, *outputs)

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loopctl import Length, hookimpl
+from loopctl import Duration, Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -16,7 +16,7 @@ class Step:
     by: count in epochs, or in steps
     """
 
-    step_size: Length
+    step_size: Duration
     gamma: float = 0.1
     by: Literal["epoch", "step"] = "epoch"
 
@@ -25,5 +25,5 @@ class Step:
             raise ValueError(f"gamma is above 0, not {self.gamma}")
 
     @hookimpl
-    def lr_scale(self, run):
-        return self.gamma ** (run.position(self.by) // run.length(self.step_size, self.by))
+    def lr_scale(self, run: Run) -> float | None:
+        return self.gamma ** (run.position(self.by) // run.duration(self.step_size, self.by))

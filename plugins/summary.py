@@ -1,9 +1,10 @@
 """A report of the model, layer by layer."""
-from contextlib import ExitStack
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loopctl import hookimpl, layers
+from loopctl import Run, hookimpl
+from loopctl.model.summary import FirstStepLayers, render, table
 
 
 @dataclass(eq=False)
@@ -26,29 +27,22 @@ class Summary:
 
     depth: int | None = None
     capturable: ClassVar[bool] = True       # it looks on at the first step only
-    on_first_rank: ClassVar[bool] = True
+    rank_zero_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.depth is not None and self.depth < 1:
             raise ValueError(f"depth is at least 1, not {self.depth}")
 
     @hookimpl(wrapper=True)
-    def train(self):
-        self.printed = False
-        with ExitStack() as self.watching:          # ends in after_step, or here after an exception
+    def train(self) -> Generator[None, None, None]:
+        with FirstStepLayers() as self.first_step:
             return (yield)
 
     @hookimpl
-    def before_step(self, run):
-        # Not in train_start, where a plugin may copy the model: the copy would keep the hooks for ever.
-        if not self.printed:
-            before = run.outputs                    # each micro-batch sets its own: the first ends when these are gone
-            self.layers = self.watching.enter_context(layers.watch(run.model, lambda: run.outputs is before))
+    def before_step(self, run: Run) -> None:
+        self.first_step.start(run)
 
     @hookimpl
-    def after_step(self):
-        if not self.printed:
-            self.watching.close()
-            report = layers.table(self.layers, self.depth)
-            print(layers.text(report))              # a live progress bar stays below what is printed
-            self.printed = True
+    def after_step(self) -> None:
+        if self.first_step.finish():                # a live progress bar stays below what is printed
+            print(render(table(self.first_step.layers, self.depth)))

@@ -1,6 +1,6 @@
 """Stochastic weight averaging."""
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -10,11 +10,16 @@ from typing import Any, Literal
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from loopctl import Length, Run, UsageError, fill, hookimpl, moved, randomness, shard, swapped, world
+from loopctl import Duration, Run, UsageError, hookimpl
+from loopctl.data.batch import batches_to_device
+from loopctl.data.sharding import find_shard
+from loopctl.distributed.process_group import all_reduce_sum
+from loopctl.model.weight_averages import WeightAverage, swapped_weights
+from loopctl.rng import rng_state, set_rng_state
 
 
 @dataclass(eq=False)
-class Swa:
+class Swa(WeightAverage):
     """Average the weights of the last epochs; evaluate and end with the average.
 
     It is torch.optim.swa_utils: AveragedModel, SWALR and update_bn; from arXiv:1803.05407. The weights at the end of
@@ -27,7 +32,7 @@ class Swa:
     anneal_strategy: along half a cosine, or linearly
     """
 
-    start: Length = "75%"
+    start: Duration = "75%"
     swa_lr: float | None = None
     anneal_epochs: int = 10
     anneal_strategy: Literal["cos", "linear"] = "cos"
@@ -41,7 +46,7 @@ class Swa:
             raise ValueError(f"swa_lr is at least 0, not {self.swa_lr}")
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         if self.first(run) * run.plan()[0] >= run.planned_steps:
             raise UsageError(f"start={self.start} is not before the run's end, so nothing would be averaged")
         self.average: dict[str, Any] = {}       # empty until it starts
@@ -49,12 +54,12 @@ class Swa:
         self.due = False
 
     @hookimpl
-    def epoch_start(self, run):
-        if not run.batch:                       # else the run goes on here, and the state says whether it is due
+    def epoch_start(self, run: Run) -> None:
+        if not run.seen_in_epoch:               # else the run resumes here, and the loaded state says whether it is due
             self.due = run.epoch >= self.first(run)
 
     @hookimpl(wrapper=True)
-    def lr_scale(self, run, initial_lr):
+    def lr_scale(self, run: Run, initial_lr: float) -> Generator[None, list[float], list[float]]:
         start = self.first(run)
         if run.epoch < start or self.swa_lr is None:
             return (yield)
@@ -67,12 +72,12 @@ class Swa:
 
     # The epoch's last step, not its evaluation: another average may stand in for the raw weights there.
     @hookimpl
-    def after_step(self, run):
-        if self.due and (run.batch >= run.plan()[1] or run.step >= run.max_steps):
+    def after_step(self, run: Run) -> None:
+        if self.due and (run.seen_in_epoch >= run.plan()[1] or run.step >= run.max_steps):
             self.update(run)
 
     @hookimpl
-    def epoch_end(self, run):
+    def epoch_end(self, run: Run) -> None:
         if self.due and not run.stop:       # there were fewer batches than the loader said
             self.update(run)
 
@@ -87,29 +92,14 @@ class Swa:
         self.count += 1
         self.due = False
         if norms:
-            with swapped(run.model, self.average | dict(run.model.named_buffers())):
+            with swapped_weights(run.model, self.average | dict(run.model.named_buffers())):
                 recompute(run, norms.values())
                 self.average |= {key: buffer.clone() for name, module in norms.items()
                                  for key, buffer in module.named_buffers(name, recurse=False)}
 
-    @hookimpl(wrapper=True)
-    def evaluate(self, run):
-        with swapped(run.model, self.average):
-            return (yield)
-
-    @hookimpl(wrapper=True)
-    def after_evaluate(self, run):
-        with swapped(run.model, self.average):
-            return (yield)
-
-    @hookimpl(wrapper=True)
-    def train_end(self, run):       # a wrapper, so that it comes before what others do with the final weights
-        fill(run.model, self.average)
-        return (yield)
-
     def first(self, run: Run) -> int:
         """The first epoch whose weights count, from 0; the 1e-9 is for what rounding takes from a whole number."""
-        return int(run.length(self.start, "epoch") + 1e-9)
+        return int(run.duration(self.start, "epoch") + 1e-9)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "count": self.count, "due": self.due}
@@ -121,13 +111,9 @@ class Swa:
 @contextmanager
 def standing(run: Run, epoch: int) -> Iterator[None]:
     """Put the run's position at the start of `epoch`, where schedules tell what their factor was then."""
-    here = run.epoch, run.attempts, run.seen
     steps, micro_batches = run.plan()
-    run.epoch, run.attempts, run.seen = epoch, epoch * steps, epoch * micro_batches
-    try:
+    with run.counters.temporarily(epoch=epoch, attempts=epoch * steps, seen=epoch * micro_batches):
         yield
-    finally:
-        run.epoch, run.attempts, run.seen = here
 
 
 @torch.no_grad()
@@ -137,14 +123,14 @@ def recompute(run: Run, norms: Iterable[_BatchNorm]) -> None:
     It is torch's update_bn, but takes batches of any kind the way a step does, and leaves frozen parts out.
     """
     momenta = {norm: norm.momentum for norm in norms}
-    part = shard.shard_in(run.train)
+    part = find_shard(run.train)
     own = inf if part is None else part.own             # then comes a filler, which is not to count
-    random, outputs, read = randomness.random_state(run.train), run.outputs, 0
+    random, outputs, read = rng_state(run.train), run.outputs, 0
     try:
         for norm in momenta:
             norm.reset_running_stats()
             norm.momentum = None        # every batch counts alike; 0 would keep the old statistics
-        groups = run.hook.group_batches(run=run, batches=moved(run.train, run.device))
+        groups = run.hook.group_batches(run=run, batches=batches_to_device(run.train, run.device))
         compiling = "torch._dynamo" in sys.modules          # a mean without a momentum is nothing that compiles
         with torch.compiler.set_stance("force_eager") if compiling else nullcontext():
             for group in islice(groups, run.steps_per_epoch):
@@ -155,15 +141,15 @@ def recompute(run: Run, norms: Iterable[_BatchNorm]) -> None:
                     run.hook.compute_loss(run=run, batch=batch)
                     read += 1
         share = min(read, own)
-        every = world.summed(run, share)
+        every = all_reduce_sum(run, share)
         for norm in momenta if run.world_size > 1 else ():
             for mean in (norm.running_mean, norm.running_var):
                 if mean is not None:
-                    mean.copy_(world.summed(run, mean * (share / every)))
+                    mean.copy_(all_reduce_sum(run, mean * (share / every)))
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        randomness.set_random_state(random, run.train)
+        set_rng_state(random, run.train)
         run.outputs = outputs
     if not read:
         raise UsageError("train cannot be read a second time, for the average's BatchNorm statistics; pass a list or "

@@ -2,7 +2,7 @@
 import logging
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loopctl import Run, UsageError, checkpoint, files, hookimpl
+from loopctl import Run, UsageError, hookimpl
+from loopctl.checkpoint.atomic_files import claim_output
+from loopctl.checkpoint.state import run_config
+from loopctl.metrics.host_copy import HostCopy
 
 log = logging.getLogger("loopctl")
 
@@ -34,23 +37,23 @@ class Tensorboard:
 
     dir: str = "tensorboard"
     every_steps: int = 50
-    on_first_rank: ClassVar[bool] = True
+    rank_zero_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ValueError(f"every_steps is at least 1, not {self.every_steps}")
         self.writers: dict[str, Any] = {}                           # by folder: train, valid, and . for all else
-        self.coming: deque[tuple[int, str, Tensor, Any]] = deque()  # values that may not have arrived yet
+        self.coming: deque[tuple[int, str, HostCopy]] = deque()     # values that may not have arrived yet
         self.saved: Any = None
         self.refused = False                                        # by the disk: the run is worth more than its charts
 
     @hookimpl(wrapper=True)
-    def train(self):
+    def train(self) -> Generator[None, None, None]:
         with ExitStack() as self.closing:           # ends here, also after an exception
             return (yield)
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         try:
             with warnings.catch_warnings(action="ignore"):          # of the packages that it imports
                 from torch.utils.tensorboard import SummaryWriter
@@ -58,39 +61,35 @@ class Tensorboard:
             raise UsageError("tensorboard is not installed; install it with: "
                              "pip install 'loopctl[tensorboard]'") from None
         self.writer, self.folder = SummaryWriter, run.out / self.dir
-        try:
-            files.writable(self.folder / "train" / "events")
-        except OSError as error:
-            raise UsageError(f"{self.folder} cannot be written ({error.strerror}); say another dir") from error
-        if any(self.folder.rglob("events.out.tfevents.*")) and not run.resume:
-            raise UsageError(f"{self.folder} has another run's events; move it, or say another dir")
+        claim_output(self.folder, bool(run.resume), "dir", lambda: [self.folder] if any(
+            self.folder.rglob("events.out.tfevents.*")) else [])
         for name, other in run.hook.plugins.items():
             if other is not self and isinstance(other, Tensorboard) and other.dir == self.dir:
-                raise UsageError(f"{name} writes to dir={self.dir} too; say another dir in one of them")
+                raise UsageError(f"{name} writes to dir={self.dir} too; choose another dir in one of them")
 
     @hookimpl
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run) -> None:
         if not self.writers and not self.refused:   # only now is it known where the run goes on
-            self.saved = run.saved
+            self.saved = run.last_checkpoint
             self.attempt(self.open, run)
 
     def open(self, run: Run) -> None:
         # What the last step wrote stays. What an evaluation after it wrote stays where the checkpoint knows of it, or
         # else it is done again. Hence they are in different folders.
-        first = run.attempts + (run.judged == run.attempts)
+        first = run.attempts + (run.counters.evaluated == run.attempts)
         for name, purge in {"train": first, "valid": first, ".": run.attempts + 1}.items():
             if name != "valid" or run.valid is not None:
                 folder = self.folder / name
                 self.writers[name] = self.writer(str(folder), purge_step=purge if run.resume else None)
         self.closing.callback(self.attempt, self.close)
-        config = run.config or checkpoint.config(run)
+        config = run.config or run_config(run)
         rows = "".join(f"| {key} | {str(value).replace('|', '&#124;')} |\n" for key, value in config.items())
         acting = "".join(f"    {hook:16}{', '.join(who)}\n" for hook, who in run.hook.acting.items() if who)
         self.writers["."].add_text("configuration", f"| option | value |\n|---|---|\n{rows}", run.attempts)
         self.writers["."].add_text("composition", acting or "no plugin", run.attempts)
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run) -> None:
         if run.attempts % self.every_steps == 0 or run.attempts == 1:
             groups = run.optimizer.param_groups
             for number, group in enumerate(groups):
@@ -98,40 +97,29 @@ class Tensorboard:
             if run.loss is not None:
                 self.send(run, "step_loss", run.loss)
             self.write_arrived()
-        if run.saved is not self.saved:             # what a checkpoint counts as done is in the file
-            self.saved = run.saved
+        if run.last_checkpoint is not self.saved:             # what a checkpoint counts as done is in the file
+            self.saved = run.last_checkpoint
             self.attempt(self.flush)
 
     @hookimpl
-    def after_evaluate(self, run):
+    def after_evaluate(self, run: Run) -> None:
         self.write_arrived(wait=True)
         self.attempt(self.write_metrics, run)
 
     @hookimpl
-    def train_end(self, run):
+    def train_end(self, run: Run) -> None:
         self.attempt(self.write_hyperparameters, run)
 
     def send(self, run: Run, tag: str, value: Any) -> None:
-        """Write a value of the step, once it is on the host."""
-        arrived = None
-        if isinstance(value, Tensor):
-            value = value.detach().clone()          # it may be filled in place
-            if value.is_cuda:
-                copy = value.to("cpu", non_blocking=True)
-                arrived = torch.cuda.Event()
-                arrived.record(torch.cuda.current_stream(value.device))
-                value = copy
-        self.coming.append((run.attempts, tag, value, arrived))
+        """Write a value of the step once it is on the host."""
+        if not isinstance(value, Tensor):
+            value = torch.tensor(float(value), dtype=torch.float64)
+        self.coming.append((run.attempts, tag, HostCopy(value)))
 
     def write_arrived(self, wait: bool = False) -> None:
-        while self.coming:
-            step, tag, value, arrived = self.coming[0]
-            if arrived and wait:
-                arrived.synchronize()
-            elif not (wait or (arrived.query() if arrived else not isinstance(value, Tensor) or value.is_cpu)):
-                return
-            self.coming.popleft()
-            self.attempt(self.write, ".", tag, float(value), step)
+        while self.coming and (wait or self.coming[0][2].arrived):
+            step, tag, copy = self.coming.popleft()
+            self.attempt(self.write, ".", tag, float(copy.wait()), step)
 
     def write(self, where: str, tag: str, value: float, step: int) -> None:
         self.writers[where].add_scalar(tag, value, step)
@@ -147,7 +135,7 @@ class Tensorboard:
     def write_hyperparameters(self, run: Run) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        config = run.config or checkpoint.config(run)
+        config = run.config or run_config(run)
         optimizer = {"optimizer": type(run.optimizer).__name__, "lr": run.optimizer.param_groups[0]["initial_lr"]}
         told = {key: value if isinstance(value, int | float) else ", ".join(value) if isinstance(value, list)
                 else str(value) for key, value in (optimizer | config).items() if value is not None}

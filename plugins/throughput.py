@@ -2,6 +2,7 @@
 import logging
 import re
 import sys
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import nan
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from loopctl import hookimpl
+from loopctl import Run, hookimpl
 
 try:
     import resource
@@ -52,7 +53,7 @@ class Throughput:
     peak: float | None = None
     flops: float | None = None
     unit: str = "samples"
-    looks_on: ClassVar[bool] = True
+    observer_only: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class Throughput:
         self.waited = 0.0                   # groups are also drawn to count an epoch's steps, before it begins
 
     @hookimpl
-    def setup(self, run):
+    def setup(self, run: Run) -> None:
         self.top, self.devices = self.peak, run.world_size
         if self.top is None and run.device.type == "cuda":
             self.top = peak_of(torch.cuda.get_device_name(run.device))
@@ -70,27 +71,27 @@ class Throughput:
         run.metrics |= dict.fromkeys(names, nan)
 
     @hookimpl(wrapper=True)
-    def train(self):
+    def train(self) -> Generator[None, None, None]:
         with ExitStack() as self.counting:          # ends in after_step, or here after an exception
             return (yield)
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         self.per_sample, self.counter = self.flops or nan, None
         self.due = self.top is not None and self.flops is None
         if self.due and compiled(run):
             self.due = False
             log.warning("throughput: mfu is left out, as a count would run a step of the compiled model uncompiled; "
-                        "say flops=... of one sample")
+                        "pass flops=... of one sample")
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)
 
     @hookimpl
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run) -> None:
         self.away, self.waited, self.count, self.since = 0.0, 0.0, 0, now(run.device)
 
     @hookimpl(wrapper=True)
-    def group_batches(self):
+    def group_batches(self) -> Generator[None, Iterator[list[Any]], Iterator[list[Any]]]:
         return self.timed((yield))
 
     def timed(self, groups: Any) -> Any:
@@ -103,19 +104,19 @@ class Throughput:
             yield group
 
     @hookimpl
-    def before_step(self):
+    def before_step(self) -> None:
         if self.due:
             self.due, self.counter = False, self.counting.enter_context(FlopCounterMode(display=False))
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run) -> None:
         self.count += run.weight * run.world_size               # over all processes
         if self.counter:
             self.counting.close()
             self.per_sample, self.counter = self.counter.get_total_flops() / run.weight, None
 
     @hookimpl(wrapper=True)
-    def evaluate(self, run):
+    def evaluate(self, run: Run) -> Generator[None, dict[str, Any], dict[str, Any]]:
         began = now(run.device)
         measured = self.measured(run.device, began - self.since - self.away)
         metrics = yield

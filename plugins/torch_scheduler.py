@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from loopctl import UsageError, hookimpl
+from loopctl import Run, UsageError, hookimpl
 
 
 @dataclass(eq=False)
@@ -34,11 +34,11 @@ class TorchScheduler:
         self.optimizer: Any = None
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         self.start(run)
 
     @hookimpl
-    def lr_scale(self, run, initial_lr, group):
+    def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
         position = run.position(self.by)
         groups = [id(one) for one in run.optimizer.param_groups]
         number = groups.index(id(group))

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loopctl import Length, hookimpl
+from loopctl import Duration, Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -19,8 +19,8 @@ class Trapezoidal:
     """
 
     max_lr: float
-    step_size: Length
-    anneal_start: Length | None = None
+    step_size: Duration
+    anneal_start: Duration | None = None
     base_lr: float | None = None
     by: Literal["epoch", "step"] = "step"
 
@@ -31,9 +31,9 @@ class Trapezoidal:
             raise ValueError(f"base_lr is at least 0, not {self.base_lr}")
 
     @hookimpl
-    def lr_scale(self, run, initial_lr):
+    def lr_scale(self, run: Run, initial_lr: float) -> float | None:
         base = initial_lr if self.base_lr is None else self.base_lr
-        position, size = run.position(self.by), run.length(self.step_size, self.by)
-        end = run.length(self.anneal_start, self.by) + (0 if self.anneal_start is None else size)
+        position, size = run.position(self.by), run.duration(self.step_size, self.by)
+        end = run.duration(self.anneal_start, self.by) + (0 if self.anneal_start is None else size)
         height = max(0.0, min(1.0, position / size, (end - position) / size))
         return (base + (self.max_lr - base) * height) / initial_lr

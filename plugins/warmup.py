@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loopctl import Length, hookimpl
+from loopctl import Duration, Run, hookimpl
 
 
 @dataclass(eq=False)
@@ -16,7 +16,7 @@ class Warmup:
     by: move every epoch, or every step
     """
 
-    length: Length = "5%"
+    length: Duration = "5%"
     start_factor: float = 1 / 3
     by: Literal["epoch", "step"] = "step"
 
@@ -25,6 +25,6 @@ class Warmup:
             raise ValueError(f"start_factor is above 0 and at most 1, not {self.start_factor}")
 
     @hookimpl
-    def lr_scale(self, run):
-        risen = min(1.0, run.position(self.by) / run.length(self.length, self.by))
+    def lr_scale(self, run: Run) -> float | None:
+        risen = min(1.0, run.position(self.by) / run.duration(self.length, self.by))
         return self.start_factor + (1 - self.start_factor) * risen

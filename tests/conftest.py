@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import world
+from loopctl.distributed.process_group import leave_process_group
 
 # The processes that a test begins have one thread too: as many tests as there are cores may be running.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -32,7 +32,7 @@ def _one_thread():
 def _alone():
     """`fsdp` in one process is a process group until that ends; the next test is to know nothing of it."""
     yield
-    world.leave()
+    leave_process_group()
 
 
 @pytest.fixture

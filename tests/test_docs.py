@@ -1,18 +1,23 @@
 """What the pages in docs/ say works, word for word."""
+import ast
+import html
 import inspect
 import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import loopctl
 from loopctl import available, fit, hooks
 from loopctl.cli import main
-from loopctl.compose import SPECS
-from loopctl.find import build, name_of
+from loopctl.composition.compose import SPECS
+from loopctl.composition.discovery import build_plugin, plugin_name
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -48,7 +53,7 @@ def test_its_example_trains(name, net, batches, valid, sgd):
     exec(blocks(HOOKS[name])[1], scope)
     (cls,) = (scope[found] for found in set(scope) - before if isinstance(scope[found], type))
     run = fit(net, scope["nn"].CrossEntropyLoss(), sgd, batches, valid, epochs=2, plugins=[cls()])
-    assert run.hook.acting[name] == [name_of(cls)]
+    assert run.hook.acting[name] == [plugin_name(cls)]
     assert run.epoch == 2
     assert cls.__doc__
 
@@ -83,7 +88,7 @@ def specs(text):
 
 @pytest.mark.parametrize("spec", specs((DOCS / "coming-from.md").read_text()))
 def test_what_other_libraries_do_is_written_as_it_is_here(spec):
-    build(spec)
+    build_plugin(spec)
 
 
 def test_the_hooks_and_options_it_names_exist():
@@ -95,11 +100,66 @@ def test_the_hooks_and_options_it_names_exist():
     assert set(re.findall(r"(--[a-z-]+)", cells)) <= options
 
 
+# docs/api.md
+
+
+def rooms_of_plugins():
+    """The modules of loopctl that the built-in plugins import, besides loopctl itself."""
+    found = set()
+    for path in (DOCS.parent / "plugins").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [(node.module, alias.name) for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            for module, name in names:
+                if module.startswith("loopctl."):
+                    inner = f"{module}.{name}"
+                    found.add(inner if find_spec(module).submodule_search_locations and find_spec(inner) else module)
+    return sorted(found)
+
+
+API = (DOCS / "api.md").read_text()
+
+
+@pytest.mark.parametrize("name", loopctl.__all__)
+def test_what_is_exported_is_on_the_page_of_the_api(name):
+    assert re.search(rf"^\.\. (?:auto|py:)\w+:: loopctl\.{name}\b", API, re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", rooms_of_plugins())
+def test_a_module_that_a_plugin_imports_is_on_the_page_of_the_api(module):
+    assert f"### `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n" in API
+
+
+def dense(text):
+    """A text without what sets it: spaces, backticks, and the dashes of lists."""
+    return re.sub(r"[\s`]+|^\s*- ", "", text, flags=re.MULTILINE)
+
+
+def documented(module):
+    """What a module has that has a docstring of its own, by its name in full."""
+    return {f"{module.__name__}.{name}": one for name, one in vars(module).items()
+            if name[0] != "_" and getattr(one, "__module__", "") == module.__name__ and callable(one) and vars(one).get("__doc__", one.__doc__)}
+
+
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("sphinx")
     pytest.importorskip("furo")
-    done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "-q", DOCS, tmp_path / "site", "-d", tmp_path / "trees"],
+    site = tmp_path / "site"
+    done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "-q", DOCS, site, "-d", tmp_path / "trees"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in available():
-        assert (tmp_path / "site" / "generated" / f"{name}.html").exists()
+        assert (site / "generated" / f"{name}.html").exists()
+    for picture in re.findall(r"!\[\w+\]\(gallery/(\w+\.svg)\)", (DOCS / "gallery.md").read_text()):
+        assert (site / "_images" / picture).exists()
+    page = (site / "api.html").read_text()
+    shown = dense(html.unescape(re.sub(r"<[^>]+>", "", page)))
+    known = {f"loopctl.{name}": getattr(loopctl, name) for name in loopctl.__all__}
+    assert [name for name in known if f'id="{name}"' not in page] == []
+    known = {name: one for name, one in known.items() if name not in ("loopctl.__version__", "loopctl.Duration", "loopctl.hookimpl")}
+    for module in rooms_of_plugins():
+        found = documented(import_module(module))
+        assert [name for name in found if f'id="{name}"' not in page] == []
+        known |= found
+    for one in known.values():                          # word for word
+        for paragraph in inspect.getdoc(one).split("\n\n"):
+            assert dense(paragraph) in shown

@@ -17,12 +17,12 @@ from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from loopctl import UsageError, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.optim.learning_rate import lr_curve
 from loopctl.plugins import nan_guard
 from loopctl.plugins.amp import Amp
 from loopctl.plugins.nan_guard import NanGuard
 from loopctl.plugins.torch_scheduler import TorchScheduler
-from loopctl.rates import curve
 
 cross_entropy = nn.CrossEntropyLoss()
 plain_sgd = partial(torch.optim.SGD, lr=0.1)
@@ -36,7 +36,7 @@ class Watch:
         self.losses, self.rates = [], []
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         self.losses.append(run.loss.item())
         self.rates.append(float(run.optimizer.param_groups[0]["lr"]))
 
@@ -48,7 +48,7 @@ class Scores:
         self.values = values
 
     @hookimpl
-    def evaluate(self, run):
+    def evaluate(self, run: Run):
         return {"val_loss": self.values[min(run.epoch, len(self.values)) - 1]}
 
 
@@ -59,7 +59,7 @@ class Kill:
         self.when = when
 
     @hookimpl
-    def safe_point(self, run):
+    def safe_point(self, run: Run):
         if self.when(run):
             raise KeyboardInterrupt
 
@@ -200,7 +200,7 @@ def test_A6_zero_grad_within_a_group(plain, clone):
 
     class Look:
         @hookimpl
-        def grads_ready(self, run):
+        def grads_ready(self, run: Run):
             found.append([parameter.grad.clone() for parameter in run.model.parameters()])
 
     fit(plain, cross_entropy, partial(torch.optim.SGD, lr=0.0), batches, plugins=["accumulate:every=4", Look()])
@@ -332,7 +332,7 @@ def test_B4_scaler_state_lost(plain, batches, clone, same, sgd, tmp_path):
 
     class Look:
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             skipped.append(run.skipped)
 
     gone_on(lambda run: run.attempts == 28, plain, sgd, batches, tmp_path, [Amp("float16", 2.0**40)], [Look()], epochs=4)
@@ -355,14 +355,14 @@ def test_B5_restored_too_early(net, batches, clone, same, tmp_path):
         """Draws random numbers, with every plugin's state fresh, where a run begins."""
 
         @hookimpl
-        def train_start(self, run):
+        def train_start(self, run: Run):
             torch.rand(3)
 
     sgd, scales = partial(Restless, lr=0.1, momentum=0.9), []
 
     class Look:
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             scaler = run.hook.plugins["amp"].scaler
             scales.append((scaler.get_scale(), scaler.state_dict()["_growth_tracker"]))
 
@@ -508,7 +508,7 @@ def test_C7_construction_changes_the_rate(plain, batches, tmp_path, at):
 
     class Look:
         @hookimpl
-        def train_start(self, run):
+        def train_start(self, run: Run):
             made.append([(group["lr"], group["initial_lr"]) for group in run.optimizer.param_groups])
 
     plugins = [TorchScheduler(lr_scheduler.LinearLR, {"start_factor": 0.1, "total_iters": 4}, by="step"), "warmup:length=5"]
@@ -524,7 +524,7 @@ def test_C8_a_float_rate_recompiles(plain, batches, valid, clone, same):
 
     class Look:
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             assert run.optimizer.param_groups[0]["lr"] is rate
             seen.append(rate.item())
 
@@ -707,11 +707,11 @@ def test_E4_two_instances_of_one_class(plain, batches, valid, sgd, tmp_path, ord
         """A loss that does not improve, and an accuracy that does."""
 
         @hookimpl
-        def setup(self, run):
+        def setup(self, run: Run):
             run.metrics["val_accuracy"] = math.nan
 
         @hookimpl
-        def evaluate(self, run):
+        def evaluate(self, run: Run):
             return {"val_loss": 2.0 + run.epoch, "val_accuracy": run.epoch / 10}
 
     plugins = ["early_stopping:monitor=val_loss,patience=4", "early_stopping:monitor=val_accuracy,patience=4"][::order]
@@ -728,7 +728,7 @@ def test_E5_other_parameter_groups(net, batches, clone, same, tmp_path, at):
     fit(whole, cross_entropy, adam, batches, epochs=2, plugins=plugins, seed=1)
     gone_on(lambda run: run.attempts == at, net, adam, batches, tmp_path, plugins, epochs=2)       # frozen there, and not
     same(net, whole)
-    with pytest.raises(UsageError, match="the optimizer has parameter groups of .* parameters there and of .* here"):
+    with pytest.raises(UsageError, match="the numbers of parameters in the optimizer's groups are .* in the checkpoint and .* in this run"):
         fit(net, cross_entropy, adam, batches, epochs=3, plugins=plugins[:1], resume=tmp_path)
 
 
@@ -755,12 +755,12 @@ def test_E7_drawing_the_rates_changes_nothing(net, batches, clone, same, sgd):
         def here(self, run):
             rates = [(group["lr"], group["initial_lr"]) for group in run.optimizer.param_groups]
             state = copy.deepcopy([run.model.state_dict(), run.optimizer.state_dict()["state"], rates])
-            return [*state, torch.get_rng_state(), run.epoch, run.step, run.attempts, run.seen, run.batch]
+            return [*state, torch.get_rng_state(), run.epoch, run.step, run.attempts, run.seen, run.seen_in_epoch]
 
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             before = self.here(run)
-            drawn.append([rates[0] for _, rates in curve(run)])
+            drawn.append([rates[0] for _, rates in lr_curve(run)])
             torch.testing.assert_close(self.here(run), before, rtol=0, atol=0)
 
     plugins, watch = ["warmup:length=5", "cosine:by=step", TorchScheduler(lr_scheduler.ExponentialLR, {"gamma": 0.9})], Watch()
@@ -857,7 +857,7 @@ def test_F4_an_adapted_batch_size(plain, clone, same, sgd, tmp_path):
     killed(lambda run: run.attempts == 3, plain, sgd, DataLoader(Samples(), 4), tmp_path / "2", ["accumulate:every=2"], epochs=3)
     for size, every, steps, batches in ((8, 2, 3, 5), (8, 1, 5, 5), (4, 4, 3, 10)):
         plugins, data = [f"accumulate:every={every}", "checkpoint"], Samples()
-        with pytest.raises(UsageError, match=f"an epoch has 5 steps and 10 batches there, {steps} and {batches} here"):
+        with pytest.raises(UsageError, match=f"an epoch has 5 steps of 10 batches in the checkpoint and {steps} steps of {batches} batches in this run"):
             fit(plain, cross_entropy, sgd, DataLoader(data, size), epochs=3, plugins=plugins, out=tmp_path / "2", resume=tmp_path / "2")
         assert data.read == []
 
@@ -883,7 +883,7 @@ def test_F5_the_host_reads_nothing_in_a_step(net, monkeypatch):
 
     class End:
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             mode.inside = False
             weights.append(run.model[4].weight.detach().clone())
 

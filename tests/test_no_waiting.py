@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import available, fit, hookimpl
+from loopctl import Run, available, fit, hookimpl
 
 # autocast and CUDA graphs know no meta device. What nan_guard does with a GPU is tested there in its own file. lr_finder
 # reads every loss, of a copy, before the first step, and joins no moment within one. No processes talk about meta tensors.
@@ -20,7 +20,7 @@ class Enough(Exception):
 
 class Leave:
     @hookimpl
-    def safe_point(self, run):
+    def safe_point(self, run: Run):
         if run.attempts == STEPS:
             raise Enough
 
@@ -38,7 +38,7 @@ def test_on_a_device_without_values(name, example, batches, tmp_path):
 def test_this_finds_a_plugin_that_reads(batches):
     class Reads:
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             run.loss.item()
 
     with pytest.raises(RuntimeError, match="meta"):
@@ -60,7 +60,7 @@ def test_on_cuda(name, example, batches, tmp_path):
                 torch.cuda.set_sync_debug_mode("default")
 
         @hookimpl
-        def safe_point(self, run):
+        def safe_point(self, run: Run):
             torch.cuda.set_sync_debug_mode("error" if run.attempts in range(10, STEPS) else "default")
 
     data = [(input.cuda(), target.cuda()) for input, target in batches[:7]] * 9

@@ -121,5 +121,7 @@ def test_what_the_tutorial_quotes_is_there():
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
-        assert (ROOT / page).parent.joinpath(target).exists(), target
+    text = (ROOT / page).read_text()
+    drawn = re.findall(r"^loopctl lr .* --out docs/(gallery/\w+\.svg)$", text, re.MULTILINE)      # when the site is built
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert target in drawn or (ROOT / page).parent.joinpath(target).exists(), target

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler, swa_utils
 
-from loopctl import fit, hookimpl
+from loopctl import Run, fit, hookimpl
 from loopctl.cli import optimizers
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +79,7 @@ class Watch:
         self.seen = []
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         self.seen.append((run.loss.item(), [group["lr"] for group in run.optimizer.param_groups]))
 
 
@@ -285,7 +285,7 @@ def test_row_13_one_cycle_per_batch_with_momentum(spec, options):
 
     class Momentum:
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             momenta.append(run.optimizer.param_groups[0]["momentum"])
 
     expected = []
@@ -514,7 +514,7 @@ class Noise:
     """The same dropout as by hand."""
 
     @hookimpl
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run):
         torch.manual_seed(run.rank)
 
 

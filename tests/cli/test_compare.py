@@ -155,7 +155,7 @@ def test_text_is_never_markup():
 def test_a_page_is_replaced_and_nothing_else_is(runs):
     (runs / "page.html").write_text("precious")
     said = compare("a", "b", "--out", "page.html", status=2)
-    assert said == "error: --out page.html exists, is no page of loopctl's, and is not overwritten; say another file\n"
+    assert said == "error: --out page.html exists, is no page of loopctl's, and is not overwritten; choose another file\n"
     assert (runs / "page.html").read_text() == "precious"
     compare("a", "b", "--out", "other.html")
     first = (runs / "other.html").read_text()

@@ -1,19 +1,23 @@
 """Learning rates drawn without training, and a model's layers shown without a run."""
 import math
+import os
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from loopctl import Run, available, load, plots
+from loopctl import Run, available, load
 from loopctl.cli import main
 from loopctl.cli.curve import chart, phases, said
-from loopctl.compose import compose
+from loopctl.composition.compose import compose
+from loopctl.loop import DEFAULTS
+from loopctl.optim.learning_rate import lr_curve
 from loopctl.prepare import prepare
-from loopctl.rates import curve
+from loopctl.report import plots
 
 ROOT = Path(__file__).parents[2]
 GALLERY = re.findall(r"^loopctl lr .*$", (ROOT / "docs" / "gallery.md").read_text(), re.MULTILINE)
@@ -112,10 +116,10 @@ def test_every_parameter_group_has_its_curve_and_alike_ones_share_it(run, tmp_pa
 def test_when_which_schedule_moves_the_rate(plugins, expected):
     """Ten epochs of three steps; a span begins with the last step before the first move."""
     batches = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.long))] * 3
-    hooks = compose(plugins)
+    hooks = compose(plugins, DEFAULTS)
     one = Run(torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss(), lambda groups: torch.optim.SGD(groups, lr=0.1), batches, epochs=10, hook=hooks)
-    prepare(one, None, None, None)
-    points = [(step, said(one), lr) for step, lr in curve(one)]
+    prepare(one, {}, None, None)
+    points = [(step, said(one), lr) for step, lr in lr_curve(one)]
     assert phases([step for step, _, _ in points], [factors for _, factors, _ in points]) == expected
     for _, factors, lr in points:                               # together they are the rate
         assert lr[0] == pytest.approx(0.1 * math.prod(factors.values()))
@@ -146,13 +150,28 @@ def test_the_colours_are_seen_on_a_light_and_on_a_dark_page():
 # docs/gallery.md
 
 
+SHOWN = {  # what is written in each picture: step, learning rate, epoch, and the schedules
+    name: ("0 100 200 300 400", "0.00 0.02 0.04 0.06 0.08 0.10", "0 5 10 15 20", [name])
+    for name in ("constant", "cosine_restarts", "cyclic", "exponential", "linear", "multistep", "onecycle", "polynomial", "step", "trapezoidal", "warmup")}
+USUAL = SHOWN["step"][:3]
+SHOWN |= {
+    "cosine": (*USUAL, ["warmup", "cosine"]),
+    "groups": (*USUAL, ["warmup", "cosine", "group 0: 16.weight, 16.bias", "group 1: 10.weight, 11.weight, 11.bias", "group 2: 7.weight, 8.weight, 8.bias",
+                        "group 3: 3.weight, 4.weight, 4.bias", "group 4: 0.weight, 1.weight, 1.bias"]),
+    "lambda": ("0 20 40 60 80", USUAL[1], "0 1 2 3 4", ["lambda"]),
+    "multiplicative": ("0 25 50 75 100 125 150 175", USUAL[1], "0 1 2 3 4 5 6 7 8", ["multiplicative"]),
+    "swa": (*USUAL, ["swa", "step"]),
+    "torch_scheduler": (USUAL[0], "0.00 0.02 0.04 0.06", USUAL[2], ["torch_scheduler"]),
+}
+
+
 def test_the_gallery_shows_every_schedule():
     page = (ROOT / "docs" / "gallery.md").read_text()
     for name in available():
         if hasattr(getattr(load(name), "lr_scale", None), "loopctl_impl"):
             assert f"## `{name}`\n" in page
     pictures = set(re.findall(r"!\[\w+\]\((gallery/\w+\.svg)\)", page))
-    assert pictures == {f"gallery/{file.name}" for file in (ROOT / "docs" / "gallery").iterdir()}
+    assert pictures == {f"gallery/{name}.svg" for name in SHOWN}
     assert {f"docs/{picture}" for picture in pictures} == {command.split()[-1] for command in GALLERY}
 
 
@@ -161,9 +180,29 @@ def test_a_command_of_the_gallery_is_valid(run, tmp_path, command):
     (tmp_path / "docs" / "gallery").mkdir(parents=True)
     words = command.split()
     run(*words[1:])
-    shown = (ROOT / words[-1]).read_text()
-    assert labels(tmp_path / words[-1]) == labels(ROOT / words[-1])         # other versions of matplotlib draw other paths
-    assert "<svg" in shown
+    drawn = tmp_path / words[-1]
+    steps, rates, epochs, rest = SHOWN[drawn.stem]
+    expected = [*steps.split(), "step", *rates.split(), "learning rate", *epochs.split(), "epoch", *rest]
+    assert labels(drawn) == expected                # other versions of matplotlib draw other paths
+    assert "<svg" in drawn.read_text()
+
+
+def test_the_gallery_is_drawn_where_it_is_missing_or_older_than_the_page(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    gallery = import_module("gallery")
+    assert [["loopctl", *words] for words in gallery.commands()] == [command.split() for command in GALLERY]
+    monkeypatch.setattr(gallery, "commands", lambda: [GALLERY[0].split()[1:]])
+    picture = tmp_path / GALLERY[0].split()[-1]
+    assert gallery.draw(tmp_path, outdated_only=True) == [picture]
+    content = picture.read_bytes()
+    assert gallery.draw(tmp_path, outdated_only=True) == []
+    os.utime(picture, (0, 0))
+    assert gallery.draw(tmp_path, outdated_only=True) == [picture]
+    assert gallery.draw(tmp_path) == [picture]
+    assert picture.read_bytes() == content
+    monkeypatch.setattr(gallery, "commands", lambda: [["lr", "--epochs", "none", "--out", "docs/gallery/no.svg"]])
+    with pytest.raises(RuntimeError, match="docs/gallery/no.svg cannot be drawn: error: .*none"):
+        gallery.draw(tmp_path)
 
 
 def test_the_layers_of_a_model(run, tmp_path):

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch.utils.data import RandomSampler, SequentialSampler, TensorDataset
 
+from loopctl import Data
 from loopctl.cli import DATA, data
-from loopctl.cli.data import Data
 from loopctl.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -225,7 +225,7 @@ def module(tmp_path, monkeypatch):
 
     def write(text):
         (tmp_path / "written_for_data.py").write_text(
-            "import torch\nfrom torch.utils.data import TensorDataset\nfrom loopctl.cli.data import Data\n\n"
+            "import torch\nfrom torch.utils.data import TensorDataset\nfrom loopctl import Data\n\n"
             "class Named(TensorDataset):\n    classes = ['a', 'b', 'c']\n\n"
             "def part(count, of=Named):\n    return of(torch.zeros(count, 2, 4, 4), torch.arange(count) % 3)\n\n"
             f"def made(root, extra=1):\n    {text}\n")

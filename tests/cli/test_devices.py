@@ -21,7 +21,7 @@ from loopctl import hookimpl
 @dataclass(eq=False)
 class Ends:
     how: str = ""
-    looks_on = True
+    observer_only = True
 
     @hookimpl
     def after_step(self, run):
@@ -172,7 +172,7 @@ def test_a_failure_is_said_though_nobody_meets_its_gradients(tmp_path):
 def test_processes_that_nobody_joins_are_refused(tmp_path):
     done = loopctl("run", *SETTINGS, "--out", "a", cwd=tmp_path, launcher=(*TORCHRUN, "-m", "loopctl"))
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert said == ["error: torchrun has started 2 processes, and nobody has them train together; add ddp"]
+    assert said == ["error: torchrun has started 2 processes, and no plugin has them train together; add ddp"]
     assert not (tmp_path / "a").exists()
 
 

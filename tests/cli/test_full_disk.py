@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import checkpoint, files, fit, hookimpl
+from loopctl import Run, fit, hookimpl
+from loopctl.checkpoint.atomic_files import save_checkpoint, save_weights
+from loopctl.checkpoint.state import checkpoints_in, find_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs limits and mounts as Linux has them")
 cross_entropy = nn.CrossEntropyLoss()
@@ -178,7 +180,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_line(loopctl, whole, tmp_path)
         "checkpoints/best.pt", "checkpoints/best.safetensors", "checkpoints/step-00000023.pt", "explain.txt", "metrics.csv", "run.toml",
         "weights.safetensors"]
     same_end(tmp_path / "a", whole)
-    assert checkpoint.find(tmp_path / "a")[1]["position"]["step"] == 23
+    assert find_checkpoint(tmp_path / "a")[1]["counters"]["step"] == 23
 
 
 def test_where_nothing_can_be_written_training_goes_on_and_the_end_is_an_error(loopctl, whole, tmp_path):
@@ -213,8 +215,8 @@ def test_when_there_is_room_again_everything_is_written_again(loopctl, whole, tm
     _, errors = loopctl(*LINEAR, "a", "--plugin", "full.py:Full:size=0,until=4")
     assert len(failed(errors)) == 6
     same_end(tmp_path / "a", whole)
-    assert [path.name for path in checkpoint.numbered(tmp_path / "a" / "checkpoints")] == ["step-00000092.pt", "step-00000023.pt"]
-    assert checkpoint.find(tmp_path / "a")[1]["position"]["step"] == 92
+    assert [path.name for path in checkpoints_in(tmp_path / "a" / "checkpoints")] == ["step-00000092.pt", "step-00000023.pt"]
+    assert find_checkpoint(tmp_path / "a")[1]["counters"]["step"] == 92
     assert (tmp_path / "a/checkpoints/best.safetensors").read_bytes() == (whole / "checkpoints/best.safetensors").read_bytes()
 
 
@@ -273,12 +275,12 @@ def test_a_disk_that_may_only_be_read_is_refused_before_training(loopctl, disk, 
     before = contents(disk)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     refused = loopctl(*LINEAR, "b", place=disk, status=2)
-    assert refused == ("", ["error: --out b cannot be written: Read-only file system; say another folder"])
+    assert refused == ("", ["error: --out b cannot be written: Read-only file system; choose another folder"])
     refused = loopctl("--resume", "a", "--epochs", 2, place=disk, status=2)
-    assert refused == ("", [f"error: csv: a/metrics.csv cannot be written ({disk}/a is no folder that can be written to); say another path"])
+    assert refused == ("", [f"error: csv: a/metrics.csv cannot be written ({disk}/a is no folder that can be written to); choose another path"])
     refused = loopctl(*LINEAR, "c", "--plugin", f"checkpoint:dir={disk}/c", status=2)
     why = f"({disk} is no folder that can be written to)"
-    assert refused == ("", [f"error: checkpoint: {disk}/c cannot be written {why}; say another dir"])
+    assert refused == ("", [f"error: checkpoint: {disk}/c cannot be written {why}; choose another dir"])
     assert contents(disk) == before
     assert not (tmp_path / "c").exists()
 
@@ -297,7 +299,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_made_again(loopctl, whole, tmp_pa
     _, errors = loopctl(*LINEAR, "a", "--plugin", "full.py:Full:do=delete")
     assert errors == []
     same_end(tmp_path / "a", whole)
-    assert checkpoint.find(tmp_path / "a")[1]["position"]["step"] == 92
+    assert find_checkpoint(tmp_path / "a")[1]["counters"]["step"] == 92
 
 
 def test_a_file_where_the_folder_was_is_a_line_and_no_more(loopctl, whole, tmp_path):
@@ -331,7 +333,7 @@ class Space:
         self.disk, self.free, self.since, self.until = disk, free, since, until
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run):
         if run.attempts == self.since:
             fill(self.disk, self.free)
         if run.attempts == self.until:
@@ -345,7 +347,7 @@ class Look:
         self.step, self.do = step, do
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run):
         if run.attempts == self.step:
             self.do(run)
 
@@ -359,7 +361,7 @@ def test_fit_goes_on_while_there_is_no_space(free, disk, tmp_path, same, caplog)
     assert (disk / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
     assert failed(caplog.messages) == ([] if free > 20000 else [f"{disk}/checkpoints/step-0000000{step}.pt" for step in (8, 9)])
     assert not list(disk.rglob("*.new"))
-    assert checkpoint.find(disk)[1]["position"]["step"] == 15
+    assert find_checkpoint(disk)[1]["counters"]["step"] == 15
 
 
 def test_fit_goes_on_from_what_was_good_when_the_space_ended(disk, tmp_path, same):
@@ -369,7 +371,7 @@ def test_fit_goes_on_from_what_was_good_when_the_space_ended(disk, tmp_path, sam
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(disk, Space(disk, 0, until=99), Look(9, die))
-    assert [path.name for path in checkpoint.numbered(disk / "checkpoints")] == ["step-00000007.pt", "step-00000006.pt"]
+    assert [path.name for path in checkpoints_in(disk / "checkpoints")] == ["step-00000007.pt", "step-00000006.pt"]
     (disk / "filler").unlink()
     same(run(disk, resume=disk).model, whole.model)
 
@@ -387,7 +389,7 @@ def test_a_signal_while_there_is_no_space(step, disk, caplog):
     written, left = caplog.messages[-2:]
     assert failed([written])
     assert left.startswith("checkpoint: left on SIGTERM after ")
-    assert left.endswith(f"; resuming goes on from {disk}/checkpoints/step-00000007.pt" if step else "; there is no checkpoint to go on from")
+    assert left.endswith(f"; resume continues from {disk}/checkpoints/step-00000007.pt" if step else "; there is no checkpoint to resume from")
 
 
 @pytest.fixture(scope="module")
@@ -395,13 +397,13 @@ def saved(tmp_path_factory):
     """The state of a run."""
     folder = tmp_path_factory.mktemp("saved")
     run(folder)
-    return checkpoint.find(folder)[1]
+    return find_checkpoint(folder)[1]
 
 
 def test_wherever_in_the_file_the_space_ends(disk, saved):
     """Page by page: it is written, or the old one stays, and nothing besides."""
     count = 0
-    for name, write in (("a.pt", partial(files.save, saved)), ("a.safetensors", partial(files.save_weights, nn.Linear(100, 100)))):
+    for name, write in (("a.pt", partial(save_checkpoint, saved)), ("a.safetensors", partial(save_weights, nn.Linear(100, 100)))):
         path = disk / name
         write(path)
         good = path.read_bytes()
@@ -426,11 +428,11 @@ import errno, resource, sys
 from functools import partial
 from pathlib import Path
 import torch
-from loopctl import files
+from loopctl.checkpoint.atomic_files import save_checkpoint, save_weights
 
 folder = Path(sys.argv[1])
 saved = torch.load(folder / "saved", weights_only=True)
-for name, write in (("a.pt", partial(files.save, saved)), ("a.safetensors", partial(files.save_weights, torch.nn.Linear(50, 50)))):
+for name, write in (("a.pt", partial(save_checkpoint, saved)), ("a.safetensors", partial(save_weights, torch.nn.Linear(50, 50)))):
     path = folder / name
     write(path)
     good = path.read_bytes()
@@ -478,6 +480,6 @@ def test_what_cannot_be_taken_away_stops_nothing(tmp_path, same):
 
     whole, done = run(tmp_path / "whole"), run(tmp_path / "part", Look(7, put))
     same(done.model, whole.model)
-    assert checkpoint.find(tmp_path / "part")[1]["position"]["step"] == 15
+    assert find_checkpoint(tmp_path / "part")[1]["counters"]["step"] == 15
     for name in ("step-00000003.pt", "step-00000009.pt", "old.new"):
         assert (tmp_path / "part" / "checkpoints" / name / "below").exists()

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from loopctl import UsageError, available, load
 from loopctl.cli import main
-from loopctl.compose import compose
-from loopctl.find import build
-from loopctl.options import options, spec
-from loopctl.values import LARGEST, described
+from loopctl.composition.compose import compose
+from loopctl.composition.discovery import build_plugin
+from loopctl.composition.option_types import FLOAT32_MAX, describe_type
+from loopctl.composition.options import plugin_options, to_spec
 
 ODD = [
     "", " ", "none", "true", "no", "nan", "inf", "-inf", "-0", "0", "1", "-1", "2", "0.5", "1e400", "-1e400", "1e308", "1e-320",
@@ -56,7 +56,7 @@ def mostly(right):
 
 def right(option):
     """Values of the type of an option: of the first that it takes."""
-    kind = described(option.type)
+    kind = describe_type(option.type)
     if "|" in kind and kind not in RIGHT:
         return st.sampled_from(kind.split(" or ")[-1].split("|"))
     return next((found for word, found in RIGHT.items() if word in kind), st.sampled_from(["1", "val_loss", "a,b"]))
@@ -67,7 +67,7 @@ def choices():
     """Every option of every installed plugin, with what must be said beside it."""
     found = []
     for name in available():
-        known = options(load(name))
+        known = plugin_options(load(name))
         required = [option.name for option in known.values() if option.default is MISSING]
         must = {key: REQUIRED[key] for key in required} | ({"gamma": "0.9"} if name == "torch_scheduler" else {})
         found += [(name, must, key, mostly(right(option))) for key, option in known.items()]
@@ -129,20 +129,20 @@ MAY_BE_INFINITE = [("clip", "max_norm"), ("clip", "norm_type")]
 @settings(MORE, max_examples=300)
 def test_a_plugin_is_refused_in_one_line_or_can_be_written_down_and_made_again(text):
     try:
-        name, plugin = build(text)
+        name, plugin = build_plugin(text)
     except UsageError:
         return
-    values = {key: getattr(plugin, key) for key in options(type(plugin))}
+    values = {key: getattr(plugin, key) for key in plugin_options(type(plugin))}
     for key, value in values.items():
         if isinstance(value, int | float):
-            most = 2**63 - 1 if isinstance(value, int) else LARGEST
+            most = 2**63 - 1 if isinstance(value, int) else FLOAT32_MAX
             assert abs(value) <= most or (value == math.inf and (name, key) in MAY_BE_INFINITE), text
     try:
         compose([plugin])
-        again = spec(name, plugin)
+        again = to_spec(name, plugin)
     except UsageError:
         return
-    _, twin = build(again)
+    _, twin = build_plugin(again)
     assert {key: getattr(twin, key) for key in values} == values, text
 
 

@@ -9,9 +9,8 @@ import torchvision
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from loopctl import fit
+from loopctl import Data, fit
 from loopctl.cli import data, models
-from loopctl.cli.data import Data
 from loopctl.errors import UsageError
 
 

@@ -187,7 +187,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     invoke("new-plugin", "mine")
     (tmp_path / "loopctl-mine" / "loopctl_mine.py").write_text("precious")
-    assert "loopctl-mine exists and is not overwritten; say another folder with --out" in refused(tmp_path, "mine")
+    assert "loopctl-mine exists and is not overwritten; choose another folder with --out" in refused(tmp_path, "mine")
     assert "loopctl-mine exists" in refused(tmp_path, "mine", "--kind", "wrapper")
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
@@ -199,7 +199,7 @@ NO_NAME = "is no name of a plugin, which has lower-case letters, digits and unde
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("GradNoise", [f"'GradNoise' {NO_NAME}; say grad_noise"]),
+    ("GradNoise", [f"'GradNoise' {NO_NAME}; use grad_noise"]),
     ("grad noise", ["say grad_noise"]),
     ("grad.noise", ["say grad_noise"]),
     ("grad__noise", ["say grad_noise"]),
@@ -207,14 +207,14 @@ NO_NAME = "is no name of a plugin, which has lower-case letters, digits and unde
     ("noise_", ["say noise"]),
     ("../noise", ["say noise"]),
     ("noise:std=1", ["say noise_std_1"]),
-    ("2nd", [f"'2nd' {NO_NAME}; say another"]),
-    ("é", [f"'é' {NO_NAME}; say another"]),
-    ("٣", ["say another"]),
-    ("", [f"'' {NO_NAME}; say another"]),
-    ("...", ["say another"]),
-    ("none", ["none: its class would be called None, a word of Python; say another name"]),
-    ("loopctl-noise", ["the package is called loopctl-... by itself; say noise"]),
-    ("clip", ["clip: loopctl 0.1.0 has a plugin of this name; say another"]),
+    ("2nd", [f"'2nd' {NO_NAME}; choose another"]),
+    ("é", [f"'é' {NO_NAME}; choose another"]),
+    ("٣", ["choose another"]),
+    ("", [f"'' {NO_NAME}; choose another"]),
+    ("...", ["choose another"]),
+    ("none", ["none: its class would be called None, a word of Python; choose another name"]),
+    ("loopctl-noise", ["the package is called loopctl-... by itself; use noise"]),
+    ("clip", ["clip: loopctl 0.1.0 has a plugin of this name; choose another"]),
     ("early-stopping", ["early_stopping: loopctl 0.1.0 has a plugin of this name"]),
     ("a\nb", ["control character '\\n'"]),
     ("n" * 300, ["cannot be written: File name too long"]),
@@ -241,7 +241,7 @@ def test_a_kind_that_there_is_not(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a folder")
-    assert "file/below cannot be written: Not a directory; say another folder with --out" in refused(tmp_path, "mine", "--out", "file/below")
+    assert "file/below cannot be written: Not a directory; choose another folder with --out" in refused(tmp_path, "mine", "--out", "file/below")
     assert "cannot be written: File name too long" in refused(tmp_path, "mine", "--out", f"new/and/{'n' * 300}")
     assert "'--out'" in refused(tmp_path, "mine", "--out", "")
 

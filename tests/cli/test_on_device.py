@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from loopctl import UsageError, fit, hookimpl
-from loopctl.cli import data, main, models, on_device
-from loopctl.cli.data import Data
+from loopctl import Data, Run, UsageError, fit, hookimpl
+from loopctl.cli import data, main, models
+from loopctl.data import on_device
 
 CPU = torch.device("cpu")
 
@@ -70,7 +70,7 @@ def photos(folder):
 def test_photographs_too_where_they_are_not_cut_at_random(tmp_path):
     photos(tmp_path)
     compare("imagefolder:size=20,augment=false", tmp_path)
-    with pytest.raises(UsageError, match="data imagefolder: its images come out differently at every reading, .* say augment=false"):
+    with pytest.raises(UsageError, match="data imagefolder: its images come out differently at every reading, .* pass augment=false"):
         loaders("imagefolder:size=20,on_device=true", tmp_path)
 
 
@@ -108,7 +108,7 @@ def test_a_run_ends_with_the_same_bits(run, tmp_path, spec):
 
 class Break:
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         if run.step == 3:
             raise RuntimeError("the power is gone")
 
@@ -187,7 +187,7 @@ def test_images_that_are_random_are_refused_whoever_makes_them():
 def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch):
     monkeypatch.setattr(on_device, "free", lambda device: 5e9)
     with pytest.raises(UsageError, match=(r"^data fake: 120,000 images of 3x64x64 take 5\.9 GB, and cpu has 5\.0 GB free; "
-                                          "leave out on_device, or say smaller images$")):
+                                          "leave out on_device, or use smaller images$")):
         loaders("fake:size=100000,image=64,on_device=true")
     size = 1797 * 64 * 4
     monkeypatch.setattr(on_device, "free", lambda device: size - 1)
@@ -203,7 +203,7 @@ def test_free_memory_is_what_the_system_says():
 
 def test_data_of_ones_own_can_be_held_too(tmp_path):
     (tmp_path / "held_by_test.py").write_text(
-        "import torch\nfrom torch.utils.data import TensorDataset\nfrom loopctl.cli.data import Data\n\n"
+        "import torch\nfrom torch.utils.data import TensorDataset\nfrom loopctl import Data\n\n"
         "class Mine(TensorDataset):\n    classes = ['a', 'b']\n    def __getitem__(self, index):\n"
         "        image, target = super().__getitem__(index)\n        return 2 * image, target\n\n"
         "def made(**settings):\n    part = Mine(torch.rand(6, 1, 8, 8), torch.arange(6) % 2)\n    return part, part\n")

@@ -91,7 +91,7 @@ def test_a_class_in_a_file(tmp_path):
     ("sgd:lr=0.1", 0.2, "lr is given twice"),
     ("sgd", float("nan"), "lr is nan; a learning rate is a number from 0"),
     ("torch.nn:Flatten", None, "optimizer torch.nn:Flatten made a Flatten, not a torch.optim.Optimizer"),
-    ("torch.optim", None, "say which class or function of it, as in torch.optim:name"),
+    ("torch.optim", None, "name a class or function of it, as in torch.optim:name"),
 ])
 def test_what_cannot_be_made_is_refused_at_once(spec, lr, words):
     with pytest.raises(UsageError, match=words.replace("?", r"\?")):

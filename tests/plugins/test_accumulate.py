@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import fit, hookimpl
+from loopctl import Run, fit, hookimpl
 
 cross_entropy = nn.CrossEntropyLoss()
 FACTORIES = [partial(torch.optim.SGD, lr=0.1, momentum=0.9), partial(torch.optim.Adam, lr=1e-2),
@@ -79,11 +79,11 @@ def test_run_knows_the_micro_batches(plain, batches, sgd):
 
     class Look:
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             sizes.append((len(run.batches), run.weight, run.seen))
 
         @hookimpl
-        def micro_step(self, run, batch, weight, last):
+        def micro_step(self, run: Run, batch, weight, last):
             sizes.append((round(weight, 3), last))
             loss = run.hook.compute_loss(run=run, batch=batch) * weight
             return run.hook.backward(run=run, loss=loss).detach()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import UsageError, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.plugins.amp import Amp
 
 cross_entropy = nn.CrossEntropyLoss()
@@ -49,7 +49,7 @@ def test_an_overflow_changes_no_weight_and_no_step_count(plain, batches, clone, 
 
     class Look:
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             if run.skipped:
                 same(run.model, before)
             seen.append((run.skipped, run.step))
@@ -108,7 +108,7 @@ def test_evaluation_is_in_half_precision_too(net, batches, valid, sgd):
 
     class Look:
         @hookimpl
-        def after_evaluate(self, run):
+        def after_evaluate(self, run: Run):
             kinds.append(run.outputs.dtype)
 
     fit(net, cross_entropy, sgd, batches, valid, plugins=["amp:dtype=bfloat16", Look()])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import fit, hookimpl
+from loopctl import Run, fit, hookimpl
 from loopctl.plugins.ema import Ema
 from loopctl.plugins.swa import Swa
 
@@ -83,7 +83,7 @@ class Swap:
     """Puts in a layer of its own, in setup."""
 
     @hookimpl
-    def setup(self, run):
+    def setup(self, run: Run):
         torch.manual_seed(1)
         run.model[4] = nn.Conv2d(8, 16, 3)
 
@@ -112,7 +112,7 @@ class Break:
     """Ends the run with an error in a step within the second epoch."""
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         if run.step == 14:
             raise RuntimeError("the power is gone")
 

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from loopctl import UsageError, checkpoint, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.checkpoint.state import find_checkpoint
 
 cross_entropy = nn.CrossEntropyLoss()
 adam = partial(torch.optim.Adam, lr=1e-2)
@@ -38,7 +39,7 @@ def test_a_run_that_went_on_equals_one_that_never_ended(net, clone, same, tmp_pa
 def test_patience_goes_on_too(net, clone, tmp_path):
     class Scores:
         @hookimpl
-        def evaluate(self, run):
+        def evaluate(self, run: Run):
             return {"val_loss": 1.0 + run.epoch}
 
     plugins = ["early_stopping:patience=4", Scores(), "checkpoint"]
@@ -55,7 +56,7 @@ def test_what_was_judged_is_not_judged_again(net, batches, valid, sgd, clone, tm
             self.steps = []
 
         @hookimpl
-        def after_evaluate(self, run):
+        def after_evaluate(self, run: Run):
             self.steps.append(run.step)
 
     whole, before, after = Judge(), Judge(), Judge()
@@ -72,7 +73,7 @@ def test_best_and_last(net, batches, valid, sgd, tmp_path, clone, same):
         values = [3, 1, 2, 2]
 
         @hookimpl
-        def evaluate(self, run):
+        def evaluate(self, run: Run):
             kept.append(clone(run.model))
             return {"val_loss": self.values[run.epoch - 1]}
 
@@ -83,10 +84,10 @@ def test_best_and_last(net, batches, valid, sgd, tmp_path, clone, same):
     best, last = (torch.load(folder / name, weights_only=True) for name in ("best.pt", "step-00000032.pt"))
     other.load_state_dict(best["model"])
     same(other, kept[1])
-    assert best["position"]["epoch"] == 2
+    assert best["counters"]["epoch"] == 2
     other.load_state_dict(last["model"])
     same(other, net)
-    assert last["position"]["epoch"] == 4             # the last epoch, though it was not due
+    assert last["counters"]["epoch"] == 4             # the last epoch, though it was not due
     assert names(folder) == {"best.safetensors", "best.pt", "step-00000024.pt", "step-00000032.pt"}
 
 
@@ -105,7 +106,7 @@ def test_when_it_saves_and_what_it_keeps(net, batches, sgd, tmp_path, options, e
     """Three epochs of eight steps; a metric that never gets better than in the first."""
     class Scores:
         @hookimpl
-        def evaluate(self, run):
+        def evaluate(self, run: Run):
             return {"val_loss": float(run.epoch)}
 
     fit(net, cross_entropy, sgd, batches, epochs=3, plugins=[f"checkpoint:{options}", Scores()], out=tmp_path)
@@ -118,7 +119,7 @@ def test_the_best_of_an_evaluation_within_an_epoch_is_saved_as_it_was_judged(net
 
     class Scores:
         @hookimpl
-        def evaluate(self, run):
+        def evaluate(self, run: Run):
             kept.append(clone(run.model))
             return {"val_loss": 0.5 if run.step == 3 else 1.0}
 
@@ -150,7 +151,7 @@ def test_a_resume_from_elsewhere_overwrites_nothing_either(net, batches, sgd, tm
 
 def test_a_checkpoint_says_what_the_run_was_made_of(net, batches, sgd, tmp_path):
     fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["clip:max_norm=2", "checkpoint"], out=tmp_path)
-    _, saved = checkpoint.find(tmp_path)
+    _, saved = find_checkpoint(tmp_path)
     assert saved["config"]["epochs"] == 2
     assert [spec.partition(":")[0] for spec in saved["config"]["plugin"]] == ["clip", "checkpoint"]
     assert "max_norm=2.0" in saved["config"]["plugin"][0]
@@ -194,7 +195,7 @@ def test_means_go_on_where_their_sums_were_cut(plain, clone, tmp_path):
     def train(net, kill, resume=None):
         class Kill:
             @hookimpl
-            def safe_point(self, run):
+            def safe_point(self, run: Run):
                 if run.step == kill:
                     raise KeyboardInterrupt
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from loopctl import UsageError, fit, hookimpl
-from loopctl.layers import repeated
+from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.model.summary import repeated_blocks
 from loopctl.plugins.compile import Compile
 
 cross_entropy = nn.CrossEntropyLoss()
@@ -130,19 +130,19 @@ def test_blocks_of_a_class_share_what_is_compiled(batches, valid, clone, same, s
 def test_blocks_are_the_outermost_repeated_modules_that_have_parts():
     import torchvision
     resnet = torchvision.models.resnet18()
-    assert repeated(resnet) == [block for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4) for block in layer]
+    assert repeated_blocks(resnet) == [block for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4) for block in layer]
     model = deep()
-    assert repeated(model) == list(model[1])
-    assert repeated(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), Block(2))) == []
+    assert repeated_blocks(model) == list(model[1])
+    assert repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), Block(2))) == []
     pairs = nn.Sequential(Pair(), Pair())
-    assert repeated(pairs) == list(pairs)
+    assert repeated_blocks(pairs) == list(pairs)
 
 
 @looks
 def test_blocks_are_as_they_were_after_an_error_too(batches, sgd):
     class Fail:
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             raise RuntimeError("enough")
 
     model = deep()

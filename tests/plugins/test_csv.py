@@ -4,7 +4,7 @@ import csv
 import pytest
 from torch import nn
 
-from loopctl import UsageError, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
 
 cross_entropy = nn.CrossEntropyLoss()
 
@@ -20,7 +20,7 @@ def test_it_holds_the_history_to_the_last_digit(net, batches, valid, sgd, tmp_pa
 def test_a_column_that_comes_later_is_not_lost(net, batches, sgd, tmp_path):
     class Late:
         @hookimpl
-        def after_evaluate(self, run):
+        def after_evaluate(self, run: Run):
             if run.epoch == 2:
                 run.metrics["late"] = 5.0
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loopctl import UsageError, available, fit, hookimpl
+from loopctl import Run, UsageError, available, fit, hookimpl
 from loopctl.plugins import cudagraph
 
 cross_entropy = nn.CrossEntropyLoss()
@@ -136,7 +136,7 @@ def test_what_a_hook_sees(net, batches, clone, tapes):
             self.seen = []
 
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             gradients = [parameter.grad.clone() for parameter in run.model.parameters()]
             self.seen.append([run.loss, run.outputs.detach().clone(), run.weight, *gradients])
 
@@ -158,7 +158,7 @@ def test_metrics_of_plugins_go_on_after_an_evaluation(net, batches, valid, clone
 def test_a_rate_that_somebody_sets(net, batches, clone, same, tapes):
     class Sets:
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             run.optimizer.param_groups[0]["lr"] = 0.1 / (1 + run.step)
 
     one, other = clone(net), clone(net)
@@ -170,7 +170,7 @@ def test_a_rate_that_somebody_sets(net, batches, clone, same, tapes):
 def test_a_run_that_was_killed_goes_on_exactly(net, batches, clone, same, tapes, tmp_path):
     class Kill:
         @hookimpl
-        def safe_point(self, run):
+        def safe_point(self, run: Run):
             if run.step == 13:
                 raise KeyboardInterrupt
 
@@ -190,7 +190,7 @@ def test_what_is_no_tensor_must_be_the_same(plain, clone, same, tapes):
         capturable = True
 
         @hookimpl
-        def compute_loss(self, run, batch):
+        def compute_loss(self, run: Run, batch):
             run.outputs = run.network(batch["x"])
             return run.outputs.square().mean() * batch["scale"]
 
@@ -208,7 +208,7 @@ def test_the_host_reads_nothing_while_it_captures(net, batches, tapes):
         capturable = True
 
         @hookimpl
-        def grads_ready(self, run):
+        def grads_ready(self, run: Run):
             run.loss.item()
 
     with pytest.raises(AssertionError, match="the host reads a tensor") as error:

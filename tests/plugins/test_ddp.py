@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from loopctl import Run, fit, hookimpl
-from loopctl.compose import compose
+from loopctl.composition.compose import compose
+from loopctl.loop import DEFAULTS
 from loopctl.prepare import prepare
 
 LOSS = nn.CrossEntropyLoss()
@@ -86,13 +87,13 @@ def test_an_optimizer_that_looks_at_the_loss_sees_the_same_everywhere(ranks, num
 
 class Fails:
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         raise ValueError("on purpose")
 
 
 def left(plugins):
     """What was around the model, and whether nothing is when the run is over."""
-    run = Run(network(), LOSS, SGD, batches(*EVEN), hook=compose(["ddp", *plugins]))
+    run = Run(network(), LOSS, SGD, batches(*EVEN), hook=compose(["ddp", *plugins], DEFAULTS))
     prepare(run, {}, None, 0)
     before = type(run.network)
     with nullcontext() if not plugins else pytest.raises(ValueError, match="on purpose"):

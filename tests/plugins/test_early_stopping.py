@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import UsageError, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
 
 cross_entropy = nn.CrossEntropyLoss()
 
@@ -47,7 +47,7 @@ def test_the_best_weights_come_back_if_asked(net, batches, valid, sgd, same, clo
 
     class Keep:
         @hookimpl
-        def after_evaluate(self, run):
+        def after_evaluate(self, run: Run):
             kept.append(clone(run.model))
 
     fit(net, cross_entropy, sgd, batches, valid, epochs=9,

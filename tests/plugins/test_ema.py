@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from loopctl import UsageError, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.plugins.amp import Amp
 from loopctl.plugins.ema import Ema
 
@@ -26,20 +26,20 @@ class Watch:
         return {name: value.clone() for name, value in run.model.state_dict().items()}
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         self.steps.append(self.copy(run))
 
     @hookimpl(wrapper=True)
-    def evaluate(self, run):
+    def evaluate(self, run: Run):
         self.evaluated.append(self.copy(run))
         return (yield)
 
     @hookimpl
-    def after_evaluate(self, run):
+    def after_evaluate(self, run: Run):
         self.judged.append(self.copy(run))
 
     @hookimpl
-    def safe_point(self, run):
+    def safe_point(self, run: Run):
         self.safe.append(self.copy(run))
 
 
@@ -100,7 +100,7 @@ def test_what_evaluates_and_what_judges_sees_the_average(net, batches, valid, sg
 def test_weights_come_back_and_the_optimizer_keeps_its_own_after_an_error(net, batches, valid, sgd):
     class Fails:
         @hookimpl
-        def after_evaluate(self, run):
+        def after_evaluate(self, run: Run):
             if run.epoch == 2:
                 raise KeyboardInterrupt
 
@@ -139,7 +139,7 @@ def test_a_run_that_went_on_equals_one_that_never_ended(net, clone, same, tmp_pa
 
     class CutOff:
         @hookimpl
-        def safe_point(self, run):
+        def safe_point(self, run: Run):
             if run.epoch == ends:
                 raise KeyboardInterrupt
 
@@ -178,7 +178,7 @@ def test_start(plain, batches, sgd, start, count):
 def test_a_run_that_stops_before_start_ends_as_it_is(plain, batches, sgd, clone, same):
     class Stop:
         @hookimpl
-        def after_evaluate(self, run):
+        def after_evaluate(self, run: Run):
             run.stop = "enough"
 
     other = clone(plain)

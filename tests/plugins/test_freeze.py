@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import UsageError, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
 
 cross_entropy = nn.CrossEntropyLoss()
 OPTIMIZERS = {
@@ -48,7 +48,7 @@ class Watch:
         self.trains, self.modes, self.rates = [], [], []
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         self.trains.append({name for name, parameter in run.model.named_parameters() if parameter.requires_grad})
         self.modes.append({name for name, module in run.model.named_modules() if module.training})
         self.rates.append([group["lr"] for group in run.optimizer.param_groups])
@@ -232,7 +232,7 @@ def test_e5_a_resumed_run_equals_one_that_never_ended(net, batches, clone, same,
 
     class Interrupt:
         @hookimpl
-        def epoch_start(self, run):
+        def epoch_start(self, run: Run):
             if run.epoch == saved:
                 raise KeyboardInterrupt
 
@@ -249,9 +249,9 @@ def test_e5_a_resumed_run_equals_one_that_never_ended(net, batches, clone, same,
 def test_it_follows_a_run_that_is_set_back(batches):
     class SetBack:
         @hookimpl
-        def safe_point(self, run):
+        def safe_point(self, run: Run):
             if run.step == 6:
-                run.attempts = 1
+                run.counters.attempts = 1
 
     model, watch = deep(), Watch()
     fit(model, cross_entropy, OPTIMIZERS["sgd"], batches, plugins=[f"{FREEZE}:patterns=0,until=3st", SetBack(), watch])

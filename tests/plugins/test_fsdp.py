@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from loopctl import checkpoint, fit, hookimpl
+from loopctl import Run, fit, hookimpl
+from loopctl.checkpoint.state import checkpoints_in, find_checkpoint, step_number
 
 LOSS = nn.CrossEntropyLoss()
 UNEVEN = [8, 8, 8, 4, 8, 8, 6]
@@ -42,7 +43,7 @@ class Losses:
         self.losses = []
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         self.losses.append(run.loss.item())
 
 
@@ -95,7 +96,7 @@ def in_types(out):
 
 class Types:
     @hookimpl(wrapper=True)
-    def compute_loss(self, run):
+    def compute_loss(self, run: Run):
         loss = yield
         assert run.outputs.dtype == torch.bfloat16
         return loss
@@ -132,17 +133,17 @@ def test_one_process_alone_trains_as_it_would_without(ranks):
 def saving(out, keep):
     run = fit(network(), LOSS, adamw, batches(*UNEVEN), batches(8, 5, 7, seed=1), epochs=3, seed=0, out=out,
               plugins=["fsdp", f"checkpoint:every_steps=2,keep={keep}", "ema:decay=0.9"])
-    return whole(run), str(run.saved)
+    return whole(run), str(run.last_checkpoint)
 
 
 def test_what_is_kept_is_whole_and_nothing_else_is_there(ranks, tmp_path):
     (weights, saved), (_, same) = ranks(2, saving, tmp_path, 2)
     folder = tmp_path / "checkpoints"
     assert saved == same == str(folder / "step-00000012.pt")
-    files = checkpoint.numbered(folder)
-    assert [checkpoint.number(file) for file in files] == [12, 10]
-    named = {torch.load(file, weights_only=True)["pieces"] for file in (*files, folder / "best.pt")}
-    assert {path.name for path in folder.glob("*.pieces")} == named
+    files = checkpoints_in(folder)
+    assert [step_number(file) for file in files] == [12, 10]
+    named = {torch.load(file, weights_only=True)["sharded"] for file in (*files, folder / "best.pt")}
+    assert {path.name for path in folder.glob("*.sharded")} == named
     best = load_file(folder / "best.safetensors")
     assert best.keys() == weights.keys()
     assert all(best[name].shape == value.shape for name, value in weights.items())
@@ -152,7 +153,7 @@ class Worse:
     """Validation losses that only rise."""
 
     @hookimpl
-    def evaluate(self, run):
+    def evaluate(self, run: Run):
         return {"val_loss": float(run.epoch)}
 
 
@@ -163,17 +164,17 @@ def saving_the_first(out):
 def test_the_best_one_keeps_its_pieces(ranks, tmp_path):
     ranks(2, saving_the_first, tmp_path)
     best = torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)
-    assert best["position"]["epoch"] == 1
-    assert (tmp_path / "checkpoints" / best["pieces"] / ".metadata").exists()
-    assert len([*(tmp_path / "checkpoints").glob("*.pieces")]) == 2
+    assert best["counters"]["epoch"] == 1
+    assert (tmp_path / "checkpoints" / best["sharded"] / ".metadata").exists()
+    assert len([*(tmp_path / "checkpoints").glob("*.sharded")]) == 2
 
 
 def test_one_whose_pieces_are_gone_is_passed_over(ranks, tmp_path):
     import shutil
     ranks(2, saving, tmp_path, 2)
-    (last, before) = checkpoint.numbered(tmp_path / "checkpoints")
-    shutil.rmtree(last.parent / torch.load(last, weights_only=True)["pieces"])
-    assert checkpoint.find(tmp_path)[0] == before
+    (last, before) = checkpoints_in(tmp_path / "checkpoints")
+    shutil.rmtree(last.parent / torch.load(last, weights_only=True)["sharded"])
+    assert find_checkpoint(tmp_path)[0] == before
 
 
 class Slow:
@@ -183,7 +184,7 @@ class Slow:
         self.longest = 0.0
 
     @hookimpl(wrapper=True)
-    def safe_point(self, run):
+    def safe_point(self, run: Run):
         began = time.monotonic()
         result = yield
         if run.attempts == 1:

@@ -8,8 +8,9 @@ import torchvision
 from torch import nn
 
 from loopctl import Run, UsageError, explain, fit
-from loopctl.compose import compose
-from loopctl.options import spec as written
+from loopctl.composition.compose import compose
+from loopctl.composition.options import to_spec as written
+from loopctl.loop import DEFAULTS
 from loopctl.plugins.layerwise_lr import LayerwiseLr
 from loopctl.prepare import make_optimizer, prepare
 
@@ -31,7 +32,7 @@ def train(model, optimizer, batches, epochs=3):
 
 def groups(model, plugin, optimizer=sgd):
     """What the optimizer gets: the names, the rate and the weight decay of each group."""
-    run = Run(model, None, optimizer, [1], hook=compose([plugin]), device=next(model.parameters()).device)
+    run = Run(model, None, optimizer, [1], hook=compose([plugin], DEFAULTS), device=next(model.parameters()).device)
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [([names[parameter] for parameter in group["params"]], group["lr"], group["weight_decay"])
             for group in make_optimizer(run).param_groups]
@@ -148,8 +149,8 @@ def test_frozen_for_good_is_left_out_and_frozen_for_a_while_is_in(net, batches, 
 
 
 def test_explain_shows_the_optimizers_own_rate(net, batches):
-    run = Run(net, cross_entropy, sgd, batches, epochs=2, hook=compose([LayerwiseLr(decay=0.5), "cosine"]))
-    prepare(run, None, None, None)
+    run = Run(net, cross_entropy, sgd, batches, epochs=2, hook=compose([LayerwiseLr(decay=0.5), "cosine"], DEFAULTS))
+    prepare(run, {}, None, None)
     assert "learning rate    0.1 at the start, 0.1 at its peak, 0.05 at the end" in explain(run=run)
     assert "param_groups          layerwise_lr" in explain(run=run)
 

@@ -13,11 +13,13 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from loopctl import UsageError, fit, hookimpl, rehearsal
+from loopctl import Run, UsageError, fit, hookimpl
+from loopctl import trial_run as rehearsal
 from loopctl.cli import main
-from loopctl.compose import compose
+from loopctl.composition.compose import compose
 from loopctl.plugins.lr_finder import LrFinder, suggestions
 from loopctl.plugins.torch_scheduler import TorchScheduler
+from loopctl.trial_run import trial_run
 
 cross_entropy = nn.CrossEntropyLoss()
 
@@ -34,7 +36,7 @@ class Watch:
         self.rates, self.losses = [], []
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         self.rates.append([group["lr"] for group in run.optimizer.param_groups])
         self.losses.append(run.loss.item())
 
@@ -81,7 +83,7 @@ def test_the_losses_are_those_of_a_test_by_hand(net, batches, clone, sgd, every,
 
 def test_groups_keep_their_ratio_while_rates_are_tried(net, batches, monkeypatch):
     tried = []
-    monkeypatch.setattr(rehearsal, "put_rates", lambda optimizer, rates: tried.append(rates))
+    monkeypatch.setattr(rehearsal, "set_learning_rates", lambda optimizer, rates: tried.append(rates))
     fit(net, cross_entropy, partial(torch.optim.SGD, lr=0.1), batches, plugins=["lr_finder:num_steps=5,start_lr=0.01,end_lr=100", "layerwise_lr:decay=0.5"])
     assert len(tried) == 5
     for rates, top in zip(tried, (0.01, 0.1, 1, 10, 100), strict=True):
@@ -93,7 +95,7 @@ def everything(run):
     return [*leaves([
         run.model.state_dict(), [module.training for module in run.model.modules()], run.optimizer.state_dict(),
         {name: plugin.state_dict() for name, plugin in run.hook.plugins.items() if hasattr(plugin, "state_dict")},
-        {name: getattr(run, name) for name in ("epoch", "step", "attempts", "seen", "began", "judged", "stop", "history", "metrics")},
+        run.counters.state_dict() | {name: getattr(run, name) for name in ("stop", "history", "metrics")},
         [parameter.grad for parameter in run.model.parameters()], run.meters.state_dict()])]
 
 
@@ -119,7 +121,7 @@ class Looks:
         self.seen, self.random = [], []
 
     @hookimpl(wrapper=True)
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run):
         self.seen.append(everything(run))
         self.random.append(randomness())
         return (yield)
@@ -200,12 +202,12 @@ def test_an_optimizer_that_a_scheduler_has_wrapped(plain, batches, clone, same):
 def test_after_an_accident_the_random_numbers_are_back(net, batches, sgd):
     class Fail:
         @hookimpl
-        def grads_ready(self, run):
+        def grads_ready(self, run: Run):
             raise RuntimeError("an accident")
 
     class Look:
         @hookimpl
-        def train_start(self, run):
+        def train_start(self, run: Run):
             self.random = randomness()
 
     look = Look()
@@ -242,7 +244,7 @@ def test_it_ends_where_it_is_told_to(net, batches, valid, clone, same, sgd):
 def test_a_run_that_goes_on_has_the_rate_and_no_test(net, batches, clone, same, sgd, tmp_path, capsys):
     class Kill:
         @hookimpl
-        def safe_point(self, run):
+        def safe_point(self, run: Run):
             if run.attempts == 11 and not run.resume:
                 raise KeyboardInterrupt
 
@@ -291,7 +293,7 @@ class Uncopied(nn.Module):
 
 @pytest.mark.parametrize(("plugins", "message"), [
     (["lr_finder:start_lr=1e3,end_lr=1e4,use=true"], "use=true: there is no rate to use, for the loss falls nowhere"),
-    (["lr_finder:path=there.png"], "there.png exists and is not overwritten; move it, or say another path"),
+    (["lr_finder:path=there.png"], "there.png exists and is not overwritten; move it, or choose another path"),
 ])
 def test_what_it_refuses(net, batches, sgd, tmp_path, plugins, message):
     (tmp_path / "there.png").write_text("precious")
@@ -314,9 +316,9 @@ def test_what_cannot_be_tried(net, batches, sgd):
 def test_a_rehearsal_stays_where_the_run_is(net, batches, sgd):
     class Look:
         @hookimpl(wrapper=True)
-        def epoch_start(self, run):
+        def epoch_start(self, run: Run):
             if not run.seen and run.hook.acting["optimizer_step"]:
-                with rehearsal.rehearsal(run) as copy:
+                with trial_run(run) as copy:
                     positions = []
                     for _ in range(10):
                         assert copy.step([0.1]).item() > 0

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loopctl import UsageError, checkpoint, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.checkpoint.state import capture_state, roll_back
 from loopctl.plugins import nan_guard
 from loopctl.plugins.amp import Amp
 from loopctl.plugins.nan_guard import NanGuard
@@ -87,11 +88,11 @@ class Watch:
         return copy.deepcopy([list(run.model.state_dict().values()), list(run.optimizer.state_dict()["state"].items())])
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run):
         self.before = self.all(run)
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         self.skipped.append(run.skipped)
         self.losses.append(run.loss.item())
         self.steps.append(run.step)
@@ -99,7 +100,7 @@ class Watch:
             torch.testing.assert_close(self.all(run), self.before, rtol=0, atol=0)
 
     @hookimpl
-    def safe_point(self, run):
+    def safe_point(self, run: Run):
         if run.skipped:
             torch.testing.assert_close(self.all(run), self.before, rtol=0, atol=0)
 
@@ -165,7 +166,7 @@ def ahead(monkeypatch):
 
     def sent(self, run):
         send(self, run)
-        self.coming[-1] = (*self.coming[-1][:3], Slow())
+        self.coming[-1][2].event = Slow()
 
     monkeypatch.setattr(nan_guard, "AHEAD", ("cpu",))
     monkeypatch.setattr(NanGuard, "send", sent)
@@ -441,7 +442,7 @@ def test_large_is_not_infinite(batches, clone, same, monkeypatch, late):
 
     class Look:
         @hookimpl
-        def grads_ready(self, run):
+        def grads_ready(self, run: Run):
             seen.append(run.model.bias.grad.clone())
 
     def steep(output, target):
@@ -529,7 +530,7 @@ def test_what_is_saved_is_clean(net, batches, clone, same, tmp_path, order):
     other.load_state_dict(content["model"])
     same(net, other)
     assert all(value.isfinite().all() for value in content["model"].values())
-    assert content["position"]["step"] == 7
+    assert content["counters"]["step"] == 7
 
 
 def test_options_refused(plain, batches):
@@ -584,7 +585,7 @@ class Rates:
         self.seen = []
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run):
         self.seen.append(run.optimizer.param_groups[0]["lr"])
 
 
@@ -691,7 +692,7 @@ def test_state_that_somebody_exchanged(net, batches, clone, same, ahead):
     """As loading a checkpoint does: what is put back is what is there now."""
     class Exchanges:
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
 
     other, bad = clone(net), {3: "gradient", 6: "gradient"}
@@ -759,9 +760,9 @@ def test_what_is_saved_counts_right(net, batches, ahead):
 
     class Saves:
         @hookimpl
-        def safe_point(self, run):
-            state = checkpoint.state(run)
-            seen.append((state["position"]["step"], state["position"]["metrics"]["skipped_steps"], state["plugins"]["nan_guard"]))
+        def safe_point(self, run: Run):
+            state = capture_state(run)
+            seen.append((state["counters"]["step"], state["metrics"]["skipped_steps"], state["plugins"]["nan_guard"]))
 
     fit(net, Loss({4: "gradient", 5: "gradient"}), sgd, batches, plugins=[guard, Saves()])
     assert [step for step, _, _ in seen[:8]] == [1, 2, 3, 3, 3, 4, 5, 6]
@@ -783,18 +784,18 @@ class Raw:
     """Has the run end with the raw weights, where others would have put an average."""
 
     @hookimpl
-    def safe_point(self, run):
+    def safe_point(self, run: Run):
         self.state = copy.deepcopy(run.model.state_dict())
 
     @hookimpl
-    def train_end(self, run):
+    def train_end(self, run: Run):
         run.model.load_state_dict(self.state)
 
 
 def test_rollback_undoes_the_steps_since(net, batches, clone, same, monkeypatch, tmp_path, ahead):
     """Steps 11 and 12 are bad; when that of 11 arrives, 13 is done, and once is enough for both."""
-    calls, back, other = [], checkpoint.roll_back, clone(net)
-    monkeypatch.setattr(checkpoint, "roll_back", lambda run: back(run) or calls.append(run.attempts))
+    calls, back, other = [], roll_back, clone(net)
+    monkeypatch.setattr("loopctl.plugins.nan_guard.roll_back", lambda run: back(run) or calls.append(run.attempts))
     plugins = [NanGuard("rollback"), "checkpoint"]
     run = fit(net, Loss({11: "loss", 12: "loss"}), sgd, batches, epochs=2, plugins=plugins, seed=1, out=tmp_path)
     assert calls == [12]
@@ -802,7 +803,7 @@ def test_rollback_undoes_the_steps_since(net, batches, clone, same, monkeypatch,
 
     class Back:
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             if run.attempts == 8:
                 self.state = copy.deepcopy([run.model.state_dict(), run.optimizer.state_dict()])
             if run.attempts == 13:
@@ -841,11 +842,11 @@ def test_the_host_reads_nothing_in_a_step(net, batches, ahead, factory):
     with NoReading() as mode:
         class Strict:
             @hookimpl
-            def before_step(self, run):
+            def before_step(self, run: Run):
                 mode.strict = run.attempts > 0
 
             @hookimpl
-            def after_step(self, run):
+            def after_step(self, run: Run):
                 mode.strict = False
 
         run = fit(net, Loss({3: "gradient"}), factory, batches, plugins=[Strict(), NanGuard("skip"), "accumulate:every=2"])
@@ -864,7 +865,7 @@ def test_the_host_could_not_read_anything_in_a_step(batches, monkeypatch, fused)
 
     class Enough:
         @hookimpl
-        def safe_point(self, run):
+        def safe_point(self, run: Run):
             if run.attempts == 5:
                 raise KeyboardInterrupt
 
@@ -904,11 +905,11 @@ def test_on_cuda_bit_for_bit_the_loop_that_leaves_bad_steps_out(net, batches, cl
 def test_on_cuda_nothing_in_a_step_waits(net, batches, factory):
     class Strict:
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             torch.cuda.set_sync_debug_mode("error" if run.attempts else "default")
 
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             torch.cuda.set_sync_debug_mode("default")
 
     data = [(input.cuda(), target.cuda()) for input, target in batches]

@@ -10,10 +10,11 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from loopctl import Run, UsageError, fit, hookimpl
-from loopctl.compose import compose
+from loopctl.composition.compose import compose
+from loopctl.loop import DEFAULTS
+from loopctl.optim.learning_rate import scheduled_rates
 from loopctl.plugins.checkpoint import Checkpoint
 from loopctl.plugins.plateau import Plateau
-from loopctl.rates import rates
 
 
 class Scores:
@@ -27,7 +28,7 @@ class Scores:
         return {"val_loss": self.values.pop(0)}
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run):
         self.lrs.append(run.optimizer.param_groups[0]["lr"])
 
 
@@ -39,7 +40,7 @@ def two_groups():
 
 
 def prepared(plugin):
-    run = Run(None, None, two_groups(), range(5), epochs=3, hook=compose([plugin]), metrics={"val_loss": nan})
+    run = Run(None, None, two_groups(), range(5), epochs=3, hook=compose([plugin], DEFAULTS), metrics={"val_loss": nan})
     run.hook.train_start(run=run)
     return run
 
@@ -49,7 +50,7 @@ def judged(run, values):
     for value in values:
         run.metrics["val_loss"] = value
         run.hook.after_evaluate(run=run)
-        yield rates(run)
+        yield scheduled_rates(run)
 
 
 def theirs(values, **options):
@@ -78,7 +79,7 @@ def test_torch_gives_the_same_rates(options):
         values = list(scores(seed))
         mine, other = list(judged(prepared(Plateau(**options, **more)), values)), list(theirs(values, **options, **more))
         assert other[-1] != other[0]
-        torch.testing.assert_close(*(torch.tensor(rates, dtype=torch.float64) for rates in (mine, other)), rtol=1e-12, atol=0)
+        torch.testing.assert_close(*(torch.tensor(scheduled_rates, dtype=torch.float64) for scheduled_rates in (mine, other)), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("at", [1, 7, 20, 150])
@@ -153,13 +154,13 @@ def test_auto_knows_which_way_is_better():
     run.metrics["val_accuracy"] = nan
     assert plugin.watch.mode == "min"
     plugin = Plateau(monitor="val_accuracy", patience=0)
-    run.hook = compose([plugin])
+    run.hook = compose([plugin], DEFAULTS)
     run.hook.train_start(run=run)
     for value in (0.5, 0.6, 0.5):
         run.metrics["val_accuracy"] = value
         run.hook.after_evaluate(run=run)
     assert plugin.watch.mode == "max"
-    assert rates(run) == pytest.approx([0.01, 0.003])
+    assert scheduled_rates(run) == pytest.approx([0.01, 0.003])
 
 
 @pytest.mark.parametrize(("options", "message"), [

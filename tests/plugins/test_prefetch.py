@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from loopctl import fit, hookimpl
+from loopctl import Run, fit, hookimpl
 from loopctl.plugins import prefetch
 
 cross_entropy = nn.CrossEntropyLoss()
@@ -80,7 +80,7 @@ def test_it_changes_nothing(net, clone, same, noted, workers, plugins):
 def test_a_run_that_was_killed_goes_on_exactly(net, clone, same, noted, tmp_path, workers):
     class Kill:
         @hookimpl
-        def safe_point(self, run):
+        def safe_point(self, run: Run):
             if run.step == 11:
                 raise KeyboardInterrupt
 
@@ -138,7 +138,7 @@ def test_an_error_comes_when_its_batch_is_due(net, batches, noted):
 
     class Count:
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             done.append(run.step)
 
     with pytest.raises(OSError, match="the disk is gone") as error:
@@ -168,7 +168,7 @@ def test_what_the_gpu_may_still_read_is_kept(net, batches, noted):
 def test_counting_steps_within_an_epoch_disturbs_nothing(net, clone, same, batches, noted):
     class Plans:
         @hookimpl
-        def after_backward(self, run):
+        def after_backward(self, run: Run):
             run._plan = None
             assert run.plan() == (8, 8)
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from loopctl import UsageError, fit, hookimpl
-from loopctl.compose import compose
+from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.composition.compose import compose
 from loopctl.plugins.profile import PHASES, spent, timeline
 
 cross_entropy = nn.CrossEntropyLoss()
@@ -70,11 +70,11 @@ class Look:
         self.wrapped, self.running = [], []
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run):
         self.plain = self.hooks(run)
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run):
         self.wrapped.append(sum(one is not other for one, other in zip(self.hooks(run), self.plain, strict=True)))
         self.running.append(torch.autograd._profiler_enabled())
 
@@ -97,7 +97,7 @@ def test_other_steps_are_as_without(plain, batches, sgd, tmp_path, start, steps)
 def test_evaluation_counts_as_such(plain, batches, valid, sgd, tmp_path, capsys):
     class Slow:
         @hookimpl
-        def compute_loss(self, run, batch):
+        def compute_loss(self, run: Run, batch):
             if not run.model.training:
                 time.sleep(0.05)
             return run.loss_fn(run.network(batch[0]), batch[1])
@@ -172,11 +172,11 @@ class Fail:
             raise RuntimeError("an accident")
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run):
         self.fail(run)
 
     @hookimpl(wrapper=True)
-    def compute_loss(self, run):
+    def compute_loss(self, run: Run):
         self.fail(run)
         return (yield)
 
@@ -194,7 +194,7 @@ def test_after_an_accident_nothing_is_on(plain, batches, sgd, tmp_path, hook):
 def test_after_an_accident_the_hooks_are_the_runs_own(plain, batches, sgd, tmp_path):
     class Keep:
         @hookimpl(wrapper=True)
-        def train(self, run):
+        def train(self, run: Run):
             self.run, before = run, vars(run.hook).copy()
             try:
                 return (yield)
@@ -210,7 +210,7 @@ class Stop:
         self.step = step
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         if run.step == self.step:
             run.stop = "enough"
 
@@ -226,7 +226,7 @@ def test_a_run_that_stops_early_says_what_was_recorded(plain, batches, valid, sg
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_run_that_stops_before_anything_is_recorded_says_so(plain, batches, sgd, tmp_path, capsys, stop):
     train(plain, sgd, batches, tmp_path, "profile:start=2,steps=5", Stop(stop))
-    assert capsys.readouterr().out == f"profile: nothing is recorded, for the run ended after {stop} steps; say start=0\n"
+    assert capsys.readouterr().out == f"profile: nothing is recorded, for the run ended after {stop} steps; pass start=0\n"
     assert not list(tmp_path.iterdir())
     assert not torch.autograd._profiler_enabled()
 
@@ -261,9 +261,9 @@ def test_refusals(plain, batches, sgd, tmp_path):
     (tmp_path / "old.json").write_text("mine")
     (tmp_path / "folder.json").mkdir()
     for spec, message in {
-        "profile": "profile: steps 6 to 15 are to be recorded, and the run has 8; say start=0,steps=8, or fewer",
-        "profile:start=1,steps=2,path=old.json": f"profile: {tmp_path}/old.json exists and is not overwritten; move it, or say another path",
-        "profile:start=1,steps=2,path=folder.json": f"profile: {tmp_path}/folder.json cannot be written (Is a directory); say another path",
+        "profile": "profile: steps 6 to 15 are to be recorded, and the run has 8; pass start=0,steps=8, or fewer",
+        "profile:start=1,steps=2,path=old.json": f"profile: {tmp_path}/old.json exists and is not overwritten; move it, or choose another path",
+        "profile:start=1,steps=2,path=folder.json": f"profile: {tmp_path}/folder.json cannot be written (Is a directory); choose another path",
     }.items():
         with pytest.raises(UsageError) as refused:
             train(plain, sgd, batches, tmp_path, spec)

@@ -5,12 +5,10 @@ import re
 import subprocess
 import sys
 
-import pytest
-import torch
 from torch import nn
 
 from loopctl import fit
-from loopctl.plugins.progress import Glance, shown, table
+from loopctl.plugins.progress import shown, table
 
 cross_entropy = nn.CrossEntropyLoss()
 PROGRAM = """
@@ -84,20 +82,3 @@ def test_the_table_of_a_long_run_shows_its_ends():
     rows = table([{"epoch": epoch, "loss": 0.5} for epoch in range(1, 101)]).columns[0]._cells
     assert rows[:6] == ["1", "2", "3", "4", "5", "..."]
     assert rows[6:] == [str(epoch) for epoch in range(81, 101)]
-
-
-def test_a_glance_at_a_scalar():
-    assert Glance().at(torch.tensor(0.5)) == Glance().at(0.5) == 0.5
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_glance_does_not_wait_and_arrives():
-    glance = Glance()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        glance.at(torch.full((), 0.5, device="cuda"))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    assert glance.at(torch.full((), 0.7, device="cuda")) == 0.5

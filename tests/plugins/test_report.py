@@ -14,8 +14,11 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from loopctl import UsageError, charts, checkpoint, explain, fit, hookimpl, layers, page
+from loopctl import Run, UsageError, explain, fit, hookimpl
+from loopctl.checkpoint.state import run_config
 from loopctl.cli import main
+from loopctl.model import summary
+from loopctl.report import charts, html
 
 cross_entropy = nn.CrossEntropyLoss()
 
@@ -234,7 +237,7 @@ def test_everything_is_on_the_page(reported):
     assert ["Parameters", f"{sum(parameter.numel() for parameter in run.model.parameters()):,}"] in read.tables[0]
     assert rows["torch"] == [torch.__version__]
     assert rows["Device"] == ["cpu"]
-    assert rows["plugin"][0].splitlines() == checkpoint.config(run)["plugin"]
+    assert rows["plugin"][0].splitlines() == run_config(run)["plugin"]
     losses = [row["val_loss"] for row in run.history]
     assert rows["val_loss"] == [f"{losses[-1]:.5g}", f"{min(losses):.5g}", str(losses.index(min(losses)) + 1)]
     seen = "".join(read.texts)
@@ -245,19 +248,19 @@ def test_everything_is_on_the_page(reported):
 
 def test_the_layers_are_those_of_the_summary(reported, batches):
     run, _, read = reported
-    with layers.watch(run.model) as found:
+    with summary.record_forward(run.model) as found:
         run.model(batches[0][0])
-    report = layers.table(found)
+    report = summary.table(found)
     rows = [[str(cell) for cell in cells] for cells in zip(*(column.cells for column in report.columns), strict=True)]
     assert [[str(column.header) for column in report.columns], *rows] in read.tables
 
 
-def test_it_looks_on_at_the_first_step_only(net, batches, sgd, tmp_path):
+def test_it_observer_only_at_the_first_step_only(net, batches, sgd, tmp_path):
     class Look:
         hooks = []
 
         @hookimpl
-        def grads_ready(self, run):
+        def grads_ready(self, run: Run):
             self.hooks.append(sum(len(module._forward_hooks) for module in run.model.modules()))
 
     fit(net, cross_entropy, sgd, batches, plugins=["report", Look()], out=tmp_path)
@@ -288,7 +291,7 @@ class Stop:
         self.reason = reason
 
     @hookimpl
-    def after_evaluate(self, run):
+    def after_evaluate(self, run: Run):
         run.stop = self.reason
 
 
@@ -300,8 +303,8 @@ def test_the_page_asks_nobody_and_is_small(reported):
     assert not [one for one in read.attributes if one[1] in ("src", "href", "onload", "onclick")]
     assert "@import" not in text
     assert "url(" not in text
-    assert ("meta", "content", page.POLICY) in read.attributes
-    assert page.POLICY.startswith("default-src 'none'")
+    assert ("meta", "content", html.POLICY) in read.attributes
+    assert html.POLICY.startswith("default-src 'none'")
     assert len(text) < 40_000
 
 
@@ -332,7 +335,7 @@ class Fail:
         self.seen = seen
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         if run.seen == self.seen:
             raise KeyboardInterrupt
 
@@ -366,13 +369,13 @@ def test_it_overwrites_nothing(net, batches, sgd, tmp_path):
 
 
 def kept(net, batches, sgd, tmp_path):
-    return fit(net, cross_entropy, sgd, batches, plugins=["checkpoint"], out=tmp_path / "kept").saved
+    return fit(net, cross_entropy, sgd, batches, plugins=["checkpoint"], out=tmp_path / "kept").last_checkpoint
 
 
 def test_what_came_to_be_meanwhile_is_not_overwritten(net, batches, sgd, tmp_path, caplog):
     class Other:
         @hookimpl
-        def train_end(self, run):
+        def train_end(self, run: Run):
             (tmp_path / "report.html").write_text("precious")
 
     with caplog.at_level(logging.WARNING):
@@ -384,7 +387,7 @@ def test_what_came_to_be_meanwhile_is_not_overwritten(net, batches, sgd, tmp_pat
 def test_a_page_that_cannot_be_written_costs_no_training(net, batches, sgd, tmp_path, caplog):
     class Away:
         @hookimpl
-        def train_end(self, run):
+        def train_end(self, run: Run):
             (tmp_path / "report.html").mkdir()
 
     assert fit(net, cross_entropy, sgd, batches, plugins=["report", Away()], out=tmp_path).epoch == 1
@@ -394,7 +397,7 @@ def test_a_page_that_cannot_be_written_costs_no_training(net, batches, sgd, tmp_
 def test_a_metric_that_no_page_can_show_costs_no_training(net, batches, sgd, tmp_path, caplog):
     class Odd:
         @hookimpl
-        def after_evaluate(self, run):
+        def after_evaluate(self, run: Run):
             run.metrics["odd"] = 10**400
 
     assert fit(net, cross_entropy, sgd, batches, plugins=["report", Odd()], out=tmp_path).epoch == 1

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from loopctl import UsageError, checkpoint, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.checkpoint.state import find_checkpoint
 from loopctl.cli import main
 
 cross_entropy = nn.CrossEntropyLoss()
@@ -48,7 +49,7 @@ class Kill:
         self.step = step
 
     @hookimpl(trylast=True)
-    def safe_point(self, run):
+    def safe_point(self, run: Run):
         if run.attempts == self.step:
             raise KeyboardInterrupt
 
@@ -62,7 +63,7 @@ class Halve:
     """A plugin without options or state that has a say."""
 
     @hookimpl
-    def grads_ready(self, run):
+    def grads_ready(self, run: Run):
         for parameter in run.model.parameters():
             parameter.grad *= 0.5
 
@@ -74,11 +75,11 @@ class Look:
         return "Look()"                 # what is in the name of a test is the same in every process
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         assert run.loss is not None
 
     @hookimpl
-    def epoch_end(self, run):
+    def epoch_end(self, run: Run):
         assert run.history
 
 
@@ -112,32 +113,32 @@ def case(then, *words, first=None):
 saving = ["checkpoint", "accumulate:every=2"]
 REFUSED = {
     "a layer more": case({"model": lambda: small(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 3), nn.Linear(3, 3))},
-                         "the model has 4.bias and 4.weight here and not there"),
-    "a layer fewer": case({"model": lambda: small(nn.Linear(6, 6), nn.BatchNorm1d(6))}, "the model has 3.bias and 3.weight there and not here"),
-    "other names": case({"model": lambda: nn.Sequential(small())}, "the model has 0.bias, 0.weight, 1.bias and 6 more there and not here"),
+                         "the model has 4.bias and 4.weight in this run but not in the checkpoint"),
+    "a layer fewer": case({"model": lambda: small(nn.Linear(6, 6), nn.BatchNorm1d(6))}, "the model has 3.bias and 3.weight in the checkpoint but not in this run"),
+    "other names": case({"model": lambda: nn.Sequential(small())}, "the model has 0.bias, 0.weight, 1.bias and 6 more in the checkpoint but not in this run"),
     "another width": case({"model": lambda: small(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Dropout(0.2), nn.Linear(7, 3))},
-                          "the model's 0.weight is 6x6 there and 7x6 here"),
+                          "the model's 0.weight is 6x6 in the checkpoint and 7x6 in this run"),
     "another order of layers": case({"model": swapped}, "the optimizer", first={"model": straight}),
-    "another optimizer": case({"optimizer": partial(torch.optim.Adam, lr=0.1)}, "the optimizer is SGD there and Adam here"),
-    "its relative": case({"optimizer": partial(torch.optim.AdamW, lr=0.1)}, "the optimizer is Adam there and AdamW here",
+    "another optimizer": case({"optimizer": partial(torch.optim.Adam, lr=0.1)}, "the optimizer is SGD in the checkpoint and Adam in this run"),
+    "its relative": case({"optimizer": partial(torch.optim.AdamW, lr=0.1)}, "the optimizer is Adam in the checkpoint and AdamW in this run",
                          first={"optimizer": partial(torch.optim.Adam, lr=0.1)}),
-    "another rate": case({"optimizer": partial(torch.optim.SGD, lr=0.2, momentum=0.9)}, "the optimizer's lr is 0.1 there and 0.2 here"),
-    "another momentum": case({"optimizer": partial(torch.optim.SGD, lr=0.1)}, "the optimizer's momentum is 0.9 there and 0 here"),
-    "more parameter groups": case({"optimizer": two_groups}, "the optimizer has parameter groups of [6] parameters there and of [2, 4] here"),
+    "another rate": case({"optimizer": partial(torch.optim.SGD, lr=0.2, momentum=0.9)}, "the optimizer's lr is 0.1 in the checkpoint and 0.2 in this run"),
+    "another momentum": case({"optimizer": partial(torch.optim.SGD, lr=0.1)}, "the optimizer's momentum is 0.9 in the checkpoint and 0 in this run"),
+    "more parameter groups": case({"optimizer": two_groups}, "the numbers of parameters in the optimizer's groups are [6] in the checkpoint and [2, 4] in this run"),
     "other parameter groups": case({"optimizer": partial(two_groups, first=4)},
-                                   "the optimizer has parameter groups of [2, 4] parameters there and of [4, 2] here",
+                                   "the numbers of parameters in the optimizer's groups are [2, 4] in the checkpoint and [4, 2] in this run",
                                    first={"optimizer": two_groups}),
     "another part frozen": case({"plugins": ["checkpoint", "freeze:patterns=3"]}, "the optimizer",
                                 first={"plugins": ["checkpoint", "freeze:patterns=0"]}),
-    "a plugin with a say more": case({"plugins": ["checkpoint", "clip"]}, "there is the plugin clip here and not there"),
-    "a plugin with a say fewer": case({}, "there is the plugin clip there and not here", first={"plugins": ["checkpoint", "clip"]}),
-    "a plugin of one's own more": case({"plugins": ["checkpoint", Halve()]}, "there is the plugin halve here and not there"),
-    "a plugin twice": case({"plugins": ["checkpoint", "clip", "clip"]}, "there is the plugin clip.2 here and not there",
+    "a plugin with a say more": case({"plugins": ["checkpoint", "clip"]}, "there is the plugin clip in this run but not in the checkpoint"),
+    "a plugin with a say fewer": case({}, "there is the plugin clip in the checkpoint but not in this run", first={"plugins": ["checkpoint", "clip"]}),
+    "a plugin of one's own more": case({"plugins": ["checkpoint", Halve()]}, "there is the plugin halve in this run but not in the checkpoint"),
+    "a plugin twice": case({"plugins": ["checkpoint", "clip", "clip"]}, "there is the plugin clip.2 in this run but not in the checkpoint",
                            first={"plugins": ["checkpoint", "clip"]}),
-    "a plugin with state more": case({"plugins": ["checkpoint", "early_stopping"]}, "there is the plugin early_stopping here and not there"),
-    "a plugin with state fewer": case({}, "there is the plugin early_stopping there and not here",
+    "a plugin with state more": case({"plugins": ["checkpoint", "early_stopping"]}, "there is the plugin early_stopping in this run but not in the checkpoint"),
+    "a plugin with state fewer": case({}, "there is the plugin early_stopping in the checkpoint but not in this run",
                                       first={"plugins": ["checkpoint", "early_stopping"]}),
-    "another schedule": case({"plugins": ["checkpoint", "linear"]}, "there is the plugin cosine there and not here",
+    "another schedule": case({"plugins": ["checkpoint", "linear"]}, "there is the plugin cosine in the checkpoint but not in this run",
                              first={"plugins": ["checkpoint", "cosine"]}),
     "another order of plugins": case({"plugins": ["checkpoint", Halve(), "clip"]}, "clip", "halve",
                                      first={"plugins": ["checkpoint", "clip", Halve()]}),
@@ -145,15 +146,15 @@ REFUSED = {
                                        "monitor=train_loss", "monitor=train_accuracy",
                                        first={"plugins": ["checkpoint", "early_stopping"], "metrics": {"accuracy": accuracy}}),
     "another batch size": case({"train": partial(loader, size=10)},
-                               "an epoch has 7 steps and 7 batches there, 5 and 5 here; keep data, batch size and accumulation"),
+                               "an epoch has 7 steps of 7 batches in the checkpoint and 5 steps of 5 batches in this run; keep data, batch size and accumulation"),
     "another batch size, as many batches": case({"train": partial(loader, samples=56, size=8)}, "49", "56",
                                                 first={"train": partial(loader, samples=49, size=7)}),
-    "more data": case({"train": partial(loader, samples=60)}, "an epoch has 7 steps and 7 batches there, 8 and 8 here"),
+    "more data": case({"train": partial(loader, samples=60)}, "an epoch has 7 steps of 7 batches in the checkpoint and 8 steps of 8 batches in this run"),
     "a sample less": case({"train": partial(loader, samples=49)}, "50", "49"),
-    "accumulation": case({"plugins": saving}, "there is the plugin accumulate here and not there"),
+    "accumulation": case({"plugins": saving}, "there is the plugin accumulate in this run but not in the checkpoint"),
     "other accumulation": case({"plugins": ["checkpoint", "accumulate:every=3"]},
-                               "an epoch has 4 steps and 7 batches there, 3 and 7 here", first={"plugins": saving}),
-    "shorter epochs": case({"steps_per_epoch": 5}, "an epoch has 7 steps and 7 batches there, 5 and 5 here"),
+                               "an epoch has 4 steps of 7 batches in the checkpoint and 3 steps of 7 batches in this run", first={"plugins": saving}),
+    "shorter epochs": case({"steps_per_epoch": 5}, "an epoch has 7 steps of 7 batches in the checkpoint and 5 steps of 5 batches in this run"),
     "a metric more": case({"metrics": {"accuracy": accuracy}}, "accuracy"),
     "a metric fewer": case({}, "accuracy", first={"metrics": {"accuracy": accuracy}}),
     "validation data more": case({"valid": [(torch.zeros(2, 6), torch.zeros(2, dtype=torch.long))]}, "validation data"),
@@ -171,7 +172,7 @@ def test_another_run_is_refused_in_one_line(name, when, tmp_path):
 
     class Count:
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             steps.append(run.step)
 
     if when == "within an epoch":
@@ -179,7 +180,7 @@ def test_another_run_is_refused_in_one_line(name, when, tmp_path):
         killed(tmp_path, 2, **first)
     else:
         run(tmp_path, epochs=1, **first)
-    file, before = checkpoint.find(tmp_path)[0], contents(tmp_path)
+    file, before = find_checkpoint(tmp_path)[0], contents(tmp_path)
     with pytest.raises(UsageError) as error:
         run(tmp_path, resume=tmp_path, **{**then, "plugins": [*then.get("plugins", ["checkpoint"]), Count()], "epochs": 3})
     said = str(error.value)
@@ -206,7 +207,7 @@ def test_another_run_is_refused_in_one_line(name, when, tmp_path):
     ({"eval_every": 3}, {"eval_every": 5}),
 ], ids=repr)
 @pytest.mark.parametrize("step", [3, 7])
-def test_what_only_looks_on_may_differ_and_a_run_may_get_longer(first, then, step, tmp_path, same, capsys):
+def test_what_only_observer_only_may_differ_and_a_run_may_get_longer(first, then, step, tmp_path, same, capsys):
     then = {"epochs": 3, "plugins": ["checkpoint:every_steps=1"], **then}
     whole = run(tmp_path / "whole", **{**then, "plugins": ["checkpoint"]})
     killed(tmp_path / "part", step, **{"epochs": 3, **first})
@@ -225,7 +226,7 @@ def test_a_run_killed_at_its_last_steps_goes_on_to_its_end(step, tmp_path, same)
     resumed = run(tmp_path / "part", resume=tmp_path / "part", max_steps=step, plugins=["checkpoint:every_steps=1"])
     same(resumed.model, whole.model)
     assert repr(resumed.history) == repr(whole.history)
-    assert resumed.over
+    assert resumed.finished
 
 
 def test_what_ended_within_an_epoch_cannot_get_longer(tmp_path):
@@ -268,7 +269,7 @@ def test_it_goes_on_from_a_file_or_a_folder_into_another(what, tmp_path, same):
     same(resumed.model, whole.model)
     assert repr(resumed.history) == repr(whole.history)
     assert contents(tmp_path / "run") == before
-    assert checkpoint.find(tmp_path / "new")[0].name == "step-00000021.pt"
+    assert find_checkpoint(tmp_path / "new")[0].name == "step-00000021.pt"
 
 
 def test_it_goes_on_in_a_folder_said_in_another_way(tmp_path, monkeypatch, same):
@@ -287,7 +288,7 @@ def test_nobodys_checkpoints_are_overwritten(resume, tmp_path):
     run(tmp_path / "other")
     paths = {None: None, "elsewhere": tmp_path / "other", "step-00000007.pt": tmp_path / "run" / "checkpoints" / "step-00000007.pt"}
     before = contents(tmp_path)
-    with pytest.raises(UsageError, match=r"checkpoint: .*step-00000014\.pt exists and is not overwritten; move it, or say another dir"):
+    with pytest.raises(UsageError, match=r"checkpoint: .*step-00000014\.pt exists and is not overwritten; move it, or choose another dir"):
         run(tmp_path / "run", epochs=3, resume=paths[resume])
     assert contents(tmp_path) == before
 
@@ -300,7 +301,7 @@ def test_two_that_save_in_two_folders_go_on(tmp_path, same):
         resumed = run(tmp_path / str(step), plugins=plugins, resume=tmp_path / str(step))
         same(resumed.model, whole.model)
         for folder in "ab":
-            assert checkpoint.find(tmp_path / str(step) / folder)[0].name == "step-00000014.pt"
+            assert find_checkpoint(tmp_path / str(step) / folder)[0].name == "step-00000014.pt"
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_at_the_start(tmp_path, same, caplog):
@@ -309,7 +310,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_at_the_start(tmp_path, 
 
     class Die:
         @hookimpl(trylast=True)
-        def epoch_end(self, run):
+        def epoch_end(self, run: Run):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -337,7 +338,7 @@ class Keeps:
         self.state = state
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         raise AssertionError("a step")
 
     def state_dict(self):
@@ -412,7 +413,7 @@ PARTS = {
 def test_state_that_no_checkpoint_can_hold_is_refused_before_training(who, state, what, tmp_path):
     class Stay(Look):
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             raise AssertionError("a step")
 
     settings = PARTS[who](state)
@@ -463,7 +464,7 @@ def test_other_settings_are_refused_in_one_line(option, value, was, now, loopctl
     loopctl("--epochs", 1, "--out", "a")
     before = contents(tmp_path)
     out, errors = loopctl("--resume", "a", "--epochs", 2, option, value, status=2)
-    assert errors == f"error: resume: a/checkpoints/step-00000023.pt is of another run: {was} there and {now} here\n"
+    assert errors == f"error: resume: a/checkpoints/step-00000023.pt is of another run: {was} in the checkpoint and {now} in this run\n"
     assert out == ""
     assert contents(tmp_path) == before
 
@@ -490,7 +491,7 @@ def test_anothers_checkpoint_in_ones_own_folder_is_refused(loopctl, tmp_path):
     shutil.copy("b/checkpoints/step-00000046.pt", "a/checkpoints")
     before = contents(tmp_path)
     _, errors = loopctl("--resume", "a", "--epochs", 3, status=2)
-    assert errors == "error: resume: a/checkpoints/step-00000046.pt is of another run: seed is 1 there and 0 here\n"
+    assert errors == "error: resume: a/checkpoints/step-00000046.pt is of another run: seed is 1 in the checkpoint and 0 in this run\n"
     assert contents(tmp_path) == before
 
 
@@ -499,5 +500,5 @@ def test_a_run_that_lost_its_checkpoints_is_finished(loopctl, tmp_path):
     shutil.rmtree("a/checkpoints")
     before = contents(tmp_path)
     _, errors = loopctl("--resume", "a", "--epochs", 3, status=2)
-    assert errors == "error: --resume a: this run is finished and has no checkpoint to go on from; begin a new one\n"
+    assert errors == "error: --resume a: this run is finished and has no checkpoint to resume from; begin a new one\n"
     assert contents(tmp_path) == before

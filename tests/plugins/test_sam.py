@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import UsageError, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.plugins.sam import Sam
 
 cross_entropy = nn.CrossEntropyLoss()
@@ -92,7 +92,7 @@ def test_clipping_by_value_leaves_the_first_gradient_as_it_is(plain, batches, cl
 
     class Look:
         @hookimpl
-        def grads_ready(self, run):
+        def grads_ready(self, run: Run):
             seen.append([weight.detach().clone() for weight in run.model.parameters()])
 
     plugins = ["clip:value=0.01", Sam(0.1)][::order]

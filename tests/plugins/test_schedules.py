@@ -9,8 +9,9 @@ import torch
 from torch.optim import lr_scheduler
 
 from loopctl import Run, UsageError, fit, hookimpl
-from loopctl.compose import compose
-from loopctl.rates import curve, rates
+from loopctl.composition.compose import compose
+from loopctl.loop import DEFAULTS
+from loopctl.optim.learning_rate import lr_curve, scheduled_rates
 
 BATCHES, EPOCHS = 25, 200
 TOTAL = BATCHES * EPOCHS      # 5,000
@@ -37,13 +38,13 @@ def a_run(*plugins, optimizer=None, batches=BATCHES, epochs=EPOCHS):
     optimizer = optimizer or two_groups()
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    return Run(None, None, optimizer, range(batches), epochs=epochs, hook=compose(map(full, plugins)))
+    return Run(None, None, optimizer, range(batches), epochs=epochs, hook=compose(map(full, plugins), DEFAULTS))
 
 
 @cache
 def ours(*plugins, **options):
     """The rates of two parameter groups at every step."""
-    return [rates for _, rates in curve(a_run(*plugins, **options), points=TOTAL)]
+    return [scheduled_rates for _, scheduled_rates in lr_curve(a_run(*plugins, **options), points=TOTAL)]
 
 
 def theirs(by, factory, look=lambda group: group["lr"], kind=torch.optim.SGD):
@@ -155,7 +156,7 @@ def test_torch_gives_the_same_rates(plugin, by, factory):
 
 
 def test_cosine_rises_again_after_t_max():
-    first = [rates[0] for rates in ours("cosine:t_max=50")][::BATCHES]
+    first = [scheduled_rates[0] for scheduled_rates in ours("cosine:t_max=50")][::BATCHES]
     assert first[50] == pytest.approx(0, abs=1e-17)
     assert first[100] == pytest.approx(0.1)
     assert first[25] == pytest.approx(first[75])
@@ -207,7 +208,7 @@ def test_momentum_is_cycled_as_by_torch(plugin, factory, kind):
         return [group["lr"], *group.get("betas", [group.get("momentum")])]
 
     run, mine = a_run(plugin, optimizer=two_groups(kind)), []
-    for _, now in curve(run, points=TOTAL):
+    for _, now in lr_curve(run, points=TOTAL):
         run.hook.before_step(run=run)
         mine.append([[lr, *look(group)[1:]] for lr, group in zip(now, run.optimizer.param_groups, strict=True)])
     agree(mine, theirs("step", factory, look, kind))
@@ -242,13 +243,13 @@ def test_a_rise_of_one_step_is_no_division_by_zero():
 @pytest.mark.parametrize("plugin", ALL, ids=ident)
 def test_a_schedule_is_a_pure_function_of_the_position(plugin):
     run = a_run(plugin)
-    forward = dict(curve(run, points=TOTAL))
+    forward = dict(lr_curve(run, points=TOTAL))
     order = list(range(0, TOTAL, 7))
     for steps in (order[::-1], random.Random(0).sample(order, len(order))):
         run = a_run(plugin)
-        for run.attempts in steps:
-            run.epoch = run.attempts // BATCHES
-            assert rates(run) == forward[run.attempts]
+        for run.counters.attempts in steps:
+            run.counters.epoch = run.attempts // BATCHES
+            assert scheduled_rates(run) == forward[run.attempts]
 
 
 @pytest.mark.parametrize("plugin", ALL, ids=ident)
@@ -272,12 +273,12 @@ def test_a_skipped_step_does_not_hold_a_schedule_back(net, batches, sgd):
 
     class Skip:
         @hookimpl
-        def optimizer_step(self, run, closure):
+        def optimizer_step(self, run: Run, closure):
             run.skipped = run.attempts % 2 == 0
             return closure()
 
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             seen.append(run.optimizer.param_groups[0]["lr"])
 
     fit(net, torch.nn.CrossEntropyLoss(), sgd, batches, epochs=2, plugins=[full("polynomial:total_iters=100%,by=step"), Skip()])
@@ -330,16 +331,16 @@ def test_functions_come_by_import_path():
 def test_multiplicative_calls_its_function_once_per_position():
     asked = []
     run = a_run(cls("multiplicative")(lambda position: asked.append(position) or 0.5, by="step"))
-    for run.attempts in (0, 1, 2, 9, 10, 4, 10):
-        assert rates(run) == pytest.approx([0.1 * 0.5**run.attempts, 0.03 * 0.5**run.attempts])
+    for run.counters.attempts in (0, 1, 2, 9, 10, 4, 10):
+        assert scheduled_rates(run) == pytest.approx([0.1 * 0.5**run.attempts, 0.03 * 0.5**run.attempts])
     assert asked == list(range(1, 11))
 
 
 def test_the_curve_leaves_the_run_where_it_was():
-    run = Run(None, None, torch.optim.SGD([torch.zeros(1, requires_grad=True)]), range(5), epochs=3, hook=compose(["cosine"]))
+    run = Run(None, None, torch.optim.SGD([torch.zeros(1, requires_grad=True)]), range(5), epochs=3, hook=compose(["cosine"], DEFAULTS))
     run.optimizer.param_groups[0]["initial_lr"] = 0.1
-    run.epoch, run.attempts, run.seen = 1, 6, 6
-    assert [step for step, _ in curve(run)] == list(range(15))
+    run.counters.epoch, run.counters.attempts, run.counters.seen = 1, 6, 6
+    assert [step for step, _ in lr_curve(run)] == list(range(15))
     assert (run.epoch, run.attempts, run.seen) == (1, 6, 6)
     run.epochs = 3000
-    assert len(list(curve(run, points=100))) <= 102
+    assert len(list(lr_curve(run, points=100))) <= 102

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from loopctl import UsageError, checkpoint, fit, hookimpl
-from loopctl.files import Summed
+from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.checkpoint.atomic_files import ChecksumWriter
+from loopctl.checkpoint.state import find_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no such signals")
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
@@ -71,37 +72,37 @@ class Send:
             send(self.number)
 
     @hookimpl(tryfirst=True)
-    def epoch_start(self, run):
+    def epoch_start(self, run: Run):
         self.run = run
         self.at("epoch_start", run)
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run):
         self.at("before_step", run)
 
     @hookimpl(wrapper=True)
-    def compute_loss(self, run):
+    def compute_loss(self, run: Run):
         self.at("compute_loss" if torch.is_grad_enabled() else "evaluate", run)
         return (yield)
 
     @hookimpl
-    def grads_ready(self, run):
+    def grads_ready(self, run: Run):
         self.at("grads_ready", run)
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         self.at("after_step", run)
 
     @hookimpl
-    def safe_point(self, run):
+    def safe_point(self, run: Run):
         self.at("safe_point", run)
 
     @hookimpl
-    def after_evaluate(self, run):
+    def after_evaluate(self, run: Run):
         self.at("after_evaluate", run)
 
     @hookimpl
-    def epoch_end(self, run):
+    def epoch_end(self, run: Run):
         self.at("epoch_end", run)
 
     def read(self):
@@ -128,10 +129,10 @@ def test_it_saves_at_the_next_safe_point_and_goes_on_with_the_same_bits(number, 
     with pytest.raises(SystemExit) as end:
         run(tmp_path, sender, read=sender.read)
     assert end.value.code == 128 + number
-    file, saved = checkpoint.find(tmp_path)
-    assert saved["position"]["step"] == MOMENTS[moment]
+    file, saved = find_checkpoint(tmp_path)
+    assert saved["counters"]["step"] == MOMENTS[moment]
     (line,) = caplog.messages
-    assert re.fullmatch(rf"checkpoint: left on {number.name} after {MOMENTS[moment]} updates, in epoch [23]; resuming goes on from {re.escape(str(file))}", line)
+    assert re.fullmatch(rf"checkpoint: left on {number.name} after {MOMENTS[moment]} updates, in epoch [23]; resume continues from {re.escape(str(file))}", line)
     assert signal.getsignal(number) == signal.SIG_DFL
     resumed = run(tmp_path, Send(0, ""), resume=tmp_path)
     same(resumed.model, whole.model)
@@ -151,7 +152,7 @@ def test_a_second_one_ends_it_at_once(moment, second, tmp_path, caplog):
     with pytest.raises(SystemExit) as end:
         run(tmp_path, sender, hurry, read=read)
     assert end.value.code == 128 + second
-    assert checkpoint.find(tmp_path)[1]["position"]["step"] == 7           # which was there before
+    assert find_checkpoint(tmp_path)[1]["counters"]["step"] == 7           # which was there before
     assert not caplog.messages
     assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
 
@@ -160,7 +161,7 @@ def test_a_second_one_ends_it_at_once(moment, second, tmp_path, caplog):
 @pytest.mark.parametrize("kind", ["a second signal", "ctrl-c"])
 def test_what_ends_it_while_it_saves_leaves_nothing_half_written(kind, write, tmp_path, monkeypatch, caplog, same, whole):
     """Torch calls back into Python while it writes, and has an error of its own where that does not return."""
-    writes, written = [], Summed.write
+    writes, written = [], ChecksumWriter.write
 
     def interrupted(self, data):
         writes.append(len(data))
@@ -172,9 +173,9 @@ def test_what_ends_it_while_it_saves_leaves_nothing_half_written(kind, write, tm
 
     class Patch:
         @hookimpl
-        def safe_point(self, run):
+        def safe_point(self, run: Run):
             if run.attempts == 8:
-                monkeypatch.setattr(Summed, "write", interrupted)
+                monkeypatch.setattr(ChecksumWriter, "write", interrupted)
 
     with pytest.raises(SystemExit if kind == "a second signal" else KeyboardInterrupt) as end:
         run(tmp_path, plugins=[Patch(), Send(signal.SIGTERM, "before_step"), "checkpoint"])
@@ -203,7 +204,7 @@ def test_one_that_comes_at_the_end_changes_nothing(moment, whole, tmp_path, same
     same(done.model, whole.model)
     assert repr(done.history) == repr(whole.history)
     assert not caplog.messages
-    assert checkpoint.find(tmp_path)[1]["position"]["epoch"] == 3
+    assert find_checkpoint(tmp_path)[1]["counters"]["epoch"] == 3
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -212,7 +213,7 @@ def test_in_another_thread_it_works_and_installs_nothing(tmp_path, whole, same):
 
     class Look:
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             seen.append([signal.getsignal(number) for number in SIGNALS])
 
     torch.manual_seed(1)
@@ -221,7 +222,7 @@ def test_in_another_thread_it_works_and_installs_nothing(tmp_path, whole, same):
     thread.join()
     same(done[0].model, whole.model)
     assert seen == [[signal.SIG_DFL] * 2] * 15
-    assert checkpoint.find(tmp_path)[1]["position"]["step"] == 15
+    assert find_checkpoint(tmp_path)[1]["counters"]["step"] == 15
 
 
 class Raise:
@@ -231,12 +232,12 @@ class Raise:
         self.moment = moment
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run):
         if self.moment == "train_start":
             raise UsageError("no")
 
     @hookimpl
-    def grads_ready(self, run):
+    def grads_ready(self, run: Run):
         if self.moment == "grads_ready":
             raise ArithmeticError("no")
         if self.moment == "ctrl-c":
@@ -275,7 +276,7 @@ def test_two_that_save_leave_once(whole, tmp_path, same, caplog):
     assert end.value.code == 128 + signal.SIGTERM
     assert len(caplog.messages) == 1
     assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
-    assert checkpoint.find(tmp_path)[1]["position"]["step"] == 8
+    assert find_checkpoint(tmp_path)[1]["counters"]["step"] == 8
     resumed = run(tmp_path, plugins=[*plugins, Send(0, "")], resume=tmp_path)
     same(resumed.model, whole.model)
 
@@ -283,7 +284,7 @@ def test_two_that_save_leave_once(whole, tmp_path, same, caplog):
 def test_without_a_checkpoint_nothing_is_installed(tmp_path):
     class Look:
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
 
     run(tmp_path, plugins=[Look()], epochs=1)
@@ -508,7 +509,7 @@ def same_end(folder, whole, *names):
 def left(child, number, out):
     """It saved and left, having said so in one line."""
     assert child.end() == 128 + number
-    assert re.fullmatch(rf"checkpoint: left on {number.name} after \d+ updates, in epoch [12]; resuming goes on from "
+    assert re.fullmatch(rf"checkpoint: left on {number.name} after \d+ updates, in epoch [12]; resume continues from "
                         rf"{out}/checkpoints/step-\d+\.pt\n", child.errors())
     assert not list(child.folder.rglob("*.new"))
 
@@ -603,7 +604,7 @@ def test_the_workers_of_a_run_that_nobody_saves_are_as_ever(plugins, expected, t
     """Else nobody could end one that hangs."""
     class Look:
         @hookimpl
-        def compute_loss(self, run, batch):
+        def compute_loss(self, run: Run, batch):
             seen.append(batch[0].tolist())
             run.outputs = batch[0]
             return run.model.weight.sum()

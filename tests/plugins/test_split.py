@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import UsageError, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.plugins.split import Split, cut
 
 cross_entropy = nn.CrossEntropyLoss()
@@ -73,7 +73,7 @@ def test_with_accumulate_lengths_and_schedules_are_those_of_whole_batches(plain,
 
     class Look:
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             seen.append((run.seen, run.epochs_done, run.progress, run.planned_steps, run.optimizer.param_groups[0]["lr"]))
 
     other, plugins = clone(plain.double()), ["accumulate:every=3", "cosine:by=step"]
@@ -154,7 +154,7 @@ def test_a_step_that_somebody_gave_up_has_no_part_in_the_next(plain, batches, sg
             return (yield)
 
         @hookimpl(wrapper=True)
-        def optimizer_step(self, run):
+        def optimizer_step(self, run: Run):
             try:
                 return (yield)
             except ValueError:

@@ -12,10 +12,11 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_swa_multi_avg_fn, up
 from torch.utils.data import DataLoader, TensorDataset
 
 from loopctl import Run, UsageError, fit, hookimpl
-from loopctl.compose import compose
+from loopctl.composition.compose import compose
+from loopctl.loop import DEFAULTS
+from loopctl.optim.learning_rate import lr_curve
 from loopctl.plugins.ema import Ema
 from loopctl.plugins.swa import Swa
-from loopctl.rates import curve
 
 cross_entropy = nn.CrossEntropyLoss()
 adam = partial(torch.optim.Adam, lr=1e-2)
@@ -37,20 +38,20 @@ class Watch:
         return {name: value.clone() for name, value in run.model.state_dict().items()}
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         self.steps.append(self.copy(run))
 
     @hookimpl(wrapper=True)
-    def evaluate(self, run):
+    def evaluate(self, run: Run):
         self.evaluated.append(self.copy(run))
         return (yield)
 
     @hookimpl
-    def after_evaluate(self, run):
+    def after_evaluate(self, run: Run):
         self.judged.append(self.copy(run))
 
     @hookimpl
-    def safe_point(self, run):
+    def safe_point(self, run: Run):
         self.safe.append(self.copy(run))
 
 
@@ -126,8 +127,8 @@ def test_it_replaces_what_other_schedules_say_from_start_on():
         group["initial_lr"] = group["lr"]
 
     def rates(*plugins):
-        run = Run(None, None, optimizer, range(7), epochs=20, hook=compose(plugins))
-        return [rates for _, rates in curve(run)]
+        run = Run(None, None, optimizer, range(7), epochs=20, hook=compose(plugins, DEFAULTS))
+        return [rates for _, rates in lr_curve(run)]
 
     others = ["cosine:by=step", "warmup:length=30"]
     alone, mine = rates(*others), rates(*others, Swa("50%", 0.05, 4))
@@ -149,13 +150,13 @@ def test_training_is_what_it_would_be_without(net, clone, generator):
 
     class Draws:
         @hookimpl
-        def compute_loss(self, run, batch):
+        def compute_loss(self, run: Run, batch):
             seen.append((random.random(), np.random.rand(), batch[1].tolist()) if run.model.training and torch.is_grad_enabled() else 0)
             run.outputs = run.network(batch[0])
             return cross_entropy(run.outputs, batch[1])
 
         @hookimpl
-        def after_step(self, run):
+        def after_step(self, run: Run):
             seen.append(run.outputs.sum().item())       # still the step's own
 
     traces = []
@@ -184,7 +185,7 @@ def test_batchnorm_collects_over_all_data_and_keeps_its_momentum(net, batches, s
 def test_frozen_batchnorm_keeps_its_statistics(net, batches, sgd):
     class Freeze:
         @hookimpl
-        def epoch_start(self, run):
+        def epoch_start(self, run: Run):
             run.model[1].eval()
 
     net[1].running_mean.fill_(0.5)
@@ -209,7 +210,7 @@ def test_a_model_without_batchnorm_reads_the_data_once(plain, batches, sgd):
 def test_weights_come_back_after_an_error(net, batches, valid, sgd):
     class Fails:
         @hookimpl(wrapper=True)
-        def compute_loss(self, run):
+        def compute_loss(self, run: Run):
             if run.epoch == 3 and not torch.is_grad_enabled():
                 raise KeyboardInterrupt
             return (yield)
@@ -255,7 +256,7 @@ def test_a_run_that_went_on_equals_one_that_never_ended(net, clone, same, tmp_pa
 
     class CutOff:
         @hookimpl
-        def safe_point(self, run):
+        def safe_point(self, run: Run):
             if run.epoch == ends:
                 raise KeyboardInterrupt
 
@@ -279,7 +280,7 @@ def test_start(plain, batches, sgd, start, epochs, count):
 
 def test_a_part_of_the_run_that_is_whole_epochs_is_not_rounded_below_them():
     """29 / 100 * 800 is 231.99999999999997."""
-    assert Swa("29%").first(Run(None, None, None, range(8), epochs=100, hook=compose([]))) == 29
+    assert Swa("29%").first(Run(None, None, None, range(8), epochs=100, hook=compose([], DEFAULTS))) == 29
 
 
 def test_max_steps_and_fewer_batches_than_promised(plain, batches, sgd, clone, same):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import UsageError, fit, hookimpl
-from loopctl.compose import compose
+from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.composition.compose import compose
+from loopctl.metrics.host_copy import HostCopy
 
 pytest.importorskip("tensorboard", reason="needs tensorboard: pip install 'loopctl[tensorboard]'")
 
@@ -39,7 +40,7 @@ class Watch:
         self.losses, self.rates = [], []
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run: Run):
         self.losses.append(run.loss.item())
         self.rates.append([float(group["lr"]) for group in run.optimizer.param_groups])
 
@@ -85,18 +86,18 @@ def test_values_on_another_device_wait_for_the_evaluation(net, batches, sgd, tmp
         seen = []
 
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             run.optimizer.param_groups[0]["lr"].fill_(0.1 / (1 + run.attempts))
 
         @hookimpl
-        def after_step(self, run):
-            plugin.coming.appendleft((run.attempts, "late", torch.empty((), device="meta"), None))
+        def after_step(self, run: Run):
+            plugin.coming.appendleft((run.attempts, "late", HostCopy(torch.empty((), device="meta"))))
             Late.seen.append([entry[1] for entry in plugin.coming])
 
         @hookimpl(wrapper=True)
-        def evaluate(self, run):
+        def evaluate(self, run: Run):
             for entry in [*plugin.coming]:
-                if entry[2].is_meta:
+                if entry[2].value.is_meta:
                     plugin.coming.remove(entry)
             return (yield)
 
@@ -143,7 +144,7 @@ class Kill:
         self.at = at
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run):
         if run.attempts == self.at:
             raise KeyboardInterrupt
 
@@ -172,7 +173,7 @@ def test_what_a_checkpoint_counts_as_done_is_on_disk(net, batches, sgd, tmp_path
         found = []
 
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             if run.attempts == 7:
                 self.found += [step for step, _ in points(tmp_path / "tensorboard", "step_loss")]
 
@@ -194,7 +195,7 @@ def test_after_an_accident_the_files_are_closed(net, batches, sgd, tmp_path):
 
     class Fail:
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             if run.attempts == 3:
                 closed.extend(writer.file_writer.event_writer._async_writer for writer in plugin.writers.values())
                 raise RuntimeError("an accident")
@@ -208,7 +209,7 @@ def test_after_an_accident_the_files_are_closed(net, batches, sgd, tmp_path):
 def test_metrics_that_are_no_numbers_are_left_out(net, batches, sgd, tmp_path):
     class Odd:
         @hookimpl(wrapper=True)
-        def evaluate(self, run):
+        def evaluate(self, run: Run):
             return (yield) | {"confusion": [[1, 2], [3, 4]], "hope": math.nan}
 
     fit(net, cross_entropy, sgd, batches, plugins=["tensorboard", Odd()], out=tmp_path)
@@ -219,7 +220,7 @@ def test_metrics_that_are_no_numbers_are_left_out(net, batches, sgd, tmp_path):
 def test_a_disk_that_refuses_stops_nothing(net, batches, sgd, tmp_path, caplog):
     class Full:
         @hookimpl
-        def before_step(self, run):
+        def before_step(self, run: Run):
             if run.attempts == 2:
                 def refuse(*arguments):
                     raise OSError(28, "No space left on device")
@@ -255,7 +256,7 @@ def test_it_does_not_mix_runs(net, batches, sgd, tmp_path):
     fit(net, cross_entropy, sgd, batches, plugins=["tensorboard"], out=tmp_path)
     before = {file: file.read_bytes() for file in tmp_path.rglob("events*")}
     folder = tmp_path / "tensorboard"
-    refused(f"tensorboard: {folder} has another run's events; move it, or say another dir", ["tensorboard"], net, batches, sgd, tmp_path)
+    refused(f"tensorboard: {folder} exists and is not overwritten; move it, or choose another dir", ["tensorboard"], net, batches, sgd, tmp_path)
     assert {file: file.read_bytes() for file in tmp_path.rglob("events*")} == before
-    refused("tensorboard: tensorboard.2 writes to dir=x too; say another dir in one of them",
+    refused("tensorboard: tensorboard.2 writes to dir=x too; choose another dir in one of them",
             ["tensorboard:dir=x", "tensorboard:dir=x,every_steps=1"], net, batches, sgd, tmp_path)

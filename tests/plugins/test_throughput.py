@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from loopctl import UsageError, fit, hookimpl
-from loopctl.compose import compose
+from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.composition.compose import compose
 from loopctl.plugins import throughput
 from loopctl.plugins.throughput import Throughput, compiled, memory, peak_of
 
@@ -51,8 +51,8 @@ class Work:
         self.clock.time += 3
 
     @hookimpl
-    def safe_point(self, run):
-        self.clock.time += 5 if run.batch else 1000
+    def safe_point(self, run: Run):
+        self.clock.time += 5 if run.seen_in_epoch else 1000
 
     @hookimpl(wrapper=True)
     def evaluate(self):
@@ -179,7 +179,7 @@ def test_others_know_the_metrics_before_there_are_any(plain, batches, sgd):
 def compiled_model():
     class Compiled:
         @hookimpl
-        def wrap_model(self, run):
+        def wrap_model(self, run: Run):
             def network(input):
                 return run.model(input)
             network._orig_mod = run.model
@@ -192,7 +192,7 @@ def test_a_compiled_model_is_not_counted(plain, batches, sgd, caplog, monkeypatc
     run = fit(plain, cross_entropy, sgd, batches, plugins=["throughput:peak=1", compiled_model()])
     assert math.isnan(run.metrics["mfu"])
     assert caplog.messages == ["throughput: mfu is left out, as a count would run a step of the compiled model "
-                               "uncompiled; say flops=... of one sample"]
+                               "uncompiled; pass flops=... of one sample"]
     run = fit(plain, cross_entropy, sgd, batches, plugins=["throughput:peak=1,flops=1", compiled_model()])
     assert run.metrics["mfu"] > 0
     assert len(caplog.messages) == 1
@@ -217,12 +217,12 @@ class Fail:
         self.when = when
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run):
         if self.when(run):
             raise RuntimeError("an accident")
 
     @hookimpl(wrapper=True)
-    def evaluate(self, run):
+    def evaluate(self, run: Run):
         if self.when(run):
             raise RuntimeError("an accident")
         return (yield)

@@ -7,14 +7,15 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from loopctl import UsageError, fit, hookimpl
-from loopctl.compose import compose
-from loopctl.options import options, parse_options
+from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.composition.compose import compose
+from loopctl.composition.options import parse_options, plugin_options
+from loopctl.loop import DEFAULTS
+from loopctl.optim.learning_rate import scheduled_rates
 from loopctl.plugins.checkpoint import Checkpoint
 from loopctl.plugins.clip import Clip
 from loopctl.plugins.cosine import Cosine
 from loopctl.plugins.torch_scheduler import TorchScheduler
-from loopctl.rates import rates
 
 EPOCHS, BATCHES = 6, 8
 TOTAL = EPOCHS * BATCHES
@@ -27,7 +28,7 @@ class Lrs:
         self.seen, self.momentum = [], []
 
     @hookimpl
-    def before_step(self, run):
+    def before_step(self, run: Run):
         self.seen.append([group["lr"] for group in run.optimizer.param_groups])
         self.momentum.append([group["momentum"] for group in run.optimizer.param_groups])
 
@@ -58,10 +59,10 @@ def two_groups(net):
     return torch.optim.SGD([{"params": net[0].parameters(), "lr": 0.1}, {"params": [*net[1:].parameters()], "lr": 0.03}], momentum=0.9)
 
 
-def by_hand(net, by, cls, **options):
+def by_hand(net, by, cls, **plugin_options):
     """The loop that one writes without loopctl; only the rates are of interest."""
     optimizer = two_groups(net)
-    schedule, seen = cls(optimizer, **options), []
+    schedule, seen = cls(optimizer, **plugin_options), []
     for _ in range(EPOCHS):
         for _ in range(BATCHES):
             seen.append([group["lr"] for group in optimizer.param_groups])
@@ -127,20 +128,20 @@ def test_its_state_is_restored_and_not_computed_again(net, batches, sgd):
 
     first, second = TorchScheduler(Drawn), TorchScheduler(Drawn)
     run = fit(net, nn.CrossEntropyLoss(), sgd, batches, epochs=3, plugins=[first])
-    expected = rates(run)
+    expected = scheduled_rates(run)
     state = first.state_dict()
-    run.hook = compose([second])
+    run.hook = compose([second], DEFAULTS)
     run.hook.train_start(run=run)
     second.load_state_dict(state)
-    assert rates(run) == expected
+    assert scheduled_rates(run) == expected
 
 
 def test_it_catches_up_and_can_look_back(net, batches, sgd):
     plugin = TorchScheduler(Shaken, by="step")
     run = fit(net, nn.CrossEntropyLoss(), sgd, batches, plugins=[plugin])
     seen = {}
-    for run.attempts in (0, 5, 17, 3, 17, 5, 0):
-        assert rates(run) == seen.setdefault(run.attempts, rates(run))
+    for run.counters.attempts in (0, 5, 17, 3, 17, 5, 0):
+        assert scheduled_rates(run) == seen.setdefault(run.attempts, scheduled_rates(run))
     assert len(set(map(tuple, seen.values()))) == 4
 
 
@@ -159,7 +160,7 @@ def test_a_class_that_cycles_momentum_runs_with_any_optimizer(net, batches, kind
 
 def test_the_command_line_collects_the_options_of_the_class():
     text = "cls=torch.optim.lr_scheduler:MultiStepLR,milestones=2,5,by=step,gamma=0.5"
-    plugin = TorchScheduler(**parse_options("torch_scheduler", text, options(TorchScheduler)))
+    plugin = TorchScheduler(**parse_options("torch_scheduler", text, plugin_options(TorchScheduler)))
     assert (plugin.cls, plugin.options, plugin.by) == (lr_scheduler.MultiStepLR, {"milestones": (2, 5), "gamma": 0.5}, "step")
 
 

@@ -1,10 +1,12 @@
 """Lookahead."""
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from loopctl import fill, hookimpl, swapped
+from loopctl import Run, hookimpl
+from loopctl.model.weight_averages import copy_weights, swapped_weights
 
 
 @dataclass(eq=False)
@@ -29,14 +31,14 @@ class Lookahead:
         self.slow: dict[str, Any] = {}
 
     @hookimpl
-    def train_start(self, run):
+    def train_start(self, run: Run) -> None:
         trained = {id(weight) for group in run.optimizer.param_groups for weight in group["params"]}
         self.fast = {name: weight.detach() for name, weight in run.model.named_parameters() if id(weight) in trained}
         self.slow = {name: weight.clone() for name, weight in self.fast.items()}
 
     # Before others look at the weights that the step has led to.
     @hookimpl(tryfirst=True)
-    def after_step(self, run):
+    def after_step(self, run: Run) -> None:
         if not run.skipped and run.step % self.k == 0:
             fast, slow = list(self.fast.values()), list(self.slow.values())
             torch._foreach_lerp_(slow, fast, self.alpha)
@@ -44,18 +46,18 @@ class Lookahead:
 
     # Around all others, wherever it stands in the composition: the average that another one puts in is what counts.
     @hookimpl(wrapper=True, tryfirst=True)
-    def evaluate(self, run):
-        with swapped(run.model, self.slow):
+    def evaluate(self, run: Run) -> Generator[None, dict[str, Any], dict[str, Any]]:
+        with swapped_weights(run.model, self.slow):
             return (yield)
 
     @hookimpl(wrapper=True, tryfirst=True)
-    def after_evaluate(self, run):
-        with swapped(run.model, self.slow):
+    def after_evaluate(self, run: Run) -> Generator[None, None, None]:
+        with swapped_weights(run.model, self.slow):
             return (yield)
 
     @hookimpl(wrapper=True, tryfirst=True)
-    def train_end(self, run):
-        fill(run.model, self.slow)
+    def train_end(self, run: Run) -> Generator[None, None, None]:
+        copy_weights(run.model, self.slow)
         return (yield)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import UsageError, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.testing import plugin_checks
 from loopctl_lookahead import Lookahead
 
@@ -105,7 +105,7 @@ def test_all_the_way_is_the_optimizer_alone(net, batches):
 
 class Judge:
     @hookimpl
-    def after_evaluate(self, run):
+    def after_evaluate(self, run: Run) -> None:
         self.seen = copy.deepcopy(run.model)
 
 
@@ -128,13 +128,13 @@ class Cut(Exception):
 
 
 class Fail:
-    looks_on = True
+    observer_only = True
 
     def __init__(self, attempts):
         self.attempts = attempts
 
     @hookimpl
-    def safe_point(self, run):
+    def safe_point(self, run: Run) -> None:
         if run.attempts == self.attempts:
             raise Cut
 
@@ -242,7 +242,7 @@ class Watch:
         self.seen = []
 
     @hookimpl
-    def safe_point(self, run):
+    def safe_point(self, run: Run) -> None:
         self.seen.append(copy.deepcopy(run.model))
 
 

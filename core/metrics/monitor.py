@@ -1,0 +1,65 @@
+"""Judge a metric: is it better than the best so far?"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isnan
+from typing import TYPE_CHECKING, Any
+
+from loopctl.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from loopctl.run import Run
+
+SMALLER = ("loss", "error", "err", "mse", "mae", "rmse", "perplexity", "ppl", "norm")
+LARGER = ("accuracy", "acc", "auc", "auroc", "f1", "precision", "recall", "iou", "dice", "map", "bleu", "psnr", "r2")
+
+
+def direction(metric: str) -> str:
+    """Which way a metric is better, from its name: min, max, or "" where that does not tell."""
+    kind = metric.lower().replace("-", "_").rpartition("_")[2]
+    return "max" if kind in LARGER else "min" if kind in SMALLER else ""
+
+
+@dataclass(eq=False)
+class Monitor:
+    """The best value of a metric so far.
+
+    metric: a name in `run.metrics`; empty is val_loss, or train_loss where nothing is evaluated.
+    mode: min, max, or auto, which knows losses and errors from accuracies by name and asks where it does not.
+    min_delta: what a value must be better by.
+    """
+
+    metric: str = ""
+    mode: str = "auto"
+    min_delta: float = 0.0
+    best: float | None = None
+
+    def start(self, run: Run) -> None:
+        """Raise UsageError where the run will not have the metric. Call it in `train_start`."""
+        self.metric = self.metric or ("val_loss" if "val_loss" in run.metrics else "train_loss")
+        if self.metric not in run.metrics:
+            has = nearest(self.metric, run.metrics, "it has")
+            raise UsageError(f"monitor={self.metric}: the run has no such metric; {has}")
+        if self.mode == "auto":
+            mode = direction(self.metric)
+            if not mode:
+                raise UsageError(f"monitor={self.metric}: which way is better is unclear; add mode=min or mode=max")
+            self.mode = mode
+
+    def improved(self, run: Run) -> bool:
+        """Whether the metric is better than the best so far; if so, it is the best now. NaN is never better."""
+        value = run.metrics[self.metric]
+        gain = 0 if self.best is None else self.best - value if self.mode == "min" else value - self.best
+        if isnan(value) or (self.best is not None and not gain > self.min_delta):
+            return False
+        self.best = value
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metric": self.metric, "mode": self.mode, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if (was := (state["metric"], state["mode"])) != (now := (self.metric, self.mode)):
+            raise UsageError("monitor={}, mode={} in the checkpoint and monitor={}, mode={} in this run: their best "
+                             "values cannot be compared".format(*was, *now))
+        self.best = state["best"]

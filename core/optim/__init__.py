@@ -1,0 +1,1 @@
+"""Optimizer steps, learning rates and the durations of schedules."""

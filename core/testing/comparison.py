@@ -1,0 +1,63 @@
+"""What two runs have come to, or two moments of a class, and where they differ."""
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loopctl.errors import one_line
+from loopctl.optim.fast_step import without_dynamo_wrappers
+from loopctl.run import Run
+
+
+def run_result(run: Run, measured: Collection[str]) -> dict[str, Any]:
+    """What a run has come to, but for the metrics in `measured`, which no two runs share."""
+    history = [{name: value for name, value in row.items() if name not in measured} for row in run.history]
+    with without_dynamo_wrappers():
+        optimizer = run.optimizer.state_dict()
+    return {"history": history, "stop": run.stop, "model": run.model.state_dict(), "optimizer": optimizer}
+
+
+def first_difference(one: Any, other: Any, where: str = "") -> str:
+    """Where two nestings differ first, in words; empty if they are the same to the last bit."""
+    items: Any = ()
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        if odd := [*map(str, one.keys() ^ other.keys())]:
+            return f"{where or 'one'} has {min(odd)} once and not the other time"
+        items = [(f"{where}[{key!r}]" if where else str(key), one[key], other[key]) for key in one]
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            return f"{where} has {len(one)} items and {len(other)}"
+        items = [(f"{where}[{index}]", *both) for index, both in enumerate(zip(one, other, strict=True))]
+    elif isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape == other.shape and one.dtype == other.dtype and bool(((one == other) | (one != one)).all()):
+            return ""
+        return f"{where} has other values"
+    elif type(one) is type(other) and (one == other or (isinstance(one, float) and isnan(one) and isnan(other))):
+        return ""
+    else:
+        return f"{where} is {one_line(one)[:60]} and {one_line(other)[:60]}"
+    return next((what for path, a, b in items if (what := first_difference(a, b, path))), "")
+
+
+def class_data(cls: type) -> dict[str, Any]:
+    """The plain data that instances of a class have in common: on the class and in its module."""
+    kinds = [kind for kind in cls.__mro__ if kind.__module__.partition(".")[0] not in ("builtins", "torch", "typing")]
+    places: dict[str, Any] = {kind.__qualname__: vars(kind) for kind in kinds}
+    places[cls.__module__] = getattr(sys.modules.get(cls.__module__), "__dict__", {})
+    return {f"{place}.{name}": deepcopy(value) for place, found in places.items() for name, value in found.items()
+            if not name.startswith("__") and is_data(value)}
+
+
+def is_data(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(is_data, value.values()))
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return all(map(is_data, value))
+    return value is None or isinstance(value, bool | int | float | complex | str | bytes | Path | Tensor)

@@ -1,0 +1,40 @@
+"""Weighted means."""
+import pytest
+import torch
+
+from loopctl import UsageError
+from loopctl.metrics.meters import Mean, Meters
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 1000])
+@pytest.mark.parametrize("kind", ["numbers", "tensors", "tensor weights"])
+def test_a_weighted_mean(count, kind):
+    generator = torch.Generator().manual_seed(0)
+    values, weights = torch.rand(count, generator=generator), torch.randint(1, 9, (count,), generator=generator)
+    mean = Mean()
+    for value, weight in zip(values, weights, strict=True):
+        mean.add(value.item() if kind == "numbers" else value, weight if kind == "tensor weights" else weight.item())
+    expected = (values.double() * weights).sum() / weights.sum()
+    assert mean.result().item() == pytest.approx(expected.item(), rel=1e-12)      # summed in another order
+    assert mean.result().item() == mean.result().item()
+    assert len(mean.values) < 256
+
+
+def test_half_precision_losses_are_summed_in_double():
+    mean = Mean()
+    for _ in range(1000):
+        mean.add(torch.tensor(0.1, dtype=torch.bfloat16), 1)
+    assert mean.result().item() == torch.tensor(0.1, dtype=torch.bfloat16).item()
+
+
+def test_metrics_need_pairs():
+    meters = Meters({"m": lambda output, target: 1.0}, "train_")
+    with pytest.raises(UsageError, match="metrics take"):
+        meters.observe(None, {"x": 1}, 1)
+
+
+def test_a_metric_may_return_a_number():
+    meters = Meters({"m": lambda output, target: 0.25}, "val_")
+    meters.loss.add(1.0, 2)
+    meters.observe(None, (None, None), 2)
+    assert {name: value.item() for name, value in meters.result().items()} == {"val_loss": 1.0, "val_m": 0.25}
