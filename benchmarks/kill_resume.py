@@ -1,11 +1,11 @@
-"""Kill `loopctl run` again and again, go on each time, and compare with a run that nobody disturbed.
+"""Kill `loopctl run` many times, resume it each time, and compare the result with an uninterrupted run.
 
-    python benchmarks/kill_resume.py                    50 kills of one composition, then 3 of each plugin
+    python benchmarks/kill_resume.py                    50 kills of one combination of plugins, then 3 of each plugin
     python benchmarks/kill_resume.py --kills 5 --only amp,swa
 
-The killed process is given no warning (SIGKILL, its loader's workers too), at a random moment: most of the time while
-it trains, sometimes while it starts. In the end the weights, metrics.csv and everything in the last checkpoint,
-optimizer state and random numbers included, must be equal to the last bit. Exits with 1 where they are not.
+The process and its loader workers are killed with SIGKILL at a random moment: usually during training, sometimes while
+it starts. At the end the weights, metrics.csv and the whole last checkpoint, with the optimizer state and the states of
+the random-number generators, must be bitwise equal. Exits with status 1 where they are not.
 """
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ import torch
 
 from loopctl import available
 from loopctl.checkpoint.state import find_candidates, find_checkpoint
+from loopctl.testing import checks
 
-# Real images whose every reading draws random numbers of Python, NumPy and torch: wherever one of them stands wrongly
-# after a resume, the pictures differ.
+# Real images with noise from the random numbers of Python, NumPy and torch: if the state of one of these generators is
+# wrong after a resume, the images differ.
 DATA = """
 import random
 import numpy as np
@@ -49,17 +50,15 @@ def digits():
 RUN = ["--data", "noisy.py:digits", "--model", "cnn:width=8,dropout=0.2", "--workers", "2", "--eval-every", "9",
        "--lr", "0.002"]
 FEATURED = ["amp", "accumulate:every=2", "clip:max_norm=1", "warmup:length=1ep", "cosine", "ema:decay=0.99"]
-# What a plugin needs to be told, or does something with in a short run; the rest act by themselves.
-EXAMPLES = {
-    "amp": "dtype=float16,growth_interval=7", "compile": "backend=eager", "cosine_restarts": "t_0=1",
-    "cyclic": "base_lr=0.001,max_lr=0.01,cycle_momentum=false",
-    "early_stopping": "patience=30,restore_best=true", "exponential": "gamma=0.9", "freeze": "patterns=0,until=50st",
-    "lambda": "lr_lambda=math:exp", "layerwise_lr": "decay=0.5,no_decay=true", "multiplicative": "lr_lambda=math:cos",
-    "multistep": "milestones=1,2", "nan_guard": "action=skip", "onecycle": "max_lr=0.01", "plateau": "patience=0",
-    "step": "step_size=1", "swa": "start=1", "torch_scheduler": "cls=torch.optim.lr_scheduler:ExponentialLR,gamma=0.9",
-    "trapezoidal": "max_lr=0.01,step_size=25%", "warmup": "length=50%",
+# Options that a plugin requires, or with which it does something in a short run.
+EXAMPLES = checks.EXAMPLES | {
+    "amp": "dtype=float16,growth_interval=7", "cyclic": "base_lr=0.001,max_lr=0.01,cycle_momentum=false",
+    "early_stopping": "patience=30,restore_best=true", "freeze": "patterns=0,until=50st",
+    "layerwise_lr": "decay=0.5,no_decay=true", "multistep": "milestones=1,2", "nan_guard": "action=skip",
+    "onecycle": "max_lr=0.01", "plateau": "patience=0", "swa": "start=1", "trapezoidal": "max_lr=0.01,step_size=25%",
+    "warmup": "length=50%",
 }
-# One needs a GPU; what the other measures is time, which is never the same.
+# cudagraph needs a GPU. throughput reports measured times, which differ between any two runs.
 LEFT_OUT = {"cudagraph", "throughput"}
 
 
@@ -69,26 +68,29 @@ def command(plugins: list[str], epochs: int, *more: str) -> list[str]:
     return [sys.executable, "-m", "loopctl", "run", *RUN, "--epochs", str(epochs), *chosen, *more]
 
 
-def survive(plugins: list[str], epochs: int, kills: int, place: Path, draw: random.Random) -> tuple[int, float]:
-    """Run undisturbed and killed; raise AssertionError where they differ. Returns the kills and the slowdown."""
-    began = time.monotonic()
-    whole = start(command(plugins, epochs, "--out", "whole"), place)
-    wait(whole, place / "whole", [])
+def survive(plugins: list[str], epochs: int, kills: int, folder: Path, draw: random.Random) -> tuple[int, float]:
+    """Run once uninterrupted and once with kills; raise AssertionError where the two differ.
+
+    Returns the number of kills, and the time of the killed run over that of the uninterrupted one.
+    """
+    started = time.monotonic()
+    whole = start(command(plugins, epochs, "--out", "whole"), folder)
+    wait(whole, folder / "whole", [])
     training = time.monotonic()
     _, errors = whole.communicate()
     assert whole.returncode == 0, errors
-    undisturbed, training, killed = time.monotonic() - began, time.monotonic() - training, 0
-    began = time.monotonic()
+    uninterrupted, training, killed = time.monotonic() - started, time.monotonic() - training, 0
+    started = time.monotonic()
     while True:
-        begun = (place / "killed" / "run.toml").exists()
-        how = ["--resume", "killed"] if begun else ["--out", "killed"]
-        before = find_candidates(place / "killed")[:1]
-        process = start(command(plugins, epochs, *how), place)
+        resumable = (folder / "killed" / "run.toml").exists()
+        options = ["--resume", "killed"] if resumable else ["--out", "killed"]
+        before = find_candidates(folder / "killed")[:1]
+        process = start(command(plugins, epochs, *options), folder)
         if killed < kills:
             if draw.random() < 0.1:
                 time.sleep(draw.uniform(0, 4))           # while it starts
             else:
-                wait(process, place / "killed", before)
+                wait(process, folder / "killed", before)
                 time.sleep(draw.uniform(0, 0.8 * training / kills))
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -97,36 +99,37 @@ def survive(plugins: list[str], epochs: int, kills: int, place: Path, draw: rand
                 continue
         _, errors = process.communicate()
         if killed and process.returncode == 2 and "this run is finished" in errors:
-            break                                        # it was killed after its last line of work
+            break                                        # the last kill came when training was complete
         assert process.returncode == 0, errors
         break
-    compare(place)
-    return killed, (time.monotonic() - began) / undisturbed
+    compare(folder)
+    return killed, (time.monotonic() - started) / uninterrupted
 
 
-def start(words: list[str], place: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(words, cwd=place, start_new_session=True, text=True, stdout=subprocess.DEVNULL,
+def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(arguments, cwd=folder, start_new_session=True, text=True, stdout=subprocess.DEVNULL,
                             stderr=subprocess.PIPE)
 
 
 def wait(process: subprocess.Popen[str], run: Path, before: list[Path]) -> None:
-    """Wait until the run has a checkpoint that it did not have before, or the process has ended."""
+    """Wait until the run has a newer checkpoint than `before`, or the process has ended."""
     while process.poll() is None and find_candidates(run)[:1] == before:
         time.sleep(0.01)
 
 
-def compare(place: Path) -> None:
+def compare(folder: Path) -> None:
+    """Raise AssertionError where the killed run's results differ from those of the uninterrupted one."""
     for name in ("metrics.csv", "weights.safetensors"):
-        one, other = ((place / run / name).read_bytes() for run in ("whole", "killed"))
+        one, other = ((folder / run / name).read_bytes() for run in ("whole", "killed"))
         assert one == other, f"{name} differs"
-    one, other = (find_checkpoint(place / run) for run in ("whole", "killed"))
+    one, other = (find_checkpoint(folder / run) for run in ("whole", "killed"))
     assert one[0].name == other[0].name
     for key, value in one[1].items():
         assert equal(value, other[1][key]), f"{key} differs in the last checkpoints"
 
 
 def equal(one: object, other: object) -> bool:
-    """Whether two nestings have the same values, to the last bit."""
+    """Return whether two nested structures have bitwise equal values."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
     if isinstance(one, dict):
@@ -138,27 +141,27 @@ def equal(one: object, other: object) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=50, help="of the composition")
-    parser.add_argument("--epochs", type=int, default=60, help="of the composition")
+    parser.add_argument("--kills", type=int, default=50, help="of the combination of plugins")
+    parser.add_argument("--epochs", type=int, default=60, help="of the combination of plugins")
     parser.add_argument("--each", type=int, default=3, help="kills of each plugin alone")
-    parser.add_argument("--only", help="these plugins, separated by commas; none: the composition alone")
+    parser.add_argument("--only", help="these plugins, separated by commas; none: only the combination of plugins")
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    draw, failed = random.Random(asked.seed), 0
-    only = [name for name in available() if name not in LEFT_OUT] if asked.only is None else asked.only.split(",")
-    programs = [(FEATURED, asked.epochs, asked.kills)] * bool(asked.kills)
-    programs += [([f"{name}:{EXAMPLES[name]}" if name in EXAMPLES else name], 4, asked.each)
+    args = parser.parse_args()
+    draw, failed = random.Random(args.seed), 0
+    only = [name for name in available() if name not in LEFT_OUT] if args.only is None else args.only.split(",")
+    programs = [(FEATURED, args.epochs, args.kills)] * bool(args.kills)
+    programs += [([f"{name}:{EXAMPLES[name]}" if name in EXAMPLES else name], 4, args.each)
                  for name in only if name != "none"]
     for plugins, epochs, kills in programs:
         with TemporaryDirectory() as folder:
             (Path(folder) / "noisy.py").write_text(DATA)
             try:
                 killed, slower = survive(plugins, epochs, kills, Path(folder), draw)
-                said = f"equal after {killed} kills, in {slower:.1f} times the undisturbed run's time"
+                result = f"equal after {killed} kills, in {slower:.1f} times the uninterrupted run's time"
             except AssertionError as error:
                 failed += 1
-                said = f"FAILED: {error}"
-        print(f"{', '.join(plugins)}: {said}", flush=True)
+                result = f"FAILED: {error}"
+        print(f"{', '.join(plugins)}: {result}", flush=True)
     sys.exit(1 if failed else 0)
 
 

@@ -1,11 +1,11 @@
-"""What a step costs in several processes, by hand and in loopctl, and what fsdp saves of the memory that ddp takes.
+"""Time per step of data-parallel training, written by hand and in loopctl, and the memory of fsdp compared with ddp.
 
     python benchmarks/processes.py [rounds]
 
-It starts its processes itself: two, each with a GPU of its own where there are two, else both on the CPU with a thread
-each. The loop by hand is DistributedDataParallel as its manual has it, where each process takes every other batch; it
-does not bring the losses together. Where there are several GPUs, a last table is of images per second on 1, 2, 4 ...
-Prints tables of docs/performance.md.
+It starts two processes itself: each with a GPU of its own if there are two, otherwise both on the CPU with one thread
+each. The loop by hand uses DistributedDataParallel as in torch's documentation; each process takes every second batch,
+and the losses are not averaged over the processes. With several GPUs, a last table shows images per second on 1, 2, 4
+... of them. Prints tables of docs/performance.md.
 """
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ from torch.nn.parallel import DistributedDataParallel
 from loopctl import Run, fit, hookimpl
 
 SEVERAL = torch.cuda.device_count() > 1
-AFTER = 2                       # so that every loop comes to ask for the last batch that counts
+AFTER = 2                       # more steps after the timed ones, so that every loop reads the batch that ends them
 
 
 def now() -> float:
-    """Wall clock, since the time of the processor misleads here: waiting for another process may take none, or much."""
+    """Return the wall-clock time. Processor time would mislead: waiting for another process may use none, or much."""
     if SEVERAL:
         torch.cuda.synchronize()
     return perf_counter()
 
 
 class Batches:
-    """The batches of all processes, of which each takes every so many-th, and how long `steps` of its own took."""
+    """Iterates over the batches of all processes. `us`: microseconds per step, of the `steps` after `warmup` steps."""
 
     def __init__(self, pool: list[Any], warmup: int, steps: int) -> None:
-        self.pool, self.warmup, self.steps, self.ranks = pool, warmup, steps, dist.get_world_size()
+        self.pool, self.warmup, self.steps, self.world_size = pool, warmup, steps, dist.get_world_size()
 
     def __len__(self) -> int:
-        return (self.warmup + self.steps + AFTER) * self.ranks
+        return (self.warmup + self.steps + AFTER) * self.world_size
 
     def __iter__(self) -> Iterator[Any]:
         for number in range(len(self)):
-            if number == self.warmup * self.ranks:
-                began = now()
-            elif number == (self.warmup + self.steps) * self.ranks:
-                self.us = 1e6 * (now() - began) / self.steps
+            if number == self.warmup * self.world_size:
+                started = now()
+            elif number == (self.warmup + self.steps) * self.world_size:
+                self.us = 1e6 * (now() - started) / self.steps
             yield self.pool[number % len(self.pool)]
 
 
@@ -87,7 +87,7 @@ def by_hand(make: Make, batches: Batches) -> nn.Module:
 
 
 def accumulated(make: Make, batches: Batches) -> nn.Module:
-    """An update for every two batches, whose gradients meet once."""
+    """Gradient accumulation over two batches, with one reduction of the gradients for both."""
     net, loss_fn = wrapped(make), nn.CrossEntropyLoss()
     optimizer = sgd(net.parameters())
     for number, (input, target) in enumerate(islice(batches, dist.get_rank(), None, dist.get_world_size())):
@@ -101,7 +101,7 @@ def accumulated(make: Make, batches: Batches) -> nn.Module:
     return net
 
 
-def ours(make: Make, batches: Batches, *plugins: str) -> nn.Module:
+def with_loopctl(make: Make, batches: Batches, *plugins: str) -> nn.Module:
     return fit(make(), nn.CrossEntropyLoss(), sgd, batches, plugins=["ddp", *plugins], device=device()).model
 
 
@@ -111,7 +111,7 @@ def wide() -> nn.Module:
 
 
 def normed() -> nn.Module:
-    """With buffers, which the first process sends to the others in every step."""
+    """A network with buffers, which rank 0 broadcasts in every step."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 1024), nn.BatchNorm1d(1024), nn.ReLU(), nn.Linear(1024, 1024),
                          nn.BatchNorm1d(1024), nn.ReLU(), nn.Linear(1024, 10))
@@ -119,17 +119,17 @@ def normed() -> nn.Module:
 
 class Work(NamedTuple):
     make: Make
-    warmup: int             # even, as the steps are: the clock is read between two updates also where they take two
+    warmup: int             # even, as `steps` is, so that with accumulation the clock is read between two updates
     steps: int
 
 
-# Short, so that both loops of a pair find the machine doing the same else.
+# Short, so that the load of the machine is the same for both loops of a pair.
 NETWORKS = {"64-64-10": Work(make, 20, 100), "64-1024-1024-10": Work(wide, 4, 20),
             "the same with BatchNorm": Work(normed, 4, 20)}
 
 
 def timed(loop: Loop, work: Work, pool: list[Any]) -> tuple[float, nn.Module]:
-    """Microseconds per step of a process, and the trained model."""
+    """Return the microseconds per step of this process, and the trained model."""
     gc.collect()
     gc.freeze()
     dist.barrier()
@@ -143,15 +143,15 @@ def steps(rounds: int) -> None:
     print(HEADER)
     for name, work in NETWORKS.items():
         time, start = partial(timed, work=work, pool=pool), lambda work=work: work.make().to(device())
-        rows(by_hand, {f"{name}: by hand": by_hand, f"{name}: loopctl `ddp`": ours}, rounds, time, start)
+        rows(by_hand, {f"{name}: by hand": by_hand, f"{name}: loopctl `ddp`": with_loopctl}, rounds, time, start)
         rows(accumulated, {
             f"{name}: by hand with `no_sync`, an update for every two batches": accumulated,
-            f"{name}: loopctl `ddp`, `accumulate:every=2`": partial(plugged, "accumulate:every=2"),
+            f"{name}: loopctl `ddp`, `accumulate:every=2`": partial(with_plugin, "accumulate:every=2"),
         }, rounds, time, start)
 
 
-def plugged(plugin: str, make: Make, batches: Batches) -> nn.Module:
-    return ours(make, batches, plugin)
+def with_plugin(plugin: str, make: Make, batches: Batches) -> nn.Module:
+    return with_loopctl(make, batches, plugin)
 
 
 class Losses:
@@ -180,27 +180,27 @@ def blocks() -> nn.Module:
 
 
 def memory() -> None:
-    """ddp beside fsdp: what a process holds, and how far their losses are from each other."""
+    """Print the memory per process with ddp and fsdp, and the largest difference between their losses."""
     adamw = partial(torch.optim.AdamW, lr=1e-3)
-    held, losses = {}, {}
+    sizes, losses = {}, {}
     for plugin in ("ddp", "fsdp"):
-        watch = Losses()
+        recorder = Losses()
         run = fit(blocks(), nn.CrossEntropyLoss(), adamw, BATCHES[:20 * dist.get_world_size()],
-                  plugins=[plugin, watch], device=device())
+                  plugins=[plugin, recorder], device=device())
         state = [part for each in run.optimizer.state.values() for part in each.values()]
-        held[plugin] = size(run.model.parameters()), size(state)
-        losses[plugin] = torch.stack(watch.all)
-    apart = (losses["fsdp"] - losses["ddp"]).abs().max()
-    dist.all_reduce(apart, dist.ReduceOp.MAX)
+        sizes[plugin] = size(run.model.parameters()), size(state)
+        losses[plugin] = torch.stack(recorder.all)
+    distance = (losses["fsdp"] - losses["ddp"]).abs().max()
+    dist.all_reduce(distance, dist.ReduceOp.MAX)
     print("\n| plugin | parameters, MB per process | AdamW's state, MB | largest difference of losses in 20 steps |\n"
           "|---|---|---|---|")
-    for plugin, (parameters, state) in held.items():
-        difference = "" if plugin == "ddp" else f"{apart.item():.0e}" if apart else "none"
+    for plugin, (parameters, state) in sizes.items():
+        difference = "" if plugin == "ddp" else f"{distance.item():.0e}" if distance else "none"
         print(f"| `{plugin}` | {parameters:.2f} | {state:.2f} | {difference} |")
 
 
 def size(tensors: Any) -> float:
-    """Megabytes of what this process has of `tensors`."""
+    """Return the megabytes of the parts of `tensors` that this process stores."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in local) / 2**20
 
@@ -213,11 +213,11 @@ def resnet50() -> nn.Module:
 
 
 def rates(rounds: int, make: Make = resnet50, batch: int = 64, side: int = 224) -> None:
-    """Print a row: images per second of all processes together."""
+    """Print a table row: images per second of all processes together, by hand and with loopctl."""
     torch.manual_seed(0)
     pool = [(torch.randn(batch, 3, side, side, device=device()), torch.randint(1000, (batch,), device=device()))
             for _ in range(2 * dist.get_world_size())]
-    work, us = Work(make, 10, 30), {by_hand: [], ours: []}
+    work, us = Work(make, 10, 30), {by_hand: [], with_loopctl: []}
     for _ in range(rounds):
         for loop, each in us.items():
             each.append(timed(loop, work, pool)[0])
@@ -231,21 +231,21 @@ def both(rounds: int) -> None:
     memory()
 
 
-def joined(rank: int, ranks: int, place: str, work: Callable[..., None], *arguments: Any) -> None:
-    """One of the processes. The first prints."""
+def worker(rank: int, world_size: int, folder: str, work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work` in one of the processes. Only rank 0 prints."""
     if SEVERAL:
         torch.cuda.set_device(rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if SEVERAL else "gloo", f"file://{place}/meeting", rank=rank,
-                            world_size=ranks)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank else sys.stdout), \
-            redirect_stderr(nowhere if rank else sys.stderr):
+    dist.init_process_group("cpu:gloo,cuda:nccl" if SEVERAL else "gloo", f"file://{folder}/store", rank=rank,
+                            world_size=world_size)
+    with open(os.devnull, "w") as null, redirect_stdout(null if rank else sys.stdout), \
+            redirect_stderr(null if rank else sys.stderr):
         work(*arguments)
     dist.destroy_process_group()
 
 
-def processes(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        spawn(joined, (ranks, place, work, *arguments), nprocs=ranks)
+def processes(world_size: int, work: Callable[..., None], *arguments: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(worker, (world_size, folder, work, *arguments), nprocs=world_size)
 
 
 if __name__ == "__main__":
@@ -255,7 +255,7 @@ if __name__ == "__main__":
         print("\nThere are fewer than two GPUs here: images per second on 1, 2, 4 ... of them are left out.")
     else:
         print("\n| GPUs | by hand, images/s | loopctl `ddp` |\n|---|---|---|", flush=True)
-        ranks = 1
-        while ranks <= torch.cuda.device_count():
-            processes(ranks, rates, min(rounds, 3))
-            ranks *= 2
+        world_size = 1
+        while world_size <= torch.cuda.device_count():
+            processes(world_size, rates, min(rounds, 3))
+            world_size *= 2

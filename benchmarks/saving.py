@@ -1,4 +1,4 @@
-"""What a checkpoint costs, beside writing as many bytes and beside torch.save alone; medians of interleaved rounds.
+"""Time to write a checkpoint, compared with torch.save and with writing as many bytes; medians of interleaved rounds.
 
     python benchmarks/saving.py [--dir FOLDER]
 """
@@ -22,7 +22,7 @@ from loopctl.checkpoint.state import capture_state
 
 
 class Measure:
-    """At the first safe point, write the run's state again and again, in three ways."""
+    """Write the run's state repeatedly in three ways, at a safe point of the first epoch, and time each."""
 
     def __init__(self, folder: Path, rounds: int) -> None:
         self.folder, self.rounds = folder, rounds
@@ -31,20 +31,20 @@ class Measure:
     def safe_point(self, run: Run) -> None:
         if run.seen_in_epoch != 2:
             return
-        ours, theirs, raw = (self.folder / name for name in ("ours", "theirs", "raw"))
-        times: dict[str, list[float]] = {"ours": [], "theirs": [], "raw": []}
+        checkpoint, torch_save, raw = (self.folder / name for name in ("loopctl", "torch.save", "raw"))
+        times: dict[str, list[float]] = {"loopctl": [], "torch.save": [], "raw": []}
         for _ in range(self.rounds):
-            with timed(times["ours"]):
-                save_checkpoint(capture_state(run), ours)
-            data = ours.read_bytes()
-            with timed(times["theirs"]), theirs.open("wb") as file:
+            with timed(times["loopctl"]):
+                save_checkpoint(capture_state(run), checkpoint)
+            data = checkpoint.read_bytes()
+            with timed(times["torch.save"]), torch_save.open("wb") as file:
                 torch.save(capture_state(run), file)
                 sync(file)
             with timed(times["raw"]), raw.open("wb") as file:
                 file.write(data)
                 sync(file)
         self.size = len(data)
-        self.medians = {name: statistics.median(found) for name, found in times.items()}
+        self.medians = {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 class timed:
@@ -52,10 +52,10 @@ class timed:
         self.times = times
 
     def __enter__(self) -> None:
-        self.began = time.perf_counter()
+        self.started = time.perf_counter()
 
     def __exit__(self, *error: object) -> None:
-        self.times.append(time.perf_counter() - self.began)
+        self.times.append(time.perf_counter() - self.started)
 
 
 def sync(file) -> None:
@@ -73,7 +73,7 @@ MODELS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--dir", help="where to write; a new folder for temporary files if left out")
+    parser.add_argument("--dir", help="where to write; a temporary folder if left out")
     folder = parser.parse_args().dir
     torch.set_num_threads(1)
     print("| state | MB | loopctl, ms | torch.save, ms | as many bytes, ms |\n|---|---|---|---|---|")
@@ -81,10 +81,10 @@ def main() -> None:
         adam, sgd = partial(torch.optim.AdamW, lr=1e-3), partial(torch.optim.SGD, lr=0.1, momentum=0.9)
         optimizer = adam if "AdamW" in name else sgd
         batches = [(torch.randn(shape), torch.zeros(shape[0], dtype=torch.long))] * 3
-        with TemporaryDirectory(dir=folder) as place:
-            measure = Measure(Path(place), rounds)
+        with TemporaryDirectory(dir=folder) as temporary:
+            measure = Measure(Path(temporary), rounds)
             fit(make(), nn.CrossEntropyLoss(), optimizer, batches, plugins=[measure])
-        cost = "".join(f" {1000 * measure.medians[way]:,.1f} |" for way in ("ours", "theirs", "raw"))
+        cost = "".join(f" {1000 * seconds:,.1f} |" for seconds in measure.medians.values())
         print(f"| {name} | {measure.size / 1e6:,.2f} |{cost}")
 
 

@@ -1,4 +1,4 @@
-"""The command line. Nothing here imports torch; what a command needs, it imports when it runs."""
+"""The command line `loopctl`: its commands and options. Importing this module does not import torch."""
 from __future__ import annotations
 
 import os
@@ -12,13 +12,13 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from loopctl.cli.parameters import Devices, Number, Place, Text, Whole
+from loopctl.cli.parameters import DevicesType, FloatType, IntegerType, PathType, TextType
 from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.errors import UsageError, nearest, one_line
 
 
 class Commands(click.Group):
-    """A group that says what is wrong in one line: usage errors exit with 2, failures with 1."""
+    """A group of commands that reports an error in one line. Usage errors exit with status 2, other failures with 1."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["loopctl.arguments"] = list(args)
@@ -29,37 +29,38 @@ class Commands(click.Group):
         try:
             sys.exit(super().main(*args, **kwargs) or 0)
         except click.ClickException as error:
-            complain(error.format_message(), error)
+            print_error(error.format_message(), error)
             sys.exit(error.exit_code)
         except UsageError as error:
-            complain(error, error)
+            print_error(error, error)
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt) as error:
-            complain("interrupted", error, "")
+            print_error("interrupted", error, "")
             sys.exit(130)
-        except BrokenPipeError:                      # what reads our output, such as `head`, has seen enough
+        except BrokenPipeError:                      # the reader of the output, such as `head`, has closed the pipe
             sys.stderr.close()
             sys.exit(1)
         except Exception as error:
             if "--traceback" in sys.argv:
                 raise
-            complain(f"{failure(error)}; --traceback shows where", error)
+            print_error(f"{describe_failure(error)}; --traceback shows where", error)
             sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except EOFError as error:                    # which click takes for an end of the user's input
-            raise OSError(f"a file ends too early ({failure(error)})") from error
+        except EOFError as error:                    # click would report it as the end of the user's input
+            raise OSError(f"a file ends too early ({describe_failure(error)})") from error
 
 
-def complain(text: object, error: BaseException, start: str = "error: ") -> None:
-    """Say on stderr what is wrong. Of several processes that train together, one says it."""
+def print_error(text: object, error: BaseException, start: str = "error: ") -> None:
+    """Print an error to stderr. Of several processes that train together, only one prints it."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
         from loopctl.distributed.process_group import claim_error_report, is_peer_failure, rank
-        # What is wrong everywhere, the first process says; what a lost one leads to, nobody if that one has said it.
-        common = isinstance(error, UsageError | click.ClickException) and rank() > 0
-        if not claim_error_report(common or is_peer_failure(error)):
+        # A usage error is the same in all processes: rank 0 prints it. An error caused by the failure of another
+        # process is printed only if that process has not printed its own.
+        same_in_rank0 = isinstance(error, UsageError | click.ClickException) and rank() > 0
+        if not claim_error_report(same_in_rank0 or is_peer_failure(error)):
             return
         if is_peer_failure(error):
             text = f"another process of the run has ended, or cannot be reached ({text})"
@@ -67,14 +68,14 @@ def complain(text: object, error: BaseException, start: str = "error: ") -> None
     click.echo(f"{start}{one_line(text)}", err=True)
 
 
-def failure(error: BaseException) -> str:
-    """An unexpected error in one line: what it is, and which plugin raised it."""
-    said = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
-    return " ".join(", ".join(said).split())
+def describe_failure(error: BaseException) -> str:
+    """An unexpected error in one line: its type, its message, and which plugin raised it."""
+    parts = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
+    return " ".join(", ".join(parts).split())
 
 
-def completes(names: Callable[[], list[str]]) -> Callable[..., list[CompletionItem]]:
-    """Shell completion from `names`, which imports nothing heavy."""
+def completer(names: Callable[[], list[str]]) -> Callable[..., list[CompletionItem]]:
+    """Shell completion of the names that `names` returns, without importing torch."""
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in names() if name.startswith(incomplete)]
     return complete
@@ -87,45 +88,45 @@ def plugin_names() -> list[str]:
 
 def model_names() -> list[str]:
     from loopctl.cli import models
-    return models.known()
+    return models.known_names()
 
 
 def optimizer_names() -> list[str]:
     from loopctl.cli import optimizers
-    return optimizers.known()
+    return optimizers.known_names()
 
 
 DATA = ["cifar10", "cifar100", "digits", "fake", "fashionmnist", "imagefolder", "imagenet", "mnist"]
 
 
-def from_file(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    """Take the values of a run.toml as defaults, so that what the command line says wins."""
+def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Use the values of a run.toml as defaults of the options, so that options on the command line override them."""
     if path is None:
         return None
     file = path / "run.toml" if param.name == "resume" else path
     try:
         with file.open("rb") as stream:
             content = stream.read(2**20 + 1)
-        if len(content) > 2**20:                           # or endless, as /dev/zero
-            raise ValueError("it has more than a megabyte")
+        if len(content) > 2**20:                           # also of a file without an end, such as /dev/zero
+            raise ValueError("it is larger than 1 MiB")
         found = tomllib.loads(content.decode("utf-8-sig"))
-        str(found)                                         # so that whatever is in it can be said below
+        str(found)                                         # raises for a number too long for the messages below
     except FileNotFoundError:
         raise click.UsageError(f"--{param.name}: there is no file {file}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise click.UsageError(f"--{param.name}: {file} cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:          # also a number, or a nesting, that nobody wrote
+    except (ValueError, RecursionError) as error:          # also for a number too long, or lists nested too deep
         raise click.UsageError(f"--{param.name}: {file} is not TOML: {error}") from None
-    not_here = ("config", "resume", "out", "traceback")
-    known = {option.name: option for option in ctx.command.params if option.name not in not_here}
+    command_line_only = ("config", "resume", "out", "traceback")
+    known = {option.name: option for option in ctx.command.params if option.name not in command_line_only}
     for key, value in found.items():
         if key not in known:
-            way = "pass it on the command line" if key in not_here else nearest(key, known, "there are")
-            raise click.UsageError(f"--{param.name}: {file}: {key!r} is no key of a configuration; {way}")
+            advice = "pass it on the command line" if key in command_line_only else nearest(key, known, "there are")
+            raise click.UsageError(f"--{param.name}: {file}: {key!r} is not a key of a configuration; {advice}")
         if isinstance(value, dict) or (isinstance(value, list) != (key in ("plugin", "without"))):
             kind = "a list" if key in ("plugin", "without") else "one value"
             raise click.UsageError(f"--{param.name}: {file}: {key} takes {kind}, not {value!r}")
-        try:                        # as text, as the command line has it: 1.5 is no number of epochs, true no rate
+        try:                        # as text, so that it is checked as on the command line: epochs = 1.5 is refused
             found[key] = [str(item) for item in value] if isinstance(value, list) else str(value)
             known[key].type_cast_value(ctx, found[key])
         except click.BadParameter as error:
@@ -134,50 +135,63 @@ def from_file(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     return path
 
 
-def choice(flag: str, names: Callable[[], list[str]] | None = None, **settings: Any) -> Callable[..., Any]:
-    """An option with a default to show, and names to complete."""
+def shared_option(flag: str, names: Callable[[], list[str]] | None = None, **settings: Any) -> Callable[..., Any]:
+    """An option of several commands. Its help shows its default, and the shell completes its `names`."""
     if settings.get("default") is not None and not settings.get("is_flag"):
         settings["show_default"] = True
-    return click.option(flag, shell_complete=completes(names) if names else None, **settings)
+    return click.option(flag, shell_complete=completer(names) if names else None, **settings)
 
 
-COUNT = Whole(1)
-COMPOSITION = (
-    choice("--model", model_names, default="cnn", type=Text(), metavar="M",
-           help="cnn, linear, mlp, vit, any of torchvision's, package.module:factory or file.py:factory."),
-    choice("--data", lambda: DATA, default="digits", type=Text(), metavar="D",
-           help=f"{', '.join(DATA)}, package.module:factory or file.py:factory; "
-                "with :on_device=true all of it is kept there."),
-    choice("--data-root", default="data", type=Place(str), metavar="DIR", help="Where data sets are."),
-    choice("--download", is_flag=True, help="Get the data set if it is not there."),
-    choice("--workers", default=0, type=Whole(0), metavar="N", help="Processes that load data."),
-    choice("--optimizer", optimizer_names, default="adamw", type=Text(), metavar="O",
-           help="Any of torch.optim, such as sgd:momentum=0.9, package.module:Class or file.py:Class."),
-    choice("--lr", type=Number(), metavar="F", help="Learning rate.  [default: the optimizer's own]"),
-    choice("--epochs", default=20, type=COUNT, metavar="N", help="Passes over the data."),
-    choice("--max-steps", type=COUNT, metavar="N", help="End after so many updates."),
-    choice("--eval-every", type=COUNT, metavar="N", help="Evaluate every N steps too."),
-    choice("--batch-size", default=64, type=COUNT, metavar="N", help="Images per batch."),
-    choice("--plugin", plugin_names, multiple=True, type=Text(), metavar="NAME[:option=value,...]",
-           help="Add a plugin; may be repeated, and they act in this order. See `loopctl plugins`."),
-    choice("--without", type=click.Choice(DEFAULT_PLUGINS), multiple=True,
-           help="Leave out a plugin that run adds by itself."),
-    choice("--device", default="auto", type=Text(), metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:1."),
-    choice("--devices", type=Devices(), metavar="0,1",
-           help="Train in several processes, one per GPU; on a CPU, in as many as are named. Adds ddp."),
-    choice("--seed", default=0, type=Whole(0, 2**64 - 1), metavar="N", help="Seed of all random numbers."),
-    choice("--matmul", type=click.Choice(["highest", "high", "medium"]), default="highest",
-           help="Precision of float32 matrix products; high and medium are faster on recent GPUs."),
-    choice("--deterministic", is_flag=True, help="Only deterministic algorithms."),
-    choice("--config", type=Place(), is_eager=True, callback=from_file, metavar="FILE.toml",
-           help="Take options from a run's run.toml; those given here win."),
-    choice("--traceback", is_flag=True, expose_value=False, help="Show Python's traceback of a failure."),
+COUNT = IntegerType(1)
+SHARED_OPTIONS = (
+    shared_option("--model", model_names, default="cnn", type=TextType(), metavar="M",
+                  help="The model: cnn, linear, mlp, vit, any of torchvision's by name, package.module:factory or "
+                       "file.py:factory."),
+    shared_option("--data", lambda: DATA, default="digits", type=TextType(), metavar="D",
+                  help=f"The data set: {', '.join(DATA)}, package.module:factory or file.py:factory; "
+                       "with :on_device=true all of it is kept in the memory of the device."),
+    shared_option("--data-root", default="data", type=PathType(str), metavar="DIR",
+                  help="The folder where data sets are stored."),
+    shared_option("--download", is_flag=True, help="Download the data set if it is not in --data-root."),
+    shared_option("--workers", default=0, type=IntegerType(0), metavar="N",
+                  help="Number of worker processes that load data; 0 loads it in the main process."),
+    shared_option("--optimizer", optimizer_names, default="adamw", type=TextType(), metavar="O",
+                  help="The optimizer: any of torch.optim with its options, such as sgd:momentum=0.9, "
+                       "package.module:Class or file.py:Class."),
+    shared_option("--lr", type=FloatType(), metavar="F", help="Learning rate.  [default: the optimizer's own]"),
+    shared_option("--epochs", default=20, type=COUNT, metavar="N", help="Number of passes over the training data."),
+    shared_option("--max-steps", type=COUNT, metavar="N",
+                  help="End the run after N updates, even if --epochs are not complete."),
+    shared_option("--eval-every", type=COUNT, metavar="N",
+                  help="Evaluate every N steps, in addition to the end of each epoch."),
+    shared_option("--batch-size", default=64, type=COUNT, metavar="N", help="Images per batch, in each process."),
+    shared_option("--plugin", plugin_names, multiple=True, type=TextType(), metavar="NAME[:option=value,...]",
+                  help="Add a plugin (see `loopctl plugins`); repeat the option for more, which act in the "
+                       "order given."),
+    shared_option("--without", type=click.Choice(DEFAULT_PLUGINS), multiple=True,
+                  help="Leave out a plugin that `run` adds by default."),
+    shared_option("--device", default="auto", type=TextType(), metavar="DEVICE",
+                  help="Device to train on: auto, cpu, mps, cuda or one such as cuda:1; auto chooses cuda, then mps, "
+                       "then cpu."),
+    shared_option("--devices", type=DevicesType(), metavar="0,1",
+                  help="Train in several processes, one for each GPU listed (on a CPU, one for each number), and add "
+                       "the plugin ddp unless ddp or fsdp is given."),
+    shared_option("--seed", default=0, type=IntegerType(0, 2**64 - 1), metavar="N",
+                  help="Seed of the random-number generators of Python, NumPy and torch."),
+    shared_option("--matmul", type=click.Choice(["highest", "high", "medium"]), default="highest",
+                  help="Precision of float32 matrix products (torch.set_float32_matmul_precision); high and medium are "
+                       "faster on recent GPUs."),
+    shared_option("--deterministic", is_flag=True,
+                  help="Use only deterministic algorithms (torch.use_deterministic_algorithms)."),
+    shared_option("--config", type=PathType(), is_eager=True, callback=read_defaults, metavar="FILE.toml",
+                  help="Read options from the run.toml of another run; options on the command line override them."),
+    shared_option("--traceback", is_flag=True, expose_value=False, help="Show Python's traceback of a failure."),
 )
 
 
-def composition(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say what is trained, and how."""
-    for option in reversed(COMPOSITION):
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that describe what is trained and how."""
+    for option in reversed(SHARED_OPTIONS):
         command = option(command)
     return command
 
@@ -192,57 +206,61 @@ def main(ctx: click.Context) -> None:
 
 
 @main.command()
-@composition
-@click.option("--out", type=Place(), metavar="DIR",
-              help="The run's folder.  [default: a new one in runs/]")
-@click.option("--resume", type=Place(), is_eager=True, callback=from_file, metavar="DIR",
-              help="Go on with the run in this folder.")
+@training_options
+@click.option("--out", type=PathType(), metavar="DIR",
+              help="The folder that the run writes to.  [default: a new one in runs/]")
+@click.option("--resume", type=PathType(), is_eager=True, callback=read_defaults, metavar="DIR",
+              help="Resume the run in this folder from its last checkpoint.")
 @click.pass_context
 def run(ctx: click.Context, **settings: Any) -> None:
-    """Train a model. Without options: a small network on images of digits."""
+    """Train a model. Without options, a small convolutional network on images of handwritten digits."""
     from loopctl.cli import train
     train.run(settings, ctx.meta["loopctl.arguments"])
 
 
 @main.command()
-@composition
+@training_options
 def explain(**settings: Any) -> None:
-    """Show which plugin acts at which hook, and the plan in numbers, without training."""
+    """Show which plugin acts at which hook, without training.
+
+    The planned number of updates, the batch size and the learning rates are shown too.
+    """
     from loopctl.cli import train
-    click.echo(train.explained(settings))
+    click.echo(train.explanation(settings))
 
 
 @main.command()
-@composition
-@click.option("--out", type=Place(), metavar="FILE", help="Draw a picture too: lr.png, lr.svg.")
+@training_options
+@click.option("--out", type=PathType(), metavar="FILE",
+              help="Also write an image of the curve: lr.png, lr.svg or lr.pdf.")
 def lr(out: Path | None, **settings: Any) -> None:
-    """Draw the learning rate over a run, without training."""
+    """Draw the learning rate over a whole run, without training."""
     from loopctl.cli import curve
-    click.echo(curve.drawn(settings, out))
+    click.echo(curve.draw(settings, out))
 
 
 @main.command()
-@composition
+@training_options
 def summary(**settings: Any) -> None:
-    """Show a model's layers, their shapes, parameters and sizes."""
+    """Show a model's layers, output shapes and parameters."""
     from loopctl.cli import train
-    click.echo(train.summarized(settings))
+    click.echo(train.layer_summary(settings))
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, type=Place())
-@click.option("--out", type=Place(), metavar="FILE", help="Write a page with the curves too: compare.html.")
+@click.argument("runs", nargs=-1, required=True, type=PathType())
+@click.option("--out", type=PathType(), metavar="FILE", help="Also write an HTML page with the curves: compare.html.")
 def compare(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Show what differs between the runs in these folders: what they were asked for, and what came of it."""
-    from loopctl.cli.compare import compared  # by its path: here `compare` is this command
-    click.echo(compared(runs, out))
+    """Show how the options and the results of runs differ. RUNS are the folders of two runs or more."""
+    from loopctl.cli.compare import compare_runs  # by its full path, for `compare` is this command
+    click.echo(compare_runs(runs, out))
 
 
 @main.command()
-@click.argument("name", required=False, type=Text(), shell_complete=completes(plugin_names))
-@click.option("--check", is_flag=True, help="Import each plugin, and mark the broken ones.")
+@click.argument("name", required=False, type=TextType(), shell_complete=completer(plugin_names))
+@click.option("--check", is_flag=True, help="Import each plugin and mark those that cannot be imported.")
 def plugins(name: str | None, check: bool) -> None:
-    """List the plugins, or show one with its options, its hooks and where it comes from."""
+    """List the installed plugins, or describe one of them: its options, hooks and origin."""
     from loopctl.cli import listing
     if name is not None:
         click.echo(listing.page(name))
@@ -250,23 +268,25 @@ def plugins(name: str | None, check: bool) -> None:
         listed, broken = listing.table(check)
         click.echo(listed)
         if broken:
-            raise click.ClickException(f"broken plugins: {', '.join(broken)}; their lines above say why")
+            raise click.ClickException(f"broken plugins: {', '.join(broken)}; see their lines above")
 
 
 @main.command()
 def hooks() -> None:
-    """Show every moment of training that a plugin can join."""
+    """Show every hook that a plugin can implement, in order."""
     from loopctl import hooks
     click.echo((hooks.__doc__ or "").rstrip())
 
 
 @main.command("new-plugin")
-@click.argument("name", type=Text())
+@click.argument("name", type=TextType())
 @click.option("--kind", type=click.Choice(["schedule", "observer", "wrapper", "replacer"]), default="observer",
               show_default=True,
-              help="What it begins with: a learning rate, a metric, something on in the forward pass, or a loss.")
-@click.option("--out", type=Place(), metavar="DIR", help="The package's folder, a new one.  [default: loopctl-NAME]")
+              help="The example that the plugin starts as: a learning-rate schedule, an observer that reports a "
+                   "metric, a wrapper of the forward pass, or a replacement of the loss.")
+@click.option("--out", type=PathType(), metavar="DIR",
+              help="The new folder to write the package to.  [default: loopctl-NAME]")
 def new_plugin(name: str, kind: str, out: Path | None) -> None:
-    """Write a package with a plugin, its test and its help, ready to install."""
+    """Write a package with a new plugin, ready to install. It has tests and a README."""
     from loopctl.cli import scaffold
     click.echo(scaffold.write(name, kind, out))

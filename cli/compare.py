@@ -1,4 +1,4 @@
-"""What differs between runs: what they were asked for, and what came of it. Read from their folders, without torch."""
+"""`loopctl compare`: tables and curves of how runs differ, read from their folders without importing torch."""
 from __future__ import annotations
 
 import csv
@@ -12,57 +12,59 @@ from typing import Any
 from loopctl.errors import UsageError, one_line
 from loopctl.report import charts, html
 
-MARK, NEAR = " *", "\u00a0*"        # after the best of a row; where lines break, in the same line
-Row = tuple[str, list[str]]         # what it is about, and a text per run
+MARK, HTML_MARK = " *", "\u00a0*"   # follows the best value of a row; in HTML with a no-break space
+Row = tuple[str, list[str]]         # the label of a row, and a cell per run
 
 
 @dataclass
-class Found:
-    """One run, as far as its folder tells."""
+class RecordedRun:
+    """One run, as read from its folder."""
 
     name: str
-    config: dict[str, Any]                      # empty for a run begun in Python
-    history: list[dict[str, float]]             # a dict per epoch; what is no number is not in it
+    config: dict[str, Any]                      # empty for a run started in Python
+    history: list[dict[str, float]]             # a dict per epoch, of the numbers only
     state: str
 
     def points(self, metric: str) -> list[tuple[float, float | None]]:
+        """Pairs (epoch, value) of a metric, one per row of the history."""
         epochs = [row.get("epoch") for row in self.history]
         return [(epoch if epoch is not None and charts.number(epoch) else index, row.get(metric))
                 for index, (epoch, row) in enumerate(zip(epochs, self.history, strict=True), 1)]
 
 
-def compared(folders: tuple[Path, ...], out: Path | None) -> str:
-    """The tables of what differs, as text; with `out` a page with the curves too. Raises UsageError."""
+def compare_runs(folders: tuple[Path, ...], out: Path | None) -> str:
+    """Return tables of the differences as text; with `out`, also write an HTML page with curves. Raises UsageError."""
     if len(folders) < 2:
         raise UsageError("compare takes two runs or more; name their folders, such as runs/a runs/b")
     if out and out.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--out {out}: what is written is a page of HTML; use {out}.html")
-    runs = [read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
+        raise UsageError(f"--out {out}: the comparison is an HTML page; use {out}.html")
+    runs = [read_run(folder, name) for folder, name in zip(folders, run_names(folders), strict=True)]
     tables = {"Configuration": configuration(runs), "Result": results(runs)}
     if out:
-        write(whole(runs, tables), out)
-    return "\n".join([*(text(title, runs, rows) for title, rows in tables.items()), f"{MARK.strip()} the best of them"])
+        write_page(html_page(runs, tables), out)
+    texts = [text_table(title, runs, rows) for title, rows in tables.items()]
+    return "\n".join([*texts, f"{MARK.strip()} the best of them"])
 
 
-def names(folders: tuple[Path, ...]) -> list[str]:
-    """What to call each run: its folder's name, or the path as it was given where names are alike."""
-    real = [folder.resolve() for folder in folders]
-    for folder, path in zip(folders, real, strict=True):
-        if real.count(path) > 1:
-            raise UsageError(f"{folder} is given twice; name two runs or more")
-    last = [path.name for path in real]
-    return [name if last.count(name) == 1 else str(folder) for folder, name in zip(folders, last, strict=True)]
+def run_names(folders: tuple[Path, ...]) -> list[str]:
+    """Name each run after its folder; where two folders have the same name, use the paths as given."""
+    resolved = [folder.resolve() for folder in folders]
+    for folder, path in zip(folders, resolved, strict=True):
+        if resolved.count(path) > 1:
+            raise UsageError(f"{folder} is given twice; name each run once")
+    names = [path.name for path in resolved]
+    return [name if names.count(name) == 1 else str(folder) for folder, name in zip(folders, names, strict=True)]
 
 
-# A run's folder
+# Reading a run's folder
 
 
-def read(folder: Path, name: str) -> Found:
-    """The run in `folder`. Raises UsageError where there is none, or where it cannot be read."""
-    there = False
-    with suppress(OSError):                     # of a name that no folder can have
-        there = folder.is_dir()
-    if not there:
+def read_run(folder: Path, name: str) -> RecordedRun:
+    """Read the run in `folder`. Raises UsageError if there is none or it cannot be read."""
+    is_folder = False
+    with suppress(OSError):                     # raised for a name that is too long
+        is_folder = folder.is_dir()
+    if not is_folder:
         raise UsageError(f"there is no folder {folder}; name the folders of runs, such as runs/a runs/b")
     config = read_config(folder / "run.toml")
     file = folder / log_path(config)
@@ -70,29 +72,29 @@ def read(folder: Path, name: str) -> Found:
     if not config and not file.is_file():
         raise UsageError(f"{folder} is not the folder of a run: it has neither run.toml nor {file.name}")
     finished = (folder / "weights.safetensors").exists()
-    return Found(name, config, history, "finished" if finished else "unfinished" if config else "")
+    return RecordedRun(name, config, history, "finished" if finished else "unfinished" if config else "")
 
 
 def read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
-        str(found)                                              # so that whatever is in it can be shown
-        return found
+        config = tomllib.loads(file.read_text(encoding="utf-8"))
+        str(config)                                             # raises for a number too long for the table
+        return config
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read: {one_line(error)}") from error
 
 
 def log_path(config: dict[str, Any]) -> str:
-    """Where the run's csv plugin writes."""
+    """The path, within the run's folder, that its csv plugin writes to."""
     specs = config.get("plugin")
     paths = [str(spec)[9:] for spec in (specs if isinstance(specs, list) else []) if str(spec).startswith("csv:path=")]
     return paths[0] if paths else "metrics.csv"
 
 
 def read_history(file: Path) -> list[dict[str, float]]:
-    """The numbers in a log of epochs; of one that is not there, none."""
+    """Read the numbers in the csv plugin's file, a dict per epoch; an empty list if there is no file."""
     history: list[dict[str, float]] = []
     if not file.is_file() and not file.is_dir():
         return history
@@ -101,75 +103,75 @@ def read_history(file: Path) -> list[dict[str, float]]:
             for row in csv.DictReader(stream):
                 history.append({})
                 for key, value in row.items():
-                    with suppress(TypeError, ValueError):               # an epoch without this metric, or no number
+                    with suppress(TypeError, ValueError):               # an empty cell, or text
                         history[-1][str(key)] = float(value)
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"{file} cannot be read: {one_line(error)}") from error
     return history
 
 
-# What differs
+# The rows of the tables
 
 
-def configuration(runs: list[Found]) -> list[Row]:
-    """What the runs were asked for, where they do not agree."""
-    asked = [run.config for run in runs if run.config]
+def configuration(runs: list[RecordedRun]) -> list[Row]:
+    """The rows of options on which the runs differ."""
+    configs = [run.config for run in runs if run.config]
     rows = []
-    for key in sorted({key for config in asked for key in config}):
-        values = [config.get(key) for config in asked]
+    for key in sorted({key for config in configs for key in config}):
+        values = [config.get(key) for config in configs]
         if any(value != values[0] for value in values):
-            rows.append((key, [setting(run.config.get(key), values) if run.config else "unknown" for run in runs]))
+            rows.append((key, [option_text(run.config.get(key), values) if run.config else "unknown" for run in runs]))
     return rows
 
 
-def setting(value: Any, values: list[Any]) -> str:
-    """One run's value as text; of a list what not all have, unless it is the order that differs."""
+def option_text(value: Any, values: list[Any]) -> str:
+    """One run's value as text. Of a list, the items that not all runs have, or all items if only the order differs."""
     if not isinstance(value, list):
         return "" if value is None else str(value)
-    own = [item for item in value if not all(isinstance(other, list) and item in other for other in values)]
-    same = all(isinstance(other, list) and sorted(map(str, other)) == sorted(map(str, value)) for other in values)
-    return "\n".join(map(str, value if same else own))
+    not_shared = [item for item in value if not all(isinstance(other, list) and item in other for other in values)]
+    reordered = all(isinstance(other, list) and sorted(map(str, other)) == sorted(map(str, value)) for other in values)
+    return "\n".join(map(str, value if reordered else not_shared))
 
 
-def results(runs: list[Found]) -> list[Row]:
-    """How far the runs came, then the last and the best value of each metric."""
-    done = [shown(last(run.points("epoch"))) for run in runs]
+def results(runs: list[RecordedRun]) -> list[Row]:
+    """The rows of results: the epochs and updates made, then the last and the best value of each metric."""
+    epochs_done = [format_number(last_value(run.points("epoch"))) for run in runs]
     rows = [("end", [run.state for run in runs]),
             ("epochs", [f"{epochs or 0} of {run.config['epochs']}" if "epochs" in run.config else epochs
-                        for run, epochs in zip(runs, done, strict=True)]),
-            ("updates", [shown(last(run.points("step"))) for run in runs])]
+                        for run, epochs in zip(runs, epochs_done, strict=True)]),
+            ("updates", [format_number(last_value(run.points("step"))) for run in runs])]
     for metric in dict.fromkeys(key for run in runs for row in run.history for key in row):
         if metric in ("epoch", "step"):
             continue
         points = [run.points(metric) for run in runs]
-        rows.append((f"{metric} last", marked(metric, [last(one) for one in points])))
-        if any(tops := [charts.best(metric, one) for one in points]):
-            cells = marked(metric, [top[1] if top else None for top in tops])
-            rows.append((f"{metric} best", [f"{cell} in epoch {shown(top[0])}" if top else ""
-                                            for cell, top in zip(cells, tops, strict=True)]))
+        rows.append((f"{metric} last", mark_best(metric, [last_value(curve) for curve in points])))
+        if any(best := [charts.best(metric, curve) for curve in points]):
+            cells = mark_best(metric, [point[1] if point else None for point in best])
+            rows.append((f"{metric} best", [f"{cell} in epoch {format_number(point[0])}" if point else ""
+                                            for cell, point in zip(cells, best, strict=True)]))
     return [row for row in rows if any(row[1])]
 
 
-def last(points: list[tuple[float, float | None]]) -> float | None:
+def last_value(points: list[tuple[float, float | None]]) -> float | None:
     return points[-1][1] if points else None
 
 
-def shown(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     return charts.shown(value)
 
 
-def marked(metric: str, values: list[float | None]) -> list[str]:
-    """The values as text, the best ones marked where they are not all alike."""
-    top = charts.best(metric, enumerate(values))
-    alike = len({value for value in values if charts.number(value)}) < 2
-    return [shown(value) + MARK * (top is not None and not alike and value == top[1]) for value in values]
+def mark_best(metric: str, values: list[float | None]) -> list[str]:
+    """The values as text, with a mark after the best ones, unless all are equal."""
+    best = charts.best(metric, enumerate(values))
+    all_equal = len({value for value in values if charts.number(value)}) < 2
+    return [format_number(value) + MARK * (best is not None and not all_equal and value == best[1]) for value in values]
 
 
-# How it is shown
+# Output as text and as HTML
 
 
-def text(title: str, runs: list[Found], rows: list[Row]) -> str:
-    """A table for the terminal."""
+def text_table(title: str, runs: list[RecordedRun], rows: list[Row]) -> str:
+    """A table as text for the terminal."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -177,45 +179,47 @@ def text(title: str, runs: list[Found], rows: list[Row]) -> str:
 
     if not rows:
         return f"{title}: no difference\n"
-    found = Table(box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE, pad_edge=False)
     for heading in (title, *(run.name for run in runs)):
-        found.add_column(Text(heading), overflow="fold")        # where the terminal is narrow, cut nothing off
+        table.add_column(Text(heading), overflow="fold")        # in a narrow terminal, break lines; do not cut
     for label, cells in rows:
-        visible = ["\n".join(map(one_line, cell.split("\n"))) for cell in cells]
-        found.add_row(Text(one_line(label)), *(Text(cell, style="bold" if MARK in cell else "") for cell in visible))
+        printable = ["\n".join(map(one_line, cell.split("\n"))) for cell in cells]
+        table.add_row(Text(one_line(label)), *(Text(cell, style="bold" if MARK in cell else "") for cell in printable))
     console = Console(width=None if sys.stdout.isatty() else 1000)
     with console.capture() as captured:
-        console.print(found)
+        console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().strip().splitlines()) + "\n"
 
 
-def whole(runs: list[Found], tables: dict[str, list[Row]]) -> str:
-    """The page: the same tables, and the curves over each other."""
+def html_page(runs: list[RecordedRun], tables: dict[str, list[Row]]) -> str:
+    """The HTML page: the tables, and a chart per metric with the curves of all runs."""
     parts = []
     for title, rows in tables.items():
         heading, kind = ["", *(run.name for run in runs)], "results" if title == "Result" else "wide"
-        table = html.table(heading, [[label, *map(bold, cells)] for label, cells in rows], kind)
+        table = html.table(heading, [[label, *map(html_cell, cells)] for label, cells in rows], kind)
         parts.append(html.section(title, table if rows else "<p>No difference.</p>"))
     metrics = dict.fromkeys(key for run in runs for row in run.history for key in row if key not in ("epoch", "step"))
-    drawn = []
+    figures = []
     for key, metric in enumerate(metrics):
         lines = [charts.Line(run.name, run.points(metric)) for run in runs]
-        drawn.append(charts.figure(key, metric, [line for line in lines if line.drawn or len(runs) < 8]))
-    parts += [html.section("Curves", f'<div class="charts">{"".join(drawn)}</div>')] * bool(drawn)
+        figures.append(charts.figure(key, metric, [line for line in lines if line.drawn or len(runs) < 8]))
+    parts += [html.section("Curves", f'<div class="charts">{"".join(figures)}</div>')] * bool(figures)
     return html.page(f"{len(runs)} runs compared", ", ".join(run.name for run in runs), parts)
 
 
-def bold(cell: str) -> str:
+def html_cell(cell: str) -> str:
+    """A cell as HTML, in bold type if it has the mark of the best value."""
     if MARK not in cell:
         return html.breaking(cell)
-    return html.Markup(f"<b>{html.escaped(cell.replace(MARK, NEAR))}</b>")
+    return html.Markup(f"<b>{html.escaped(cell.replace(MARK, HTML_MARK))}</b>")
 
 
-def write(content: str, out: Path) -> None:
-    """Write the page, over an older one but over nothing else."""
+def write_page(content: str, out: Path) -> None:
+    """Write the page. Overwrite a page that loopctl wrote, but no other file. Raises UsageError."""
     try:
         if out.exists() and not html.is_report(out):
-            raise UsageError(f"--out {out} exists, is no page of loopctl's, and is not overwritten; choose another file")
+            raise UsageError(f"--out {out} exists and was not written by loopctl, so it is not overwritten; "
+                             "choose another file")
         html.write(content, out)
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror or error}; choose another file") from error

@@ -1,4 +1,4 @@
-"""The learning rate over a run, drawn without training."""
+"""`loopctl lr`: the learning-rate curve of a run, as text and as an image, without training."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loopctl.checkpoint.state import parameter_names
-from loopctl.cli.train import prepared
+from loopctl.cli.train import prepare_run
 from loopctl.composition.compose import blame_plugin
 from loopctl.errors import UsageError, names
 from loopctl.optim.learning_rate import lr_curve
@@ -16,85 +16,86 @@ from loopctl.report import plots
 from loopctl.run import Run
 
 
-def drawn(settings: dict[str, Any], out: Path | None) -> str:
-    """The curve that the settings make, as text; with `out` also as a picture, of the kind its name says."""
+def draw(settings: dict[str, Any], out: Path | None) -> str:
+    """Return the curve as text; with `out`, also write it as an image, in the format of its file extension."""
     if out and not out.suffix:
-        raise UsageError(f"--out {out}: its ending says what kind of picture it is; use {out}.png or {out}.svg")
-    run = prepared(settings)
+        raise UsageError(f"--out {out} has no extension to choose the image format by; use {out}.png or {out}.svg")
+    run = prepare_run(settings)
     steps: list[int] = []
     rates: list[list[float]] = []
     factors: list[dict[str, float]] = []
     with blame_plugin(run.hook):
-        for step, lr in lr_curve(run):
+        for step, lrs in lr_curve(run):
             steps.append(step)
-            rates.append(lr)
-            factors.append(said(run))
+            rates.append(lrs)
+            factors.append(schedule_factors(run))
     if out:
         try:
-            picture(run, steps, rates, phases(steps, factors), out)
+            draw_image(run, steps, rates, active_spans(steps, factors), out)
         except UsageError as error:
-            what = str(error).removeprefix("it ").removeprefix(f"{out} ")
-            raise UsageError(f"--out {what}" if what.startswith("needs") else f"--out {out} {what}") from error
-    return chart([one[0] for one in rates], f"{run.epochs} epochs, {run.planned_steps:,} steps")
+            reason = str(error).removeprefix("it ").removeprefix(f"{out} ")
+            raise UsageError(f"--out {reason}" if reason.startswith("needs") else f"--out {out} {reason}") from error
+    return chart([groups[0] for groups in rates], f"{run.epochs} epochs, {run.planned_steps:,} steps")
 
 
 def chart(values: list[float], length: str, width: int | None = None, height: int = 12) -> str:
-    """Rates as filled columns, with where they start and end, and `length`, below."""
+    """Draw rates as filled columns of text. The line below has the first and the last rate, and `length`."""
     return plots.bars(values, f"start {values[0]:.3g}, end {values[-1]:.3g}; {length}", width, height)
 
 
-def said(run: Run) -> dict[str, float]:
-    """What each schedule makes of the first group's rate where `run` is now: a factor, by the plugin's name."""
+def schedule_factors(run: Run) -> dict[str, float]:
+    """The factor of each schedule at the current step of `run`, for the first parameter group, by the plugin's name."""
     group = run.optimizer.param_groups[0]
-    given = {"run": run, "initial_lr": group["initial_lr"], "group": group}
-    found: dict[str, float] = {}
+    arguments = {"run": run, "initial_lr": group["initial_lr"], "group": group}
+    factors: dict[str, float] = {}
     if not group["initial_lr"]:
-        return found
-    for impl in reversed([one for one in run.hook.hookimpls if one.function.__name__ == "lr_scale"]):
-        result = impl.function(*(given[name] for name in impl.argnames))
-        if impl.wrapper:                # it acts where it says another rate than the others
-            inner = [prod(found.values())]
+        return factors
+    for impl in reversed([impl for impl in run.hook.hookimpls if impl.function.__name__ == "lr_scale"]):
+        result = impl.function(*(arguments[name] for name in impl.argnames))
+        if impl.wrapper:                # its factor is its own rate over the rate of the schedules that it wraps
+            inner = [prod(factors.values())]
             next(result)
             try:
                 result.send(inner)
             except StopIteration as end:
                 result = prod(end.value) / inner[0] if inner[0] else 1.0
-        found[impl.plugin_name] = result
-    return {name: found[name] for name in run.hook.acting["lr_scale"]}
+        factors[impl.plugin_name] = result
+    return {name: factors[name] for name in run.hook.acting["lr_scale"]}
 
 
-def phases(steps: list[int], factors: list[dict[str, float]]) -> dict[str, tuple[int, int]]:
-    """The steps from which to which each schedule moves the rate, by the plugin's name; of those that do.
+def active_spans(steps: list[int], factors: list[dict[str, float]]) -> dict[str, tuple[int, int]]:
+    """The first and the last step at which each schedule changes the rate, by the plugin's name.
 
-    One that holds the rate at a factor at first acts from the beginning.
+    A schedule that starts with a factor other than 1 is active from the first step. One that never changes the rate is
+    left out.
     """
-    found = {}
+    spans = {}
     for name in factors[0]:
-        values = [one[name] for one in factors]
-        moves = [index for index, (old, new) in enumerate(pairwise(values), 1) if old != new]
-        if moves:
-            begins = 0 if values[0] != 1 else moves[0] - 1
-            found[name] = steps[begins], steps[moves[-1]]
-    return found
+        values = [by_name[name] for by_name in factors]
+        changes = [index for index, (old, new) in enumerate(pairwise(values), 1) if old != new]
+        if changes:
+            first = 0 if values[0] != 1 else changes[0] - 1
+            spans[name] = steps[first], steps[changes[-1]]
+    return spans
 
 
-def picture(run: Run, steps: list[int], rates: list[list[float]], acting: dict[str, tuple[int, int]],
-            out: Path) -> None:
-    """Draw the curve of every parameter group, and below it a bar for each schedule while it acts."""
+def draw_image(run: Run, steps: list[int], rates: list[list[float]], spans: dict[str, tuple[int, int]],
+               out: Path) -> None:
+    """Draw the curve of every parameter group and, below, a bar for each schedule over the steps where it is active."""
     per_epoch = run.plan()[0]
     epochs = [step / per_epoch for step in [*steps, run.planned_steps]]
-    groups = list(labelled(run, rates))
-    groups = [*groups[:12], *(("_", values) for _, values in groups[12:])]          # "_" is not in the legend
+    groups = list(labelled_curves(run, rates))
+    groups = [*groups[:12], *(("_", values) for _, values in groups[12:])]      # no legend for "_"
     legend = 0.2 * min(12, len(groups)) if len(groups) > 1 else 0.0
-    strip = 0.2 * len(acting)
+    strip = 0.2 * len(spans)
     with plots.picture(out, height=3.2 + strip + legend) as figure:
-        if acting:
+        if spans:
             axes, bars = figure.subplots(2, sharex=True, height_ratios=(3, strip))
         else:
             axes, bars = figure.add_subplot(), None
         for number, (label, values) in enumerate(groups):
-            lasting = [*values, values[-1]]             # to the end of the last step
-            axes.plot(epochs, lasting, label=label, zorder=3, **plots.stroke(number))
+            extended = [*values, values[-1]]            # the last rate holds to the end of the last step
+            axes.plot(epochs, extended, label=label, zorder=3, **plots.stroke(number))
         peaks = [max(values) for _, values in groups if max(values) > 0]
         if peaks and max(peaks) > 50 * min(peaks):
             axes.set_yscale("log")
@@ -110,24 +111,24 @@ def picture(run: Run, steps: list[int], rates: list[list[float]], acting: dict[s
         (axes if bars is None else bars).set_xlabel("epoch")
         if bars is not None:
             axes.tick_params(labelbottom=False)
-            bars.set_yticks(range(len(acting)), acting)
+            bars.set_yticks(range(len(spans)), spans)
             bars.tick_params(axis="y", length=0, labelsize=8)
             bars.invert_yaxis()
-            for row, (begins, ends) in enumerate(acting.values()):
-                length = max(ends - begins, run.planned_steps / 200) / per_epoch        # so that it is seen
-                bars.barh(row, length, left=begins / per_epoch, height=0.5, color=plots.GREY)
+            for row, (first, last) in enumerate(spans.values()):
+                length = max(last - first, run.planned_steps / 200) / per_epoch         # wide enough to be visible
+                bars.barh(row, length, left=first / per_epoch, height=0.5, color=plots.GREY)
         if legend:
             figure.legend(loc="outside lower left", fontsize=8, handlelength=4)
 
 
-def labelled(run: Run, rates: list[list[float]]) -> Iterator[tuple[str, list[float]]]:
-    """Each different curve once, with the parameter groups that follow it."""
-    found: dict[tuple[float, ...], list[int]] = {}
+def labelled_curves(run: Run, rates: list[list[float]]) -> Iterator[tuple[str, list[float]]]:
+    """Each distinct curve once, with a label that names the parameter groups that have it."""
+    groups_by_curve: dict[tuple[float, ...], list[int]] = {}
     for number, values in enumerate(zip(*rates, strict=True)):
-        found.setdefault(values, []).append(number)
+        groups_by_curve.setdefault(values, []).append(number)
     parameters = parameter_names(run)
-    for values, numbers in found.items():
-        mine = [name for number in numbers for name in parameters[number]]
-        few = mine if len(mine) <= 3 else [mine[0], f"{len(mine) - 2} more", mine[-1]]
-        which = names([str(number) for number in numbers])
-        yield f"group{'s' * (len(numbers) > 1)} {which}: {', '.join(few)}", list(values)
+    for values, numbers in groups_by_curve.items():
+        members = [name for number in numbers for name in parameters[number]]
+        few = members if len(members) <= 3 else [members[0], f"{len(members) - 2} more", members[-1]]
+        groups = names([str(number) for number in numbers])
+        yield f"group{'s' * (len(numbers) > 1)} {groups}: {', '.join(few)}", list(values)

@@ -1,4 +1,4 @@
-"""Optimizers by name: every class of torch.optim, or `package.module:Class`."""
+"""Optimizers by name for `--optimizer`: every class of torch.optim, or `package.module:Class`."""
 from __future__ import annotations
 
 import inspect
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     import torch
 
 
-def known() -> list[str]:
-    """The names, without importing torch."""
+def known_names() -> list[str]:
+    """The names of torch.optim's classes in lower case, found without importing torch."""
     classes = names_in_source("torch", "optim", r"^class (\w+)\((?:Optimizer|Adam)\)")
     return sorted({name.lower() for name in classes if not name.startswith("_")})
 
 
 def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[Any], Any], float | None]:
-    """The factory that `spec` says, and its learning rate, `lr` or the class's own; None where `spec` says it.
+    """Return a factory of the optimizer that `spec` names, and its learning rate: `lr`, or the class's default.
 
-    On a GPU the update is one fused kernel where torch has that, unless `spec` says foreach, fused or what excludes it.
-    Raises UsageError where the class refuses what it is given.
+    The learning rate is None if `spec` has it among its options. On a GPU the update is one fused kernel where torch
+    has one, unless `spec` sets foreach, fused or differentiable. Raises UsageError where the options are wrong.
     """
     import torch
 
@@ -34,16 +34,16 @@ def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[An
     name, cls, options = resolve("optimizer", spec, lambda: sorted(classes), classes.__getitem__)
     if lr is not None and "lr" in options:
         raise UsageError(f"optimizer {name}: lr is given twice, as --lr and as an option; leave one out")
-    own = "lr" in options
+    lr_in_spec = "lr" in options
     options |= {} if lr is None else {"lr": lr}
     excluded = {"foreach", "fused", "differentiable"} & set(options)
     if device == "cuda" and "fused" in inspect.signature(cls).parameters and not excluded:
         options["fused"] = True
     rate = options.get("lr", 0)
     if not (isinstance(rate, int | float) and 0 <= rate <= FLOAT32_MAX):
-        raise UsageError(f"lr is {rate}; a learning rate is a number from 0, such as 1e-3")
+        raise UsageError(f"lr is {rate}; use a number from 0 to 3.4e38, such as 1e-3")
     if cls in classes.values():
-        check(name, cls, options)
+        check_tuple_options(name, cls, options)
 
     def factory(params: Any) -> Any:
         try:
@@ -53,41 +53,44 @@ def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[An
 
     weight = torch.full((1, 1), 2.5, requires_grad=True)
     with without_dynamo_wrappers():
-        tried = factory([weight])                                  # so that a wrong option is known now
-    if not isinstance(tried, torch.optim.Optimizer):
-        raise UsageError(f"optimizer {name} made a {type(tried).__name__}, not a torch.optim.Optimizer")
-    if cls in classes.values() and device == "cpu":                # what a GPU has may not work with this weight
-        step(name, tried, weight)
-    return factory, None if own else tried.defaults.get("lr")
+        optimizer = factory([weight])                              # raises UsageError for a wrong option
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"optimizer {name} returned a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    if cls in classes.values() and device == "cpu":                # fused kernels of a GPU refuse a weight on the CPU
+        try_step(name, optimizer, weight)
+    return factory, None if lr_in_spec else optimizer.defaults.get("lr")
 
 
-def check(name: str, cls: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Raise UsageError for pairs that are none, of which some of torch's classes see but the first two values."""
+def check_tuple_options(name: str, cls: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Raise UsageError for a tuple of the wrong length, such as betas of three: torch does not always check it."""
     for key, parameter in inspect.signature(cls).parameters.items():
-        usual, value = parameter.default, options.get(key)
-        if isinstance(usual, tuple) and isinstance(value, tuple) and len(value) != len(usual):
-            raise UsageError(f"optimizer {name}: {key} takes {len(usual)} values, as in "
-                             f"{key}={','.join(map(str, usual))}, not {value!r}")
+        default, value = parameter.default, options.get(key)
+        if isinstance(default, tuple) and isinstance(value, tuple) and len(value) != len(default):
+            raise UsageError(f"optimizer {name}: {key} takes {len(default)} values, as in "
+                             f"{key}={','.join(map(str, default))}, not {value!r}")
 
 
-def step(name: str, tried: torch.optim.Optimizer, weight: torch.Tensor) -> None:
-    """Try one update, on the way to the minimum of weight**4: some of torch's classes look at an option only there."""
+def try_step(name: str, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> None:
+    """Make one update of `weight` with the loss weight**4. Some of torch's classes check an option only in `step`.
+
+    Raises UsageError where the step fails.
+    """
     import torch
 
     from loopctl.optim.fast_step import fast_step
 
-    looks = iter(range(99))
+    calls = iter(range(99))             # a line search may call the closure very often; 99 calls are enough
 
     def closure() -> torch.Tensor:
-        next(looks)
+        next(calls)
         gradient = 4 * weight.detach() ** 3
-        weight.grad = gradient.to_sparse() if isinstance(tried, torch.optim.SparseAdam) else gradient
+        weight.grad = gradient.to_sparse() if isinstance(optimizer, torch.optim.SparseAdam) else gradient
         return (weight.detach() ** 4).sum()
 
     try:
         closure()
-        fast_step(tried, closure)
-    except StopIteration:               # it looks on and on, as it may
+        fast_step(optimizer, closure)
+    except StopIteration:
         return
     except Exception as error:
         raise UsageError(f"optimizer {name}: {one_line(error) or type(error).__name__}") from error

@@ -1,6 +1,6 @@
-"""What `loopctl new-plugin` writes: a package with one plugin and its test.
+"""`loopctl new-plugin`: write a Python package with one plugin, its tests and its README.
 
-The texts in `templates/` are those of a plugin called `my_plugin`, whole and working; its name is replaced.
+The files in `templates/` are a complete package of a plugin called `my_plugin`; only the name is replaced.
 """
 from __future__ import annotations
 
@@ -21,39 +21,40 @@ NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
 
 def write(name: str, kind: str, out: Path | None) -> str:
-    """Write the package into a new folder, `loopctl-NAME` if not `out`. Return what to say: the files, what to do next.
+    """Write the package to the new folder `out`, or `loopctl-NAME`. Return the list of files and commands to run next.
 
-    Raises UsageError, and leaves nothing behind, for a name or a folder that cannot be.
+    Raises UsageError, and leaves no files behind, for an invalid name or a folder that cannot be written.
     """
-    plugin = checked(name)
+    plugin = check_name(name)
     folder = out or Path(f"loopctl-{name}")
     files = {"pyproject.toml": "pyproject", "README.md": "readme", f"loopctl_{plugin}.py": kind,
              f"test_{plugin}.py": f"{kind}_test"}
-    texts = {file: filled((TEMPLATES / f"{template}.txt").read_text(encoding="utf-8"), plugin)
+    texts = {file: fill_template((TEMPLATES / f"{template}.txt").read_text(encoding="utf-8"), plugin)
              for file, template in files.items()}
-    put(folder, texts)
-    place = shlex.quote(str(folder))
+    write_files(folder, texts)
     return "\n".join(["written:", *(f"  {folder / file}" for file in texts), "next:",
                       f"  pip install -e {shlex.quote(f'{folder}[test]')}",
-                      f"  python -m pytest {place}",
+                      f"  python -m pytest {shlex.quote(str(folder))}",
                       f"  loopctl run --plugin {plugin}"])
 
 
-def checked(name: str) -> str:
-    """The plugin's name that `name` stands for: hyphens are underscores. Raises UsageError where it cannot be one."""
+def check_name(name: str) -> str:
+    """Return `name` with underscores in place of hyphens. Raises UsageError if a new plugin cannot have this name."""
     plugin = name.replace("-", "_")
     if not NAME.fullmatch(plugin):
         parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", plugin)          # GradNoise is grad_noise
-        near = re.sub(r"[^a-z0-9]+", "_", parts.lower()).strip("_")
-        way = f"use {near}" if NAME.fullmatch(near) else "choose another"
-        raise UsageError(f"{name!r} is no name of a plugin, which has lower-case letters, digits and underscores and "
-                         f"begins with a letter; {way}")
+        similar = re.sub(r"[^a-z0-9]+", "_", parts.lower()).strip("_")
+        advice = f"use {similar}" if NAME.fullmatch(similar) else "choose another"
+        raise UsageError(f"{name!r} is not a valid plugin name, which has lower-case letters, digits and underscores "
+                         f"and begins with a letter; {advice}")
     if plugin.startswith("loopctl_"):
-        raise UsageError(f"{name}: the package is called loopctl-... by itself; use {plugin.removeprefix('loopctl_')}")
+        raise UsageError(f"{name}: the prefix loopctl is added to the package's name anyway; "
+                         f"use {plugin.removeprefix('loopctl_')}")
     if iskeyword(class_name(plugin)):
-        raise UsageError(f"{name}: its class would be called {class_name(plugin)}, a word of Python; choose another name")
+        raise UsageError(f"{name}: its class would be called {class_name(plugin)}, a keyword of Python; "
+                         "choose another name")
     if entry := available().get(plugin):
-        raise UsageError(f"{plugin}: {origin(entry) or 'a package'} has a plugin of this name; choose another")
+        raise UsageError(f"{plugin}: {origin(entry) or 'a package'} already has a plugin of this name; choose another")
     return plugin
 
 
@@ -61,14 +62,14 @@ def class_name(plugin: str) -> str:
     return "".join(part.capitalize() for part in plugin.split("_"))
 
 
-def filled(text: str, plugin: str) -> str:
-    """A template with the plugin's name in place of `my_plugin`, as a class and as a package too."""
+def fill_template(text: str, plugin: str) -> str:
+    """Replace `my_plugin` in a template by the plugin's name, also as the name of the class and of the package."""
     words = {"my_plugin": plugin, "my-plugin": plugin.replace("_", "-"), "MyPlugin": class_name(plugin)}
     return re.sub("|".join(words), lambda found: words[found[0]], text)
 
 
-def put(folder: Path, texts: dict[str, str]) -> None:
-    """Write `texts` by file name into the new `folder`. Raises UsageError, and takes away what it made."""
+def write_files(folder: Path, texts: dict[str, str]) -> None:
+    """Write `texts`, by file name, to the new `folder`. Where that fails, remove what was written; raise UsageError."""
     made: list[Path] = []
     try:
         if lexists(folder):

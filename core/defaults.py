@@ -1,6 +1,6 @@
-"""Plain PyTorch: what each hook does when no plugin replaces it.
+"""Default implementations of the hooks, in plain PyTorch: what a hook does if no plugin replaces it.
 
-Each takes all the arguments of its hook, needed or not, and so is called without a detour.
+Each takes all arguments of its hook, used or not, because such a function is called directly, without a generated one.
 """
 from __future__ import annotations
 
@@ -50,12 +50,11 @@ def micro_step(run: Run, batch: Any, weight: float | Tensor, last: bool) -> Tens
 @hookimpl(trylast=True)
 def compute_loss(run: Run, batch: Any) -> Tensor:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise UsageError(f"loss_fn takes (input, target) batches, and train gave a {type(batch).__name__}; "
-                         "for others, replace compute_loss in a plugin")
+        raise UsageError(f"loss_fn takes (input, target) batches, but train gave a {type(batch).__name__}; "
+                         "for other batches, replace compute_loss in a plugin")
     input, target = batch
     run.outputs = run.network(input)
-    assert run.loss_fn is not None
-    return run.loss_fn(run.outputs, target)
+    return run.loss_fn(run.outputs, target)         # type: ignore[misc]   # None only where a plugin replaces this
 
 
 @hookimpl(trylast=True)
@@ -76,5 +75,5 @@ def evaluate(run: Run) -> dict[str, Any]:
             if meters.functions:
                 meters.observe(run.outputs, batch, weight)
     if not meters.loss.weight and not meters.loss.values:
-        raise UsageError("valid has no batches; leave it out, or pass a list or a DataLoader, which can be read again")
+        raise UsageError("valid has no batches left; leave it out, or pass a list or a DataLoader, not an iterator")
     return meters.result(run)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopctl.counters import Counters
 from loopctl.data.batch import length_or_none
-from loopctl.optim.duration import Duration, parse_duration
+from loopctl.optim.duration import Duration, convert, parse_duration
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class Run:
     @property
     def should_stop(self) -> bool:
         """Whether to end within the current epoch: `stop` has a reason, or `max_steps` updates are made."""
-        return bool(self.stop) or self.step >= self.max_steps
+        return bool(self.stop) or self.counters.step >= self.max_steps
 
     @property
     def finished(self) -> bool:
@@ -130,12 +130,7 @@ class Run:
         """`duration` in epochs or in steps: a plain number is in that unit already, `"5ep"`, `"500st"` and `"10%"` are
         converted, None is the whole run."""
         number, unit = parse_duration(duration)
-        if unit == by:
-            return number
-        per_epoch = self.plan()[0]
-        steps = {"": number if by == "step" else number * per_epoch, "step": number, "epoch": number * per_epoch,
-                 "%": number * self.planned_steps / 100}[unit]
-        return steps if by == "step" else steps / per_epoch
+        return number if unit == by else convert(number, unit, by, self.plan()[0], self.planned_steps)
 
     def plan(self) -> tuple[int, int]:
         """The steps and the micro-batches of one epoch, counted by grouping numbers in place of batches."""

@@ -1,4 +1,4 @@
-"""Try steps on a copy of a run, and leave the run as it is."""
+"""Try training steps on a copy of a run, for a learning-rate range test, without changing the run itself."""
 from __future__ import annotations
 
 import copy
@@ -25,93 +25,99 @@ from loopctl.run import Run
 
 @contextmanager
 def trial_run(run: Run) -> Iterator[TrialRun]:
-    """Give a copy of `run` to try steps on. Afterwards random numbers are where they were, also after an exception.
+    """Yield a copy of `run` to try steps on. The states of random number generators are restored at the end.
 
-    Model, optimizer, loss function and data loader are copies, and so are the plugins that have a say in training;
-    those that look on are left out. Nothing of the run itself is touched, so that there is nothing to put back. The
-    copies take as much memory again.
+    Model, optimizer, loss function, data loaders and the plugins that affect training are copied; observers are left
+    out. The run itself is not changed. The copies take as much memory again.
 
-    Raises UsageError where something of the run cannot be copied.
+    Raises UsageError where a part of the run cannot be copied.
     """
     if isinstance(run.train, Iterator):
-        raise UsageError("train can be read only once, so nothing can be tried before; pass a list or a DataLoader")
+        raise UsageError("train can be read only once, so no steps can be tried on it; pass a list or a DataLoader")
     random = rng_state(run.train)
     try:
-        with closing(TrialRun(run)) as copy:
-            yield copy
+        with closing(TrialRun(run)) as trial:
+            yield trial
     finally:
         set_rng_state(random, run.train)
 
 
 class TrialRun:
-    """A copy of a run that stays where it is: each of its steps is what the run's next one would be."""
+    """A copy of a run, as `self.run`. Its parameters are trained by `step`, but its counters never advance."""
 
     def __init__(self, run: Run) -> None:
-        self.twin = twin = replace(run, counters=replace(run.counters))
-        # What a plugin holds on to becomes the copy's, whoever holds it. Data is only read, and stays one.
-        memo: dict[int, Any] = {id(run): twin}
+        self.run = trial = replace(run, counters=replace(run.counters))
+        # One memo for all copies, so that references among model, optimizer and plugins lead to the copies.
+        memo: dict[int, Any] = {id(run): trial}
         for loader in (run.train, run.valid):
             memo |= shared_objects(loader)
         plugins = {name: run.hook.plugins[name] for name in training_plugins(run)}
         try:
-            twin.model, twin.loss_fn, twin.train, twin.valid = copy.deepcopy(
+            trial.model, trial.loss_fn, trial.train, trial.valid = copy.deepcopy(
                 (run.model, run.loss_fn, run.train, run.valid), memo)
-            twin.optimizer = copy_optimizer(run.optimizer, memo)
+            trial.optimizer = copy_optimizer(run.optimizer, memo)
             plugins = copy.deepcopy(plugins, memo)
-        except Exception as error:                  # whatever somebody's class raises that was not made to be copied
+        except Exception as error:                  # a class that was not made to be copied may raise anything
             raise UsageError("the run cannot be copied to try steps on "
                              f"({type(error).__name__}: {one_line(error)})") from error
-        twin.hook = compose(plugins.values(), DEFAULTS)
-        twin.parallel = next((plugin for plugin in plugins.values() if isinstance(plugin, Parallel)), None)
-        twin.hook.acting["lr_scale"] = []           # the rates are the caller's
-        twin.network = twin.model
-        twin.hook.wrap_model(run=twin)
-        twin.meters, twin.metrics, twin.history, twin.loaders = Meters({}, ""), dict(run.metrics), [], {}
-        twin.model.train()
-        twin.hook.epoch_start(run=twin)
-        self.groups = self.endless()
+        trial.hook = compose(plugins.values(), DEFAULTS)
+        trial.parallel = next((plugin for plugin in plugins.values() if isinstance(plugin, Parallel)), None)
+        trial.hook.acting["lr_scale"] = []          # `step` is given the learning rates
+        trial.network = trial.model
+        trial.hook.wrap_model(run=trial)
+        trial.meters, trial.metrics, trial.history, trial.loaders = Meters({}, ""), dict(run.metrics), [], {}
+        trial.model.train()
+        trial.hook.epoch_start(run=trial)
+        self.groups = self.repeated_groups()
 
-    def endless(self) -> Generator[list[Any]]:
-        """The micro-batches of one step after another, from the data's beginning as often as it takes."""
-        twin, found = self.twin, True
+    def repeated_groups(self) -> Generator[list[Any]]:
+        """Yield the micro-batches of one step after another; the data is read again whenever it ends."""
+        trial, found = self.run, True
         while found:
             found = False
-            for group in twin.hook.group_batches(run=twin, batches=batches_to_device(twin.train, twin.device)):
+            for group in trial.hook.group_batches(run=trial, batches=batches_to_device(trial.train, trial.device)):
                 found = True
                 yield group
         raise UsageError("train gave no batches")
 
     def close(self) -> None:
-        """End the loader's workers now; in the middle of an import, when Python might come to it, they do not hear."""
+        """Close the iterator over the data, which ends the loader workers.
+
+        Garbage collection might close it during an import, when the workers cannot be told to end.
+        """
         self.groups.close()
 
     def step(self, rates: list[float]) -> torch.Tensor:
-        """Train the copy for one step with these learning rates, one per parameter group. Returns the step's loss."""
-        twin = self.twin
-        set_learning_rates(twin.optimizer, rates)
-        with twin.counters.temporarily():
-            run_step(twin, next(self.groups))
-        twin.meters = Meters({}, "")
-        if twin.loss is None:
-            raise UsageError("a plugin replaces optimizer_step and computes no loss, so there is nothing to judge by")
-        return all_reduce_mean(twin, twin.loss)
+        """Train the copy for one step and return its loss. `rates`: one learning rate per parameter group."""
+        trial = self.run
+        set_learning_rates(trial.optimizer, rates)
+        with trial.counters.temporarily():
+            run_step(trial, next(self.groups))
+        trial.meters = Meters({}, "")
+        if trial.loss is None:
+            raise UsageError("a plugin replaces optimizer_step and computes no loss; steps can be tried only with one "
+                             "that calls closure()")
+        return all_reduce_mean(trial, trial.loss)
 
 
 def shared_objects(loader: Any) -> dict[int, Any]:
-    """What a copy of `loader` shares with it, for `copy.deepcopy`: the data; of a DataLoader no workers that run."""
+    """Return the `copy.deepcopy` memo for what a copy of `loader` shares with it, which is the data.
+
+    The iterator of a DataLoader, with its running workers, is replaced by None.
+    """
     if isinstance(loader, DataLoader):
         return {id(loader.dataset): loader.dataset, id(loader._iterator): None}
     return {id(loader): loader}
 
 
 def copy_optimizer(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
-    """A copy of all that is in `optimizer`; `copy.deepcopy` forgets what LBFGS keeps.
+    """Return a deep copy of `optimizer` with all its attributes; `copy.deepcopy` alone loses those of LBFGS.
 
-    What somebody put around a method, as torch's schedulers do, belongs to the original and is left out.
+    Wrappers around methods, which torch's schedulers set on the instance, are bound to the original and are left out.
     """
-    mine = {name: value for name, value in vars(optimizer).items()
-            if not (callable(value) and hasattr(type(optimizer), name))}
-    twin = object.__new__(type(optimizer))
-    memo[id(optimizer)] = twin
-    vars(twin).update(copy.deepcopy(mine, memo))
-    return twin
+    attributes = {name: value for name, value in vars(optimizer).items()
+                  if not (callable(value) and hasattr(type(optimizer), name))}
+    copied = object.__new__(type(optimizer))
+    memo[id(optimizer)] = copied
+    vars(copied).update(copy.deepcopy(attributes, memo))
+    return copied

@@ -1,1 +1,1 @@
-"""The plugins that come with loopctl, one file each."""
+"""The built-in plugins of loopctl, one file each."""

@@ -1,4 +1,4 @@
-"""Gradient accumulation."""
+"""Gradient accumulation over several batches."""
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,9 @@ from loopctl.data.batch import chunked
 
 @dataclass(eq=False)
 class Accumulate:
-    """Accumulate gradients over several batches: the update of one big batch, in less memory.
+    """Accumulate gradients over several batches: the update of one big batch in less memory.
 
-    every: batches per update; what is left at the end of an epoch makes an update of its own
+    every: batches per update; the batches that remain at the end of an epoch make a smaller update
     """
 
     every: int = 4

@@ -1,4 +1,4 @@
-"""Automatic mixed precision."""
+"""Automatic mixed precision: torch.autocast and loss scaling."""
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,14 +11,14 @@ from loopctl import Run, UsageError, hookimpl
 
 @dataclass(eq=False)
 class Amp:
-    """Compute forward passes in half precision, and scale the loss where that needs it.
+    """Compute forward passes in half precision, and scale the loss if that is float16.
 
-    It is torch.autocast and torch.amp.GradScaler; see Mixed Precision Training, arXiv:1710.03740.
+    Same as torch.autocast and torch.amp.GradScaler; see Mixed Precision Training, arXiv:1710.03740.
 
     dtype: float16 scales the loss and skips a step whose gradients overflow; bfloat16 needs neither; auto is bfloat16,
-        or float16 where the GPU has no bfloat16
-    init_scale: the first factor of the loss, at least 1, with float16
-    growth_interval: steps without overflow after which the factor doubles, with float16
+        or float16 if the GPU has no bfloat16
+    init_scale: with float16, the initial scale of the loss, at least 1
+    growth_interval: with float16, steps without overflow after which the scale doubles
     """
 
     dtype: Literal["auto", "float16", "bfloat16"] = "auto"
@@ -32,9 +32,9 @@ class Amp:
         if self.growth_interval < 1:
             raise ValueError(f"growth_interval is at least 1, not {self.growth_interval}")
         if self.dtype == "auto":
-            old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-            self.dtype = "float16" if old else "bfloat16"
-        if self.dtype == "bfloat16":        # nothing to scale: leave these hooks to others
+            only_float16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+            self.dtype = "float16" if only_float16 else "bfloat16"
+        if self.dtype == "bfloat16":        # no loss scaling: other plugins may replace these hooks
             self.train_start = self.before_step = self.backward = None             # type: ignore[assignment, method-assign]
             self.after_backward = self.optimizer_step = None                       # type: ignore[assignment, method-assign]
 
@@ -46,8 +46,8 @@ class Amp:
     @hookimpl
     def train_start(self, run: Run) -> None:
         if isinstance(run.optimizer, torch.optim.LBFGS):
-            raise UsageError("float16 scaling cannot serve LBFGS, which computes gradients several times per step; "
-                             "use dtype=bfloat16")
+            raise UsageError("float16 loss scaling does not work with LBFGS, which computes gradients several times "
+                             "per step; use dtype=bfloat16")
         self.scaler = torch.amp.GradScaler(run.device.type, self.init_scale, growth_interval=self.growth_interval)
         self.scale = self.init_scale
 
@@ -64,20 +64,20 @@ class Amp:
     @hookimpl
     def after_backward(self, run: Run) -> None:
         if self.unscaled:
-            raise UsageError("float16 scaling allows one computation of gradients per step; use dtype=bfloat16")
+            raise UsageError("float16 loss scaling allows one gradient computation per step; use dtype=bfloat16")
         self.scaler.unscale_(run.optimizer)
         self.unscaled = True
 
     @hookimpl
     def optimizer_step(self, run: Run, closure: Callable[[], Tensor]) -> Tensor:
         loss, states = closure(), run.optimizer.state
-        known = len(states)
+        num_states = len(states)
         self.scaler.step(run.optimizer)
         self.scaler.update()
-        before, self.scale = self.scale, self.scaler.get_scale()       # waits for the device, as GradScaler does
-        run.skipped = self.scale < before
-        if run.skipped and len(states) > known:            # torch's fused SGD has put memory there that nobody wrote to
-            for parameter in list(states)[known:]:
+        previous_scale, self.scale = self.scale, self.scaler.get_scale()       # synchronizes, as GradScaler does
+        run.skipped = self.scale < previous_scale
+        if run.skipped and len(states) > num_states:        # torch's fused SGD has added uninitialized momentum buffers
+            for parameter in list(states)[num_states:]:
                 del states[parameter]
         return loss
 

@@ -1,4 +1,4 @@
-"""Checkpoints."""
+"""Checkpoints: save the state of the run, to resume it later, and keep the best weights."""
 import logging
 import os
 import shutil
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from loopctl import Monitor, Run, UsageError, hookimpl
 from loopctl.checkpoint.atomic_files import (
+    DamagedCheckpoint,
     Weights,
     atomic_write,
     claim_output,
@@ -24,7 +25,7 @@ from loopctl.checkpoint.atomic_files import (
     save_checkpoint,
     save_weights,
 )
-from loopctl.checkpoint.sharded_tensors import extract_sharded, save_sharded
+from loopctl.checkpoint.sharded_tensors import extract_sharded, save_sharded, sharded_files
 from loopctl.checkpoint.state import capture_state, check_serializable, checkpoints_in, find_candidates, step_number
 from loopctl.distributed.process_group import (
     StopConsensus,
@@ -39,20 +40,20 @@ log = logging.getLogger("loopctl")
 
 @dataclass(eq=False)
 class Checkpoint:
-    """Save the whole state of the run, from which it goes on exactly, and the best weights.
+    """Save checkpoints, from which the run resumes exactly, and the best weights.
 
-    A checkpoint is step-N.pt, with N updates planned so far. The last one is written when the run ends, and before
-    leaving on SIGTERM or SIGUSR1, which batch systems send. best.safetensors are the weights that were judged best,
-    best.pt the whole state soon after. A checkpoint that cannot be written stops nothing: a line says so, and the
-    one before it stays.
+    A checkpoint is a file step-00000123.pt, numbered by steps, skipped ones included. The last one is written when the
+    run ends, or exits after SIGTERM or SIGUSR1, which batch systems send. best.safetensors holds the best weights so
+    far, best.pt the whole state at the next safe point. If a checkpoint cannot be written, the run continues: a warning
+    is logged, and the previous checkpoint is kept.
 
-    every_epochs: save at the end of every so many epochs
-    every_steps: save every so many steps too
-    every_minutes: save when so many minutes have passed since the last time, too
-    monitor: the metric that tells which weights are best; val_loss if left out, or train_loss without validation
-    mode: whether smaller or larger is better; auto knows losses and errors from accuracies by name
-    keep: how many checkpoints stay, besides the best; with two, a damaged one has one before it
-    dir: the folder, relative to the run's
+    every_epochs: save at the end of every N-th epoch
+    every_steps: also save every N steps
+    every_minutes: also save when N minutes have passed since the last checkpoint
+    monitor: metric that decides which weights are best; val_loss if left out, or train_loss without validation data
+    mode: whether smaller (min) or larger (max) is better; auto decides by the name of the metric
+    keep: number of checkpoints to keep besides the best; with two, one is left if the last is damaged
+    dir: folder of the checkpoints, relative to the run's folder
     """
 
     every_epochs: int = 1
@@ -73,31 +74,34 @@ class Checkpoint:
     @hookimpl(wrapper=True)
     def train(self, run: Run) -> Generator[None, None, None]:
         self.watch = Monitor(self.monitor, self.mode)
-        self.ended = self.best = self.checked = False
-        self.signal = 0
-        self.together = StopConsensus()
-        self.good: list[Path] = []              # the checkpoints to keep, the last one first
-        self.best_sharded: str | None = None     # the folder that best.pt is about, if its tensors are in pieces
-        self.writing: tuple[Path, Callable[[], bool]] | None = None     # the one being written; wait for the result
-        before = {number: signal.signal(number, self.heed) for number in free_signals()}
+        self.epoch_ended = False
+        self.best = False                       # the weights are the best so far, and best.pt is not yet written
+        self.checked = False                    # the first epoch has begun, and the state was found serializable
+        self.signal = 0                         # the number of the signal received, if any
+        self.stop_consensus = StopConsensus()
+        self.kept: list[Path] = []              # the checkpoints to keep, latest first
+        self.best_sharded: str | None = None    # the folder with the sharded tensors of best.pt, if it has any
+        self.pending: tuple[Path, Callable[[], bool]] | None = None     # being written: its file; wait for the result
+        previous_handlers = {number: signal.signal(number, self.on_signal) for number in unhandled_signals()}
         try:
             result = yield
-            self.settle(run)
+            self.wait_for_pending(run)
             return result
         except BaseException as error:
-            if self.writing:            # let it come to its end before processes leave each other
+            if self.pending:            # the other processes take part in writing it: finish before leaving the group
                 with suppress(Exception):
-                    self.writing[1]()
-            if self.signal and is_peer_failure(error):       # torchrun's, which ends this one because another has ended
+                    self.pending[1]()
+            # torchrun has sent the signal because another process failed, and that process reports the error.
+            if self.signal and is_peer_failure(error):
                 raise SystemExit(128 + self.signal) from None
             raise
         finally:
-            for number, handler in before.items():
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
-    def heed(self, number: int, frame: Any) -> None:
-        """Note that the run is to leave at the next safe point. A second signal ends it at once, but where torchrun has
-        started several processes, which passes on to them what they may have had already."""
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Make the run save and exit at the next safe point. A second signal ends it at once, except in a process group
+        started by torchrun, which forwards signals that its processes may have received already."""
         if self.signal and launched_processes() == 1:
             raise SystemExit(128 + number)
         self.signal = number
@@ -106,16 +110,16 @@ class Checkpoint:
     def train_start(self, run: Run) -> None:
         self.watch.start(run)
         self.folder = run.out / self.dir
-        self.since = time.monotonic()
+        self.last_time = time.monotonic()
         if run.rank == 0:
-            self.claim(run)
+            self.check_folder(run)
 
-    def claim(self, run: Run) -> None:
+    def check_folder(self, run: Run) -> None:
         """Raise UsageError for a folder that cannot be written to, or that holds files of another run."""
         def files_of_others() -> list[Path]:
             files = [*checkpoints_in(self.folder), *self.folder.glob("best.*")]
             resumed = [realpath(file) for file in find_candidates(run.resume)] if run.resume else []
-            # A resumed run without a checkpoint was killed before its first one, and starts from the beginning.
+            # A resumed run without a checkpoint was killed before its first one, and begins at the start.
             own = realpath(files[0]) in resumed if files and resumed else bool(run.resume)
             return [] if own else files
 
@@ -130,95 +134,105 @@ class Checkpoint:
             if run.rank == 0:
                 check_serializable(run)
             self.checked = True
-            # Those after the one gone on from are damaged.
+            # Checkpoints later than the one resumed from are damaged.
             last = step_number(run.last_checkpoint) if run.last_checkpoint else -1
-            self.good = [file for file in checkpoints_in(self.folder) if step_number(file) <= last]
+            self.kept = [file for file in checkpoints_in(self.folder) if step_number(file) <= last]
             if any(self.folder.glob("*.sharded")) and (self.folder / "best.pt").exists():
-                self.best_sharded = read_checkpoint(self.folder / "best.pt").get("sharded")
+                with suppress(DamagedCheckpoint):       # then its shards are not kept
+                    self.best_sharded = sharded_files(read_checkpoint(self.folder / "best.pt"), self.folder)[0].name
 
     @hookimpl
     def after_evaluate(self, run: Run) -> None:
         if self.watch.improved(run):
             file, weights = self.folder / "best.safetensors", Weights(run.model)
-            done = run.rank == 0 and self.tried(run, file, lambda: save_weights(weights, file))
-            self.best = broadcast_from_rank0(run, done)
+            written = run.rank == 0 and self.try_write(run, file, lambda: save_weights(weights, file))
+            self.best = broadcast_from_rank0(run, written)
 
     @hookimpl
     def epoch_end(self, run: Run) -> None:
-        self.ended = True
+        self.epoch_ended = True
 
     @hookimpl
     def safe_point(self, run: Run) -> None:
-        late = self.every_minutes is not None and time.monotonic() - self.since >= 60 * self.every_minutes
-        signal, late = self.together(run, (self.signal, late)) or (0, False)
-        ended, self.ended = self.ended and (run.finished or run.epoch % self.every_epochs == 0), False
-        if ended or self.best or signal or late or (self.every_steps and run.attempts % self.every_steps == 0):
-            done = self.save(run)
-            if signal and not run.finished:
-                self.leave(run, signal, self.settle(run) and done)
+        overdue = self.every_minutes is not None and time.monotonic() - self.last_time >= 60 * self.every_minutes
+        number, overdue = self.stop_consensus(run, (self.signal, overdue)) or (0, False)
+        epoch_due = self.epoch_ended and (run.finished or run.epoch % self.every_epochs == 0)
+        self.epoch_ended = False
+        step_due = self.every_steps and run.attempts % self.every_steps == 0
+        if epoch_due or step_due or overdue or self.best or number:
+            saved = self.save(run)
+            if number and not run.finished:
+                self.exit_on_signal(run, number, self.wait_for_pending(run) and saved)
 
     def save(self, run: Run) -> bool:
-        """Write a checkpoint, then take away those that are too many. Whether it could be written, as far as known."""
-        self.settle(run)
+        """Write a checkpoint and delete old ones. Returns whether it was written; True while it is being written."""
+        self.wait_for_pending(run)
         file = self.folder / f"step-{run.attempts:08}.pt"
-        best, self.best, self.since = self.best, False, time.monotonic()
-        content, parts = extract_sharded(capture_state(run))
-        put = partial(self.put, run, file, content, best) if run.rank == 0 else lambda: True
-        if not parts:
-            self.writing = file, put
-            return self.settle(run)
-        # In pieces it is written by all, and while training goes on. The file comes last: with it the rest is whole. At
-        # an epoch's end it is written once more, to another folder, for the one before is whole until that is too.
-        content = deepcopy(content) | {"sharded": f"{file.stem}-{run.epoch}.sharded"}
-        put = partial(self.put, run, file, content, best) if run.rank == 0 else lambda: True
-        if run.rank == 0:
-            shutil.rmtree(self.folder / content["sharded"], ignore_errors=True)      # which a killed run has left
-        written = save_sharded(parts, self.folder / content["sharded"])
-        self.writing = file, ThreadPoolExecutor(1).submit(lambda: bool(written.result()) and put()).result
+        best, self.best, self.last_time = self.best, False, time.monotonic()
+        content, shards = extract_sharded(capture_state(run))
+        write = partial(self.write_checkpoint, run, file, content, best) if run.rank == 0 else lambda: True
+        if not shards:
+            self.pending = file, write
+            return self.wait_for_pending(run)
+        # All processes write their shards in the background. The file is written last, so if it exists, all shards do.
+        # The end of an epoch may save the same step again. Its shards go to another folder, because the existing file
+        # refers to the first one until it is replaced.
+        name = f"{file.stem}-{run.epoch}.sharded"
+        content = deepcopy(content)
+        checksums = save_sharded(shards, self.folder / name)
+
+        def write_file_last() -> bool:
+            content["sharded"] = {"folder": name, "checksums": checksums.result()}
+            return run.rank > 0 or self.write_checkpoint(run, file, content, best)
+
+        self.pending = file, ThreadPoolExecutor(1).submit(write_file_last).result
         return True
 
-    def settle(self, run: Run) -> bool:
-        """Wait for the checkpoint that is being written. Whether all processes could write it."""
-        if not self.writing:
+    def wait_for_pending(self, run: Run) -> bool:
+        """Wait for the checkpoint that is being written, if any. Returns whether all processes have written it."""
+        if not self.pending:
             return True
-        (file, result), self.writing = self.writing, None
-        done = all(all_gather(run, self.tried(run, file, result)))
-        run.last_checkpoint = file if done else run.last_checkpoint
-        return done
+        (file, result), self.pending = self.pending, None
+        written = all(all_gather(run, self.try_write(run, file, result)))
+        run.last_checkpoint = file if written else run.last_checkpoint
+        return written
 
-    def put(self, run: Run, file: Path, content: dict[str, Any], best: bool) -> bool:
+    def write_checkpoint(self, run: Run, file: Path, content: dict[str, Any], best: bool) -> bool:
+        """Write the file of a checkpoint, update best.pt, and delete checkpoints and shards that are not kept."""
         save_checkpoint(content, file)
         if best:
-            self.tried(run, self.folder / "best.pt", partial(linked, file, self.folder / "best.pt"))
-            self.best_sharded = content.get("sharded")
-        self.good = [*dict.fromkeys((file, *self.good))][:self.keep]
+            self.try_write(run, self.folder / "best.pt", partial(link_or_copy, file, self.folder / "best.pt"))
+            self.best_sharded = content.get("sharded", {}).get("folder")
+        self.kept = [*dict.fromkeys((file, *self.kept))][:self.keep]
         for old in (*checkpoints_in(self.folder), *self.folder.glob("*.new")):
-            if old not in self.good and step_number(old) <= step_number(file) and not old.is_dir():
-                self.tried(run, old, partial(old.unlink, missing_ok=True))
-        for old in self.folder.glob("step-*.sharded"):
-            its = old.with_name(f"{old.name.rpartition('-')[0]}.pt")
-            gone = old.name != content["sharded"] if its == file else not its.exists()
-            if gone and old.name != self.best_sharded:
-                self.tried(run, old, partial(shutil.rmtree, old))
+            if old not in self.kept and step_number(old) <= step_number(file) and not old.is_dir():
+                self.try_write(run, old, partial(old.unlink, missing_ok=True))
+        for folder in self.folder.glob("step-*.sharded"):
+            owner = folder.with_name(f"{folder.name.rpartition('-')[0]}.pt")
+            unused = folder.name != content["sharded"]["folder"] if owner == file else not owner.exists()
+            if unused and folder.name != self.best_sharded:
+                self.try_write(run, folder, partial(shutil.rmtree, folder))
         return True
 
-    def tried(self, run: Run, file: Path, write: Callable[[], Any]) -> bool:
-        """Whether `write` could write `file`. If not, a line says so, and the run goes on."""
+    def try_write(self, run: Run, file: Path, write: Callable[[], Any]) -> bool:
+        """Call `write`. Returns whether that succeeded; an OSError is logged as a warning about `file`."""
         try:
             write()
         except OSError as error:
-            last = f"the last one is {run.last_checkpoint}" if run.last_checkpoint else "there is none yet"
-            log.warning("checkpoint: %s cannot be written (%s); %s", file, error.strerror or error, last)
+            last = run.last_checkpoint
+            remaining = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+            log.warning("checkpoint: %s cannot be written (%s); %s", file, error.strerror or error, remaining)
             return False
         return True
 
-    def leave(self, run: Run, number: int, done: bool) -> None:
+    def exit_on_signal(self, run: Run, number: int, saved: bool) -> None:
         last = run.last_checkpoint
-        way = f"resume continues from {last}" if last else "there is no checkpoint to resume from"
+        resume = f"resume continues from {last}" if last else "there is no checkpoint to resume from"
         name = signal.Signals(number).name
         if run.rank == 0:
-            log.warning("checkpoint: left on %s after %d updates, in epoch %d; %s", name, run.step, run.epoch + 1, way)
-        raise SystemExit(128 + number if done else 1)
+            log.warning("checkpoint: stopped by %s after %d updates, in epoch %d; %s",
+                        name, run.step, run.epoch + 1, resume)
+        raise SystemExit(128 + number if saved else 1)
 
     def state_dict(self) -> dict[str, Any]:
         return self.watch.state_dict()
@@ -227,19 +241,19 @@ class Checkpoint:
         self.watch.load_state_dict(state)
 
 
-def free_signals() -> list[int]:
-    """The signals that batch systems send to say that time is up, where nobody else listens to them already."""
-    if threading.current_thread() is not threading.main_thread():
+def unhandled_signals() -> list[int]:
+    """The signals that batch systems send when time is up, except those that already have a handler."""
+    if threading.current_thread() is not threading.main_thread():      # only the main thread can install handlers
         return []
-    found = [getattr(signal, name, None) for name in ("SIGTERM", "SIGUSR1")]
-    return [one for one in found if one and signal.getsignal(one) == signal.SIG_DFL]
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGUSR1")]
+    return [number for number in numbers if number and signal.getsignal(number) == signal.SIG_DFL]
 
 
-def linked(file: Path, name: Path) -> None:
-    """Give `file` a second name, or a copy where the file system has no links."""
-    with atomic_write(name) as aside:
-        aside.unlink(missing_ok=True)
+def link_or_copy(file: Path, target: Path) -> None:
+    """Make `target` a hard link to `file`, or a copy if the file system has no links."""
+    with atomic_write(target) as temporary:
+        temporary.unlink(missing_ok=True)
         try:
-            os.link(file, aside)
+            os.link(file, temporary)
         except OSError:
-            shutil.copyfile(file, aside)
+            shutil.copyfile(file, temporary)

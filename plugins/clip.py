@@ -1,4 +1,4 @@
-"""Gradient clipping."""
+"""Gradient clipping by norm or by value."""
 from dataclasses import dataclass
 from math import nan
 from typing import Annotated, ClassVar
@@ -10,15 +10,15 @@ from loopctl import Run, hookimpl
 
 @dataclass(eq=False)
 class Clip:
-    """Clip the gradient before each update, by its norm (the default, at 1) or by value.
+    """Clip gradients before each update, by their norm (the default, max_norm=1) or by value.
 
-    The norm before clipping is reported as the metric grad_norm. They are clip_grad_norm_ and clip_grad_value_ of
-    torch.nn.utils.
+    Same as torch.nn.utils.clip_grad_norm_ and clip_grad_value_. The norm before clipping is reported as the metric
+    grad_norm.
 
-    max_norm: largest norm of the whole gradient, all parameters taken as one vector; 1 unless value is given; inf only
-        measures it
-    norm_type: the p of the p-norm, at least 1; inf for the largest component
-    value: clip each component to [-value, value] in place of the norm
+    max_norm: maximum norm of the gradients of all parameters, taken as one vector; 1 unless value is given; inf only
+        measures the norm
+    norm_type: the p of the p-norm, at least 1; inf for the maximum norm
+    value: clip each element to [-value, value] instead of clipping the norm
     """
 
     max_norm: Annotated[float, "or inf"] | None = None
@@ -28,7 +28,7 @@ class Clip:
 
     def __post_init__(self) -> None:
         if self.max_norm is not None and self.value is not None:
-            raise ValueError("takes max_norm or value; use two plugins for both")
+            raise ValueError("pass max_norm or value; for both, use clip twice")
         if self.value is None and self.max_norm is None:
             self.max_norm = 1.0
         for name in ("max_norm", "value"):

@@ -1,4 +1,4 @@
-"""A reduced rate at the start."""
+"""Learning-rate schedule: a constant factor at the start."""
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,13 +7,13 @@ from loopctl import Duration, Run, hookimpl
 
 @dataclass(eq=False)
 class Constant:
-    """Multiply the learning rate by a constant factor at the start, and by 1 after it.
+    """Multiply the learning rate by a constant factor at the start, and by 1 afterwards.
 
-    It is torch.optim.lr_scheduler.ConstantLR.
+    Same as torch.optim.lr_scheduler.ConstantLR.
 
-    factor: the part of the rate at the start, 0 to 1
-    total_iters: how long that lasts
-    by: count in epochs, or in steps
+    factor: factor of the learning rate at the start, 0 to 1
+    total_iters: duration for which the factor applies
+    by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
     factor: float = 1 / 3

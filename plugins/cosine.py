@@ -1,4 +1,4 @@
-"""Cosine annealing."""
+"""Learning-rate schedule: cosine annealing."""
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Literal
@@ -8,13 +8,13 @@ from loopctl import Duration, Run, hookimpl
 
 @dataclass(eq=False)
 class Cosine:
-    """Lower the learning rate along half a cosine.
+    """Lower the learning rate along half a cosine wave.
 
-    It is torch.optim.lr_scheduler.CosineAnnealingLR; from SGDR, arXiv:1608.03983.
+    Same as torch.optim.lr_scheduler.CosineAnnealingLR; from SGDR, arXiv:1608.03983.
 
-    t_max: length of the descent, after which the rate rises again; the whole run if left out
-    eta_min: the lowest rate
-    by: move every epoch, or every step
+    t_max: duration of the descent, after which the rate rises again; the whole run if left out
+    eta_min: minimum learning rate
+    by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
     t_max: Duration | None = None
@@ -27,5 +27,5 @@ class Cosine:
 
     @hookimpl
     def lr_scale(self, run: Run, initial_lr: float) -> float | None:
-        lowest = self.eta_min / initial_lr
-        return lowest + (1 - lowest) * (1 + cos(pi * run.position(self.by) / run.duration(self.t_max, self.by))) / 2
+        minimum = self.eta_min / initial_lr
+        return minimum + (1 - minimum) * (1 + cos(pi * run.position(self.by) / run.duration(self.t_max, self.by))) / 2

@@ -1,4 +1,4 @@
-"""Cosine annealing with warm restarts."""
+"""Learning-rate schedule: cosine annealing with warm restarts."""
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Literal
@@ -8,14 +8,14 @@ from loopctl import Duration, Run, hookimpl
 
 @dataclass(eq=False)
 class CosineRestarts:
-    """Lower the learning rate along half a cosine, again and again from the top.
+    """Lower the learning rate along half a cosine wave, and restart from the top each time.
 
-    It is torch.optim.lr_scheduler.CosineAnnealingWarmRestarts; from SGDR, arXiv:1608.03983.
+    Same as torch.optim.lr_scheduler.CosineAnnealingWarmRestarts; from SGDR, arXiv:1608.03983.
 
-    t_0: length of the first descent
-    t_mult: how many times longer each descent is than the one before
-    eta_min: the lowest rate
-    by: move every epoch, or every step
+    t_0: duration of the first descent
+    t_mult: factor by which each descent is longer than the one before
+    eta_min: minimum learning rate
+    by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
     t_0: Duration
@@ -36,5 +36,5 @@ class CosineRestarts:
             position %= length
         while position >= length:
             position, length = position - length, length * self.t_mult
-        lowest = self.eta_min / initial_lr
-        return lowest + (1 - lowest) * (1 + cos(pi * position / length)) / 2
+        minimum = self.eta_min / initial_lr
+        return minimum + (1 - minimum) * (1 + cos(pi * position / length)) / 2

@@ -1,4 +1,4 @@
-"""A log of epochs as comma-separated values."""
+"""CSV log: a row of losses and metrics per epoch."""
 import csv
 import logging
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ log = logging.getLogger("loopctl")
 
 @dataclass(eq=False)
 class Csv:
-    """Write a row per epoch: losses, metrics, the learning rate, what plugins measured.
+    """Write a row per epoch to a CSV file: losses, metrics and the learning rate.
 
-    path: the file, relative to the run's folder; it must not exist yet
+    path: CSV file, relative to the run's folder; it must not exist yet
     """
 
     path: str = "metrics.csv"
@@ -27,12 +27,13 @@ class Csv:
 
     @hookimpl
     def epoch_end(self, run: Run) -> None:
-        # The whole history each time: complete whenever the run is killed, and with every column any epoch has.
+        # Write the whole history each time: the file is complete even if the run is killed, and a metric that first
+        # appears in a later epoch gets a column.
         columns = dict.fromkeys(key for row in run.history for key in row)
         try:
-            with atomic_write(self.file) as aside, aside.open("w", newline="") as file:
+            with atomic_write(self.file) as temporary, temporary.open("w", newline="") as file:
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(run.history)
         except OSError as error:
-            log.warning("csv: %s cannot be written (%s); the next epoch tries again", self.file, error.strerror)
+            log.warning("csv: %s cannot be written (%s); trying again after the next epoch", self.file, error.strerror)

@@ -1,4 +1,4 @@
-"""A step of the GPU in one launch."""
+"""CUDA graphs: capture a training step once, and replay it in one launch."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,22 +9,23 @@ from torch import Tensor
 from loopctl import Run, UsageError, hookimpl
 from loopctl.data.batch import map_nested
 
-GRAPHS = ("cuda",)                          # devices whose work can be captured
-# What happens in these is captured, or decides what is: their code does not run again in a replayed step.
-INSIDE = ("wrap_model", "batch_weight", "before_step", "optimizer_step", "micro_step", "compute_loss", "backward",
-          "after_backward", "grads_ready")
+DEVICES = ("cuda",)                         # types of devices that have graphs
+# The hooks that are captured, or that affect what is captured. Their code does not run in a replayed step.
+CAPTURED = ("wrap_model", "batch_weight", "before_step", "optimizer_step", "micro_step", "compute_loss", "backward",
+            "after_backward", "grads_ready")
 
 
 @dataclass(eq=False)
 class Cudagraph:
-    """Capture a step once as a CUDA graph, and replay it in one launch.
+    """Capture a training step as a CUDA graph, and replay it in one launch.
 
-    A small network waits for the launches of its hundreds of kernels; a graph, which holds forward, backward, clipping
-    and update, has one. Batches are copied to where it reads them; those of another shape, as an epoch's last may be,
-    take the usual way. Python in the model runs no more. The graph's memory stays taken. The learning rate is a tensor,
-    so the optimizer must take one: Adam's kin do, SGD does with fused=true. See torch.cuda.CUDAGraph.
+    Same as torch.cuda.CUDAGraph. A small network spends its time on launching hundreds of kernels; a graph of forward
+    pass, backward pass, clipping and update is launched once. Batches are copied into the graph's input tensors; a
+    batch of another shape, such as the last of an epoch, runs without the graph. Python code in the model does not run
+    in a replayed step. The graph's memory stays allocated. The learning rate becomes a tensor, which the optimizer must
+    support: Adam and its variants do, SGD does with fused=true.
 
-    warmup: steps of a shape that take the usual way before it is captured
+    warmup: steps with batches of the same shape that run without the graph before it is captured
     """
 
     warmup: int = 3
@@ -37,70 +38,71 @@ class Cudagraph:
     def train_start(self, run: Run) -> None:
         self.graph: Any = None
         self.loss: Any = None
-        self.seen: dict[Any, int] = {}      # steps so far, by the shapes of their batches
-        if run.device.type not in GRAPHS:
-            raise UsageError(f"captures the work of a GPU, and this run is on {run.device}; leave it out")
-        for hook in INSIDE:
+        self.seen: dict[Any, int] = {}      # steps run without the graph, by the shapes of their batches
+        if run.device.type not in DEVICES:
+            raise UsageError(f"CUDA graphs need a GPU, and this run is on {run.device}; leave out cudagraph")
+        for hook in CAPTURED:
             for name in run.hook.acting[hook]:
                 plugin = run.hook.plugins[name]
                 if plugin is not self and not getattr(plugin, "capturable", False):
-                    raise UsageError(f"{name} joins {hook}, and what it does there cannot be captured; leave one out")
+                    raise UsageError(f"the hook {hook} of {name} cannot be captured; leave out cudagraph or {name}")
         for name, metric in run.metric_fns["train"].items():
             if hasattr(metric, "update"):
-                raise UsageError(f"metric {name!r} keeps a state that cannot be captured; give a function for it")
+                raise UsageError(f"metric {name!r} keeps a state, which cannot be captured; pass a function instead")
         for group in run.optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = True
             elif not group.get("fused"):
-                raise UsageError(f"{type(run.optimizer).__name__} takes no tensor as learning rate; use one that is "
-                                 "capturable, such as adamw, or fused, such as sgd:fused=true")
+                raise UsageError(f"{type(run.optimizer).__name__} does not take a tensor as learning rate; use an "
+                                 "optimizer that is capturable, such as adamw, or fused, such as sgd:fused=true")
 
     @hookimpl
     def optimizer_step(self, run: Run, closure: Callable[[], Tensor]) -> Tensor:
         if not self.seen:
-            self.side = torch.cuda.Stream(run.device)
+            self.side_stream = torch.cuda.Stream(run.device)
             self.rates = [torch.tensor(float(group["lr"]), device=run.device) for group in run.optimizer.param_groups]
         for group, rate in zip(run.optimizer.param_groups, self.rates, strict=True):
-            if group["lr"] is not rate:     # somebody has set a number, or a checkpoint has brought a tensor
+            if group["lr"] is not rate:     # set to a number by other code, or replaced by load_state_dict
                 group["lr"] = rate.fill_(group["lr"])
         shapes = self.shapes(run.batches)
         if self.graph is None and self.seen.get(shapes, 0) == self.warmup:
             self.capture(run, closure, shapes)
         if self.graph is None or shapes != self.captured:
             self.seen[shapes] = self.seen.get(shapes, 0) + 1
-            return self.as_usual(run, closure)
-        map_nested(copy, self.batches, run.batches)
+            return self.step_without_graph(run, closure)
+        map_nested(copy_into, self.batches, run.batches)
         self.graph.replay()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
-        for mean, values in self.measured:
+        for name, values in self.meter_values:
             for value, weight in values:
-                run.meters.means[mean].add(value.clone(), weight)
+                run.meters.means[name].add(value.clone(), weight)
         run.metrics |= self.metrics
         run.outputs, run.loss = self.outputs, self.loss.clone()
         return run.loss
 
     def shapes(self, batches: list[Any]) -> Any:
-        """What must be the same for a replay: the shapes of tensors, and whatever is no tensor itself."""
+        """What must match the captured batches: the shape and type of each tensor, and every other value."""
         leaves: list[Any] = []
         map_nested(lambda leaf: leaves.append((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf), batches)
         return tuple(leaves)
 
-    def as_usual(self, run: Run, closure: Callable[[], Tensor]) -> Tensor:
-        # On a stream of its own, as torch asks for before a capture: gradients remember the stream they came from.
-        here = torch.cuda.current_stream(run.device)
-        self.side.wait_stream(here)
-        with torch.cuda.stream(self.side):
+    def step_without_graph(self, run: Run, closure: Callable[[], Tensor]) -> Tensor:
+        # On a side stream, which torch requires before a capture, because autograd remembers the stream of gradients.
+        current = torch.cuda.current_stream(run.device)
+        self.side_stream.wait_stream(current)
+        with torch.cuda.stream(self.side_stream):
             loss = closure()
             run.optimizer.step()
-        here.wait_stream(self.side)
+        current.wait_stream(self.side_stream)
         return loss
 
     def capture(self, run: Run, closure: Callable[[], Tensor], shapes: Any) -> None:
-        """Note down what the step does, with batches and results in memory of its own. Nothing is done yet."""
-        given, meters, before = run.batches, run.meters, dict(run.metrics)
-        self.batches = run.batches = map_nested(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given)
-        run.meters = type(meters)(meters.functions, meters.prefix)      # what it is given belongs to the graph
+        """Capture the step, with copies of the batches as the graph's inputs. Capturing executes nothing."""
+        batches, meters, metrics = run.batches, run.meters, dict(run.metrics)
+        self.batches = run.batches = map_nested(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batches)
+        run.meters = type(meters)(meters.functions, meters.prefix)      # collects the tensors that each replay fills
         run.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -109,15 +111,15 @@ class Cudagraph:
                 run.optimizer.step()
         finally:
             self.loss, self.outputs = run.loss, run.outputs
-            self.measured = [(name, [*zip(mean.values, mean.weights, strict=True)])
-                             for name, mean in run.meters.means.items()]
-            self.metrics = {name: value for name, value in run.metrics.items() if value is not before.get(name)}
-            run.batches, run.meters = given, meters
+            self.meter_values = [(name, [*zip(mean.values, mean.weights, strict=True)])
+                                 for name, mean in run.meters.means.items()]
+            self.metrics = {name: value for name, value in run.metrics.items() if value is not metrics.get(name)}
+            run.batches, run.meters = batches, meters
         self.gradients = [(parameter, parameter.grad) for group in run.optimizer.param_groups
                           for parameter in group["params"]]
         self.graph, self.captured = graph, shapes
 
 
-def copy(held: Any, given: Any) -> None:
-    if isinstance(held, Tensor):
-        held.copy_(given, non_blocking=True)
+def copy_into(target: Any, source: Any) -> None:
+    if isinstance(target, Tensor):
+        target.copy_(source, non_blocking=True)

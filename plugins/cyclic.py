@@ -1,4 +1,4 @@
-"""Cyclical rates."""
+"""Learning-rate schedule: cyclical learning rates."""
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,20 +8,21 @@ from loopctl.optim.learning_rate import check_momentum_cycling, per_group, set_m
 
 @dataclass(eq=False)
 class Cyclic:
-    """Move the learning rate up and down between two rates, momentum the other way.
+    """Move the learning rate up and down between two values, and the momentum the other way.
 
-    It is torch.optim.lr_scheduler.CyclicLR; from Cyclical Learning Rates, arXiv:1506.01186.
+    Same as torch.optim.lr_scheduler.CyclicLR; from Cyclical Learning Rates, arXiv:1506.01186.
 
-    base_lr: the lower rate, in place of the optimizer's own; or a list with one per parameter group
-    max_lr: the upper rate; or a list with one per parameter group
-    step_size_up: length of a rise
-    step_size_down: length of a fall; that of a rise if left out
-    mode: keep the height of the cycles, halve it with each (triangular2), or lower it by gamma (exp_range)
-    gamma: with exp_range, the factor of the height per epoch or step; above 0
-    cycle_momentum: move momentum, or the first of betas, too
-    base_momentum: momentum at the upper rate
-    max_momentum: momentum at the lower rate
-    by: move every epoch, or every step
+    base_lr: lower learning rate, in place of the optimizer's own; or a list with one per parameter group
+    max_lr: upper learning rate; or a list with one per parameter group
+    step_size_up: duration of a rise
+    step_size_down: duration of a fall; the same as step_size_up if left out
+    mode: amplitude of the cycles: constant (triangular), halved after each cycle (triangular2), or multiplied by gamma
+        in every epoch or step (exp_range)
+    gamma: with exp_range, factor of the amplitude per epoch or step; above 0
+    cycle_momentum: also cycle the momentum, or the first of betas
+    base_momentum: momentum at the upper learning rate
+    max_momentum: momentum at the lower learning rate
+    by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
     base_lr: float | list[float]
@@ -51,8 +52,8 @@ class Cyclic:
 
     @hookimpl
     def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
-        base, top = (per_group(run, group, name, getattr(self, name)) for name in ("base_lr", "max_lr"))
-        return (base + (top - base) * self.height(run)) / initial_lr
+        lower, upper = (per_group(run, group, name, getattr(self, name)) for name in ("base_lr", "max_lr"))
+        return (lower + (upper - lower) * self.fraction(run)) / initial_lr
 
     @hookimpl
     def train_start(self, run: Run) -> None:
@@ -60,13 +61,13 @@ class Cyclic:
 
     @hookimpl
     def before_step(self, run: Run) -> None:
-        momentum = self.max_momentum - (self.max_momentum - self.base_momentum) * self.height(run)
+        momentum = self.max_momentum - (self.max_momentum - self.base_momentum) * self.fraction(run)
         set_momentum(run, momentum)
 
-    def height(self, run: Any) -> float:
-        """How far up it is now: 0 at the lower rate, 1 at the upper."""
+    def fraction(self, run: Any) -> float:
+        """Where the rate is between the lower (0) and the upper (1) learning rate at the current position."""
         position, up = run.position(self.by), run.duration(self.step_size_up, self.by)
         down = up if self.step_size_down is None else run.duration(self.step_size_down, self.by)
-        cycles, place = divmod(position, up + down)
-        height = min(place / up, (up + down - place) / down)
-        return height * {"triangular": 1.0, "triangular2": 0.5**cycles, "exp_range": self.gamma**position}[self.mode]
+        cycle, position_in_cycle = divmod(position, up + down)
+        fraction = min(position_in_cycle / up, (up + down - position_in_cycle) / down)
+        return fraction * {"triangular": 1.0, "triangular2": 0.5**cycle, "exp_range": self.gamma**position}[self.mode]

@@ -1,4 +1,4 @@
-"""Data-parallel training in several processes."""
+"""Data-parallel training in several processes with DistributedDataParallel (DDP)."""
 from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from loopctl import Parallel, Run, UsageError, hookimpl
 from loopctl.distributed.process_group import broadcast_tensors, is_single_process
 
-# Newer versions of torch have both, and no longer want the second.
+# The argument that controls the broadcast of buffers. Newer versions of torch have both, and deprecate the second.
 BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
                if name in signature(DistributedDataParallel).parameters)
 
@@ -19,16 +19,17 @@ BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
 class Ddp(Parallel):
     """Train in several processes, each with a copy of the model and its part of the data.
 
-    It is torch.nn.parallel.DistributedDataParallel. torchrun starts the processes, or `loopctl run --devices 0,1`, one
-    per GPU; one alone trains as it would without. An update is that of one process with `accumulate` over as many
-    batches as there are processes: every sample counts alike, also where the last batches do not come out even. The
-    first process prints and writes. Buffers, such as BatchNorm's statistics, are the first process's after every step.
+    Same as torch.nn.parallel.DistributedDataParallel. torchrun or `loopctl run --devices 0,1` starts the processes, one
+    per GPU; with a single process the plugin changes nothing. An update equals that of one process with `accumulate`
+    over world_size batches: every sample has the same weight, even if the last batches differ in size. Rank 0 prints
+    and writes files. Buffers, such as BatchNorm statistics, are broadcast from rank 0 after every step.
 
-    shard: give each process its part of the data; false where it is in parts already, with as many batches in each
-    sync_batchnorm: have BatchNorm see the batches of all processes, as torch.nn.SyncBatchNorm; needs GPUs
-    find_unused_parameters: for a model of which a step may leave parts unused; known where parts are frozen for now
-    gradient_as_bucket_view: save the memory of one copy of the gradients
-    bucket_cap_mb: gradients meet in pieces of about this size, in MB, while others are still computed
+    shard: give each process its part of the data; false if the data is sharded already, with equally many batches
+    sync_batchnorm: compute BatchNorm statistics over all processes, with torch.nn.SyncBatchNorm; needs GPUs
+    find_unused_parameters: for a model that does not use all parameters in every step; set automatically while parts
+        of the model are frozen
+    gradient_as_bucket_view: keep gradients in the communication buckets, which saves the memory of one copy
+    bucket_cap_mb: size in MB of the buckets in which gradients are reduced during the backward pass
     """
 
     sync_batchnorm: bool = False
@@ -39,39 +40,43 @@ class Ddp(Parallel):
     def __post_init__(self) -> None:
         if self.bucket_cap_mb < 1:
             raise ValueError(f"bucket_cap_mb is at least 1, not {self.bucket_cap_mb}")
-        self.network: Any = None            # what wraps the model, and `inner` what it wraps
-        self.inner: Any = None
+        self.network: Any = None            # the DistributedDataParallel module
+        self.inner: Any = None              # the module that it wraps
 
-    def spread(self, run: Run) -> None:
+    def convert_model(self, run: Run) -> None:
         if self.sync_batchnorm and run.world_size > 1:
             if run.device.type != "cuda":
-                raise UsageError(f"sync_batchnorm=true needs GPUs, and this is a {run.device.type}")
+                raise UsageError(f"sync_batchnorm=true needs GPUs, and this run is on {run.device.type}; leave it out")
             run.model = nn.SyncBatchNorm.convert_sync_batchnorm(run.model)
 
     @hookimpl
     def wrap_model(self, run: Run) -> None:
         if not is_single_process(run):
             if not isinstance(run.network, nn.Module):
-                raise UsageError(f"it wraps a module, and run.network is a {type(run.network).__name__}; name ddp "
-                                 "before the plugin that changed it")
+                raise UsageError(f"run.network is a {type(run.network).__name__} and not a module; pass ddp before the "
+                                 "plugin that replaced it")
             self.replicate(run, trainable(run.model), self.find_unused_parameters)
         super().wrap_model(run)
 
     def replicate(self, run: Run, trained: set[nn.Parameter], unused: bool) -> None:
-        """Have the gradients of `trained` meet, also of those among them that are frozen for now."""
+        """Wrap `run.network`, so that the gradients of `trained` are reduced, including parameters frozen for now.
+
+        unused: a step may leave some of these parameters without a gradient
+        """
         settings: dict[str, Any] = {BUFFERS: False}
-        asleep = {parameter for parameter in trained if not parameter.requires_grad}
-        for parameter in asleep:
+        frozen = {parameter for parameter in trained if not parameter.requires_grad}
+        for parameter in frozen:            # DistributedDataParallel ignores parameters that do not require gradients
             parameter.requires_grad_(True)
         inner = self.inner if run.network is self.network else run.network
-        # It would send buffers before a forward pass. Parallel does so after it, where others see them.
+        # DistributedDataParallel would broadcast buffers before each forward pass. Parallel does it after each step, so
+        # that weight averages and evaluation see the same buffers in every process.
         broadcast_tensors(run, run.model.buffers())
         self.inner, self.trained, self.unused = inner, trained, unused
         self.network = run.network = DistributedDataParallel(
             inner, device_ids=[run.device.index] if run.device.type == "cuda" else None, **settings,
             bucket_cap_mb=self.bucket_cap_mb, find_unused_parameters=unused,
             gradient_as_bucket_view=self.gradient_as_bucket_view)
-        for parameter in asleep:
+        for parameter in frozen:
             parameter.requires_grad_(False)
 
     @hookimpl
@@ -81,23 +86,23 @@ class Ddp(Parallel):
             return
         now = trainable(run.model)
         if now - self.trained:
-            raise UsageError("part of the model is trained that was frozen when the processes were set up, so its "
-                             "gradients would not meet; freeze it later, in train_start")
+            raise UsageError("part of the model was frozen when ddp wrapped it and is trained now, so its gradients "
+                             "would not be reduced; freeze it in train_start")
         unused = self.find_unused_parameters or now != self.trained
         if unused != self.unused:
             if run.network is not self.network:
-                raise UsageError("part of the model is frozen for now; pass find_unused_parameters=true")
+                raise UsageError("part of the model is frozen for a while; pass find_unused_parameters=true")
             self.replicate(run, self.trained, unused)
 
-    def release(self, run: Run) -> None:
+    def unwrap_model(self, run: Run) -> None:
         if self.network is not None:
             run.network, self.network, self.inner = run.model, None, None
 
-    def meeting(self, run: Run, last: bool) -> Any:
+    def gradient_sync(self, run: Run, last: bool) -> Any:
         return nullcontext() if last or self.network is None else self.network.no_sync()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"network": None, "inner": None, "trained": set()}      # a copy is for another model
+        return vars(self) | {"network": None, "inner": None, "trained": set()}      # a copy trains another model
 
 
 def trainable(model: nn.Module) -> set[nn.Parameter]:

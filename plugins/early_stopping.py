@@ -1,4 +1,4 @@
-"""Early stopping."""
+"""Early stopping: end the run when a metric stops improving."""
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -7,13 +7,14 @@ from loopctl import Monitor, Run, hookimpl
 
 @dataclass(eq=False)
 class EarlyStopping:
-    """End the run when a metric has not improved for a while.
+    """End the run when a metric has stopped improving.
 
-    monitor: the metric to judge; val_loss if left out, or train_loss without validation
-    mode: whether smaller or larger is better; auto knows losses and errors from accuracies by name
-    patience: evaluations without improvement after which the run ends; one per epoch unless eval_every asks for more
-    min_delta: what counts as an improvement is better by more than this
-    restore_best: end with the weights of the best evaluation in place of the last
+    monitor: metric to watch; val_loss if left out, or train_loss without validation data
+    mode: whether smaller (min) or larger (max) is better; auto decides by the name of the metric
+    patience: evaluations without improvement after which the run ends; one evaluation per epoch unless eval_every is
+        set
+    min_delta: only an improvement by more than this counts
+    restore_best: at the end of the run, restore the weights of the best evaluation
     """
 
     monitor: str = ""
@@ -31,21 +32,21 @@ class EarlyStopping:
     @hookimpl
     def train_start(self, run: Run) -> None:
         self.watch = Monitor(self.monitor, self.mode, self.min_delta)
-        self.waited = 0
+        self.num_bad = 0            # evaluations without improvement since the best one
         self.weights: dict[str, Any] = {}
         self.watch.start(run)
 
     @hookimpl
     def after_evaluate(self, run: Run) -> None:
         if self.watch.improved(run):
-            self.waited = 0
+            self.num_bad = 0
             if self.restore_best:
                 self.weights = {name: value.clone() for name, value in run.model.state_dict().items()}
         else:
-            self.waited += 1
-        if self.waited >= self.patience:
-            best = "never been a number" if self.watch.best is None else f"not improved on {self.watch.best:.4g}"
-            run.stop = f"{self.watch.metric} has {best} for {self.waited} evaluations"
+            self.num_bad += 1
+        if self.num_bad >= self.patience:
+            reason = "been NaN" if self.watch.best is None else f"not improved on {self.watch.best:.4g}"
+            run.stop = f"{self.watch.metric} has {reason} for {self.num_bad} evaluations"
 
     @hookimpl
     def train_end(self, run: Run) -> None:
@@ -53,8 +54,8 @@ class EarlyStopping:
             run.model.load_state_dict(self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.watch.state_dict(), "waited": self.waited, "weights": self.weights}
+        return {**self.watch.state_dict(), "waited": self.num_bad, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.watch.load_state_dict(state)
-        self.waited, self.weights = state["waited"], state["weights"]
+        self.num_bad, self.weights = state["waited"], state["weights"]

@@ -13,12 +13,12 @@ class Ema(WeightAverage):
     """Average the weights exponentially over the updates; evaluate and end with the average.
 
     It is torch.optim.swa_utils.get_ema_multi_avg_fn; an average of the iterates is due to Polyak and Juditsky,
-    doi:10.1137/0330046. Training goes on with the raw weights. BatchNorm statistics are averaged as the weights are,
-    for the model's own belong to its raw weights; other buffers stay the model's own, which need not be means at all.
+    doi:10.1137/0330046. Training continues with the raw weights. BatchNorm statistics are averaged like the weights,
+    since the model's own belong to its raw weights; other buffers are the model's own, as they need not be means.
 
-    decay: part of the average that each update keeps, 0 to 1
+    decay: the part of the average that each update keeps, 0 to 1
     warmup: keep less at first, (1 + n) / (10 + n) at the n-th update, so that the first weights are soon forgotten
-    start: average from here on; from the first update if left out
+    start: the duration after which averaging starts; at the first update if left out
     """
 
     decay: float = 0.999
@@ -39,7 +39,7 @@ class Ema(WeightAverage):
         statistics = {name: buffer for name, buffer in run.model.named_buffers()
                       if name.rpartition(".")[2] in ("running_mean", "running_var")}
         self.own = {name: tensor.detach() for name, tensor in (weights | statistics).items()}
-        kinds = dict.fromkeys(type(tensor) for tensor in self.own.values())         # weights in pieces are another kind
+        kinds = dict.fromkeys(type(tensor) for tensor in self.own.values())         # sharded tensors are a type apart
         self.alike = [[name for name, tensor in self.own.items() if type(tensor) is kind] for kind in kinds]
 
     @hookimpl

@@ -1,4 +1,4 @@
-"""Exponential decay."""
+"""Learning-rate schedule: exponential decay."""
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,12 +7,12 @@ from loopctl import Run, hookimpl
 
 @dataclass(eq=False)
 class Exponential:
-    """Multiply the learning rate by a factor every epoch, or every step.
+    """Multiply the learning rate by a factor every epoch or step.
 
-    It is torch.optim.lr_scheduler.ExponentialLR.
+    Same as torch.optim.lr_scheduler.ExponentialLR.
 
-    gamma: the factor, above 0
-    by: move every epoch, or every step
+    gamma: factor per epoch or step, above 0
+    by: change the rate every epoch or every step
     """
 
     gamma: float

@@ -1,4 +1,4 @@
-"""Freezing."""
+"""Freezing: exclude parts of the model from training, for the whole run or until later."""
 from dataclasses import dataclass, field
 from math import ceil, inf
 from typing import Any
@@ -12,18 +12,18 @@ from loopctl.model.parameter_matching import matching_parameters
 
 @dataclass(eq=False)
 class Freeze:
-    """Keep parts of the model as they are, for the whole run or until later.
+    """Freeze parts of the model, for the whole run or until later.
 
-    A part that is frozen whole is in evaluation mode: its BatchNorm statistics stay, its dropout is off. What was
-    frozen before the run stays so, and so does what is frozen when the run ends. Gradual unfreezing is ULMFiT's,
-    arXiv:1801.06146.
+    A module whose parameters are all frozen is in evaluation mode: its BatchNorm statistics stay, its dropout is off.
+    Parameters that were frozen before the run stay frozen. Those that are frozen when the run ends stay so after it.
+    Gradual unfreezing is from ULMFiT, arXiv:1801.06146.
 
     patterns: what to freeze: globs (conv1.*, layer?.*), names of modules (layer1), or regular expressions
         (/^layer[12]\\./)
-    keep: what to train, in place of patterns; everything else is frozen
-    until: how long it is frozen, in epochs unless it says its unit; the whole run if left out
-    gradual: train one frozen part more each time this length has passed, the nearest to the output first, in epochs
-        unless it says its unit; with until, the first part waits for that and the others follow
+    keep: what to train, instead of patterns; everything else is frozen
+    until: duration of the freeze, in epochs if it has no unit; the whole run if left out
+    gradual: unfreeze one part each time this duration has passed, beginning nearest to the output, in epochs if it has
+        no unit; with until, the first part is unfrozen at that time and the others follow
     """
 
     patterns: list[str] = field(default_factory=list)
@@ -36,88 +36,90 @@ class Freeze:
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} takes a list, such as ['conv1.*'], not {getattr(self, name)!r}")
         if bool(self.patterns) == bool(self.keep):
-            raise ValueError("takes patterns, what to freeze, or keep, what not to freeze: one of the two")
-        self.for_good = self.until is None and self.gradual is None
-        if self.for_good:
-            self.before_step = None     # type: ignore[method-assign, assignment]   # nothing is due in any step
+            raise ValueError("pass either patterns (what to freeze) or keep (what to train)")
+        self.permanent = self.until is None and self.gradual is None
+        if self.permanent:
+            self.before_step = None     # type: ignore[method-assign, assignment]   # no step changes anything
 
     @hookimpl
     def setup(self, run: Run) -> None:
         matched = matching_parameters(run.model, self.patterns or self.keep)
-        found = {parameter for some in matched.values() for parameter in some}
-        chosen = {name: parameter for name, parameter in run.model.named_parameters()
-                  if parameter.requires_grad and (parameter in found) != bool(self.keep)}
-        self.names = list(chosen)
-        self.parts = top_level(self.names)[::-1] if self.gradual else [self.names]
-        self.starts: list[float] = [inf] * len(self.parts)      # the step at which each part begins to train
-        self.asleep: set[nn.Module] = set()
-        # What will be trained later is frozen only in train_start, and so is in the optimizer from the start, whoever
-        # makes its groups. An optimizer skips a parameter without gradient, with momentum and weight decay. Hence
-        # thawing changes no group, and a checkpoint fits at any position.
-        if self.for_good:
-            for parameter in chosen.values():
+        matching = {parameter for parameters in matched.values() for parameter in parameters}
+        frozen = {name: parameter for name, parameter in run.model.named_parameters()
+                  if parameter.requires_grad and (parameter in matching) != bool(self.keep)}
+        self.names = list(frozen)
+        self.parts = group_by_module(self.names)[::-1] if self.gradual else [self.names]
+        self.starts: list[float] = [inf] * len(self.parts)      # the step at which each part is unfrozen
+        self.eval_modules: set[nn.Module] = set()
+        # Parameters that are unfrozen later are frozen only in train_start, so that the optimizer has them from the
+        # beginning. It skips a parameter without gradient, weight decay and momentum included. So unfreezing changes no
+        # parameter group, and a checkpoint can be resumed at any step.
+        if self.permanent:
+            for parameter in frozen.values():
                 parameter.requires_grad_(False)
 
     @hookimpl
     def train_start(self, run: Run) -> None:
-        if not self.for_good:
+        if not self.permanent:
             per_epoch = run.plan()[0]
             first = run.duration(self.until or self.gradual, "epoch")
             later = run.duration(self.gradual, "epoch") if self.gradual else 0.0
-            # Rounded up to a whole step, but 7 % of 100 steps are 7.000000000000001.
+            # Round up to a whole step, with a tolerance: 7 % of 100 steps are 7.000000000000001.
             self.starts = [max(1, ceil((first + part * later) * per_epoch - 1e-6)) for part in range(len(self.parts))]
             if any(group["dampening"] for group in fused_momentum(run.optimizer)):
-                raise UsageError("torch's fused SGD cannot begin with a parameter later where there is dampening; "
+                raise UsageError("torch's fused SGD with dampening cannot begin to train a parameter later; "
                                  "use sgd:fused=false")
-        self.follow(run)
+        self.apply(run)
         if not any(parameter.requires_grad for parameter in run.model.parameters()):
             raise UsageError("nothing is left to train at the start; keep at least the last part trainable")
 
     @hookimpl
     def epoch_start(self, run: Run) -> None:
-        self.follow(run)
+        self.apply(run)
 
     @hookimpl
     def before_step(self, run: Run) -> None:
-        if not self.since <= run.attempts < self.next:
-            self.follow(run)
+        if not self.valid_from <= run.attempts < self.valid_until:
+            self.apply(run)
 
-    def follow(self, run: Any) -> None:
-        """Freeze and thaw what is due where the run is, which may be far from where it was: a run can be resumed."""
-        # All instances' parameters at once: each then sees the same model, and none thaws what another still holds.
+    def apply(self, run: Any) -> None:
+        """Freeze and unfreeze parameters according to the current step. A resume may have moved that by many steps."""
+        # Consider all instances of this plugin: a parameter is frozen as long as one of them freezes it.
         plugins = [plugin for plugin in run.hook.plugins.values() if isinstance(plugin, Freeze)]
-        held = {name for plugin in plugins for name in plugin.held(run)}
-        chosen = {name for plugin in plugins for name in plugin.names}
+        frozen = {name for plugin in plugins for name in plugin.frozen_names(run)}
+        names = {name for plugin in plugins for name in plugin.names}
         for name, parameter in run.model.named_parameters():
-            if name in chosen:
-                parameter.requires_grad_(name not in held)
-            if name in held:
-                parameter.grad = None       # what an earlier backward left would be clipped and measured
+            if name in names:
+                parameter.requires_grad_(name not in frozen)
+            if name in frozen:
+                parameter.grad = None       # else clipping would include the gradient of an earlier backward pass
         for group in fused_momentum(run.optimizer) if run.attempts else ():
             for parameter in group["params"]:
                 if parameter.requires_grad and not run.optimizer.state.get(parameter):
                     run.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        still = asleep(run.model)
-        for module in self.asleep | still:  # one by one, for train() and eval() would reach what is in them too
-            module.training = module not in still
-        self.asleep = still
-        self.since = max((start for start in self.starts if start <= run.attempts), default=0)
-        self.next = min((start for start in self.starts if start > run.attempts), default=inf)
+        eval_modules = frozen_modules(run.model)
+        for module in self.eval_modules | eval_modules:     # train() and eval() would change submodules too
+            module.training = module not in eval_modules
+        self.eval_modules = eval_modules
+        # Nothing changes between these two steps.
+        self.valid_from = max((start for start in self.starts if start <= run.attempts), default=0)
+        self.valid_until = min((start for start in self.starts if start > run.attempts), default=inf)
 
-    def held(self, run: Any) -> list[str]:
-        """The names of what this plugin wants frozen where the run is now."""
+    def frozen_names(self, run: Any) -> list[str]:
+        """The names of the parameters that this plugin freezes at the current step."""
         parts = zip(self.starts, self.parts, strict=True)
         return [name for start, names in parts if run.attempts < start for name in names]
 
 
 def fused_momentum(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The parameter groups of torch's fused SGD, which begins momentum for all its parameters at once or for none."""
+    """The parameter groups with momentum of torch's fused SGD, which needs the momentum buffers of all parameters or of
+    none. Of other optimizers, none."""
     return [group for group in optimizer.param_groups
             if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]]
 
 
-def top_level(names: list[str]) -> list[list[str]]:
-    """`names` of parameters by the outermost part of the model in which their modules differ, in the model's order."""
+def group_by_module(names: list[str]) -> list[list[str]]:
+    """Group parameter names by the outermost submodules that tell their modules apart, in the order of the model."""
     paths = [name.split(".")[:-1] for name in names]
     depth = 0
     while paths and all(len(path) > depth and path[depth] == paths[0][depth] for path in paths):
@@ -128,8 +130,8 @@ def top_level(names: list[str]) -> list[list[str]]:
     return list(parts.values())
 
 
-def asleep(model: nn.Module) -> set[nn.Module]:
-    """Every module all of whose parameters are frozen, by whomever, with the modules in it."""
+def frozen_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules whose parameters are all frozen, by this plugin or otherwise, and their submodules."""
     frozen = []
     for module in model.modules():
         parameters = list(module.parameters())

@@ -1,4 +1,4 @@
-"""Training in several processes, each of which has a piece of every weight."""
+"""Fully sharded data-parallel training (FSDP2): each process holds a shard of every parameter."""
 from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,43 +18,44 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(eq=False)
 class Fsdp(Parallel):
-    """Train in several processes, each of which keeps a piece of every weight.
+    """Train in several processes, each of which holds a shard of every parameter.
 
-    It is torch.distributed.fsdp.fully_shard (FSDP2). So are gradients and the optimizer's state in pieces, and those of
-    a layer's weights are put together while it computes: a model trains that fits on no device. Each of its repeated
-    blocks is such a layer, and so is the rest. Everything else is as with `ddp`: torchrun starts the processes, or
-    `loopctl run --devices 0,1`, and an update is that of one process over the batches of all. A checkpoint is written
-    in pieces, in the background. Torch's fused SGD and Adagrad do not know pieces, and are not fused here.
+    Same as torch.distributed.fsdp.fully_shard (FSDP2). Gradients and optimizer state are sharded too. The parameters of
+    a block are gathered only while it computes, so a model can be larger than the memory of a device. Each repeated
+    block of the model is sharded separately, and the rest together. Everything else is as with `ddp`: torchrun or
+    `loopctl run --devices 0,1` starts the processes, and an update is that of one process over the batches of all.
+    Checkpoints are written in shards, in the background. Fused SGD and Adagrad do not support sharded tensors, so they
+    run unfused.
 
-    shard: give each process its part of the data; false where it is in parts already, with as many batches in each
-    param_dtype: compute in this type; the weights themselves keep theirs
-    reduce_dtype: add up gradients in this type; that in which they are computed if left out
-    offload: keep the pieces in the host's memory, and compute the updates there; needs GPUs
-    reshard_after_forward: let go of a layer's weights after its forward pass and put them together anew for the
-        backward pass, which saves memory and takes more messages
+    shard: give each process its part of the data; false if the data is sharded already, with equally many batches
+    param_dtype: dtype in which forward and backward passes compute; the parameters keep their own
+    reduce_dtype: dtype in which gradients are reduced; the dtype of the computation if left out
+    offload: keep the shards in host memory and compute the updates there; needs GPUs
+    reshard_after_forward: free the gathered parameters after the forward pass and gather them again for the backward
+        pass, which saves memory and costs communication
     """
 
     param_dtype: Dtype | None = None
     reduce_dtype: Dtype | None = None
     offload: bool = False
     reshard_after_forward: bool = True
-    alone: ClassVar[bool] = True            # pieces, types and offloading are of use on one device too
+    needs_process_group: ClassVar[bool] = True      # dtypes and offloading are useful on one device too
 
-    def spread(self, run: Run) -> None:
+    def convert_model(self, run: Run) -> None:
         if is_only_planned(run):
             return
         if self.offload and run.device.type == "cpu":
-            raise UsageError("offload=true is for GPUs: on a CPU the weights are in the host's memory already")
-        types = {name: getattr(torch, value) for name in ("param_dtype", "reduce_dtype")
-                 if (value := getattr(self, name))}
+            raise UsageError("offload=true needs GPUs: on a CPU the parameters are in host memory; leave it out")
+        dtypes = {name: getattr(torch, value) for name in ("param_dtype", "reduce_dtype")
+                  if (value := getattr(self, name))}
         settings: dict[str, Any] = {
-            "mesh": init_device_mesh(run.device.type, (run.world_size,)), "mp_policy": MixedPrecisionPolicy(**types),
+            "mesh": init_device_mesh(run.device.type, (run.world_size,)), "mp_policy": MixedPrecisionPolicy(**dtypes),
             "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy()}
-        broadcast_tensors(run, [*run.model.parameters(), *run.model.buffers()])     # all ranks shard the same weights
+        broadcast_tensors(run, [*run.model.parameters(), *run.model.buffers()])      # so that all shard the same values
         for block in summary.repeated_blocks(run.model):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **settings)
         fully_shard(run.model, **settings)
-        # Once, so that the pieces are now where they will be: the first time puts some of them elsewhere.
+        # The first unshard and reshard moves some shards to other memory: do it before the optimizer refers to them.
         for module in run.model.modules():
             if isinstance(module, FSDPModule):
                 module.unshard()
@@ -68,31 +69,33 @@ class Fsdp(Parallel):
         if isinstance(run.optimizer, torch.optim.SGD | torch.optim.Adagrad):
             for group in run.optimizer.param_groups:
                 group["fused"] = False
-            run.optimizer._step_supports_amp_scaling = False            # which it says of itself where it is fused
+            optimizer: Any = run.optimizer      # not every version of torch has the attribute in both classes
+            optimizer._step_supports_amp_scaling = False                # set by the optimizer if it is fused
 
     @hookimpl
     def epoch_start(self, run: Run) -> None:
         super().epoch_start(run)
         if trainable(run.model) != self.trained:
-            raise UsageError("part of the model is frozen for a while only, which fully_shard does not follow; freeze "
-                             "it for the whole run, or use ddp")
+            raise UsageError("part of the model is frozen for a while, which fully_shard does not support; freeze it "
+                             "for the whole run, or use ddp")
 
-    def join(self, run: Run) -> None:
-        super().join(run)
+    def set_up_processes(self, run: Run) -> None:
+        super().set_up_processes(run)
         if isinstance(run.optimizer, torch.optim.Optimizer):
-            raise UsageError("the weights become others, of which each process has a piece; pass a factory of an "
-                             "optimizer, such as partial(torch.optim.SGD, lr=0.1), in place of an optimizer")
+            raise UsageError("sharding replaces the parameters, so an optimizer cannot exist before; pass a factory, "
+                             "such as partial(torch.optim.SGD, lr=0.1), instead of an optimizer")
 
-    # Without a backward pass the outermost weights would stay together, and so be others than an average knows.
+    # Without a backward pass, the outermost module would stay unsharded, and its parameters would not be those that
+    # weight averages refer to.
     @hookimpl(wrapper=True)
     def compute_loss(self, run: Run) -> Generator[None, Tensor, Tensor]:
         loss = yield
         if not torch.is_grad_enabled():
-            model: Any = run.model          # which fully_shard has given more methods
+            model: Any = run.model          # fully_shard has added methods to it
             model.reshard()
         return loss
 
-    def meeting(self, run: Run, last: bool) -> Any:
+    def gradient_sync(self, run: Run, last: bool) -> Any:
         model: Any = run.model
         model.set_requires_gradient_sync(last)
         return nullcontext()

@@ -1,4 +1,4 @@
-"""A schedule of one's own."""
+"""Learning-rate schedule: a function of your own."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,12 +9,12 @@ from loopctl.optim.learning_rate import per_group
 
 @dataclass(eq=False)
 class Lambda:
-    """Multiply the learning rate by what a function of the position returns.
+    """Multiply the learning rate by what a function of the epoch or step returns.
 
-    It is torch.optim.lr_scheduler.LambdaLR.
+    Same as torch.optim.lr_scheduler.LambdaLR.
 
-    lr_lambda: the function, of the epochs or steps done; or a list with one per parameter group
-    by: call it with epochs, or with steps
+    lr_lambda: function of the number of epochs or steps done; or a list with one per parameter group
+    by: change the rate every epoch or every step
     """
 
     lr_lambda: list[Callable[[int], float]] | Callable[[int], float]
@@ -24,6 +24,6 @@ class Lambda:
     def lr_scale(self, run: Run, group: dict[str, Any]) -> float | None:
         factor = per_group(run, group, "lr_lambda", self.lr_lambda)(run.position(self.by))
         try:
-            return float(factor)                # None would count as no schedule at all
+            return float(factor)                # lr_scale would take None for "no factor"
         except (TypeError, ValueError) as error:
-            raise UsageError(f"lr_lambda returned {factor!r}, which is no number") from error
+            raise UsageError(f"lr_lambda returned {factor!r}; it must return a number") from error

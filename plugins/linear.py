@@ -1,4 +1,4 @@
-"""Linear change."""
+"""Learning-rate schedule: linear change."""
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,14 +7,14 @@ from loopctl import Duration, Run, hookimpl
 
 @dataclass(eq=False)
 class Linear:
-    """Move the learning rate along a straight line from one factor to another.
+    """Change the learning rate linearly from one factor to another.
 
-    It is torch.optim.lr_scheduler.LinearLR.
+    Same as torch.optim.lr_scheduler.LinearLR.
 
-    start_factor: the part of the rate at the start, above 0 and at most 1
-    end_factor: the part of the rate at the end and after it, 0 to 1
-    total_iters: length of the line
-    by: move every epoch, or every step
+    start_factor: factor of the learning rate at the start, above 0 and at most 1
+    end_factor: factor of the learning rate at the end and afterwards, 0 to 1
+    total_iters: duration of the change
+    by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
     start_factor: float = 1 / 3

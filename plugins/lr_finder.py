@@ -1,4 +1,4 @@
-"""The learning-rate range test."""
+"""Learning-rate finder: the learning-rate range test."""
 from collections.abc import Generator
 from dataclasses import dataclass
 from math import inf, isfinite, nan
@@ -12,26 +12,27 @@ from loopctl.trial_run import trial_run
 
 @dataclass(eq=False)
 class LrFinder:
-    """Try rising learning rates on a copy of the run before it begins, and say which are good.
+    """Try increasing learning rates on a copy of the run before training, and suggest good ones.
 
-    It is the range test of arXiv:1506.01186, section 3.3: each step has a larger rate than the one before, and the loss
-    tells where learning begins and where it breaks down. The steps are the run's own, with all that has a say in
-    them, such as accumulation, half precision and clipping, but schedules; the run itself is left as it is, to the last
-    bit. Of several parameter groups the largest rate is meant, and the others keep their ratio to it. It tries nothing
-    where a run goes on.
+    The range test of arXiv:1506.01186, section 3.3: each step has a higher learning rate than the one before, and the
+    loss shows where learning begins and where it diverges. The steps are those of the run, with plugins such as
+    accumulation, half precision and clipping, but without schedules. The run itself does not change, to the bit. With
+    several parameter groups, the rates are those of the highest group, and the others keep their ratio to it. A resumed
+    run does not repeat the test.
 
-    Two rates are suggested: where the smoothed loss falls most steeply, and a tenth of where it is lowest. They are
-    attributes of the plugin, steepest and tenth, NaN where the loss does not fall; so are rates and losses.
+    Two rates are suggested: where the smoothed loss falls most steeply, and a tenth of the rate with the lowest loss.
+    They are the plugin's attributes steepest and tenth, NaN if the loss does not fall; rates and losses are attributes
+    too.
 
-    start_lr: the first rate
-    end_lr: the last rate
-    num_steps: how many to try, at least 3, evenly spaced on a logarithmic scale
-    beta: how much of the running mean of the loss each step keeps, from 0 to below 1; 0 does not smooth
-    diverge: the test ends where the smoothed loss is this many times its lowest, or no finite number
-    use: train with the steepest rate, in place of the optimizer's
-    only: end after the test
-    path: the picture, a .png, .svg or .pdf file relative to the run's folder, where matplotlib is installed; it must
-        not exist yet
+    start_lr: first learning rate
+    end_lr: last learning rate
+    num_steps: number of rates to try, at least 3, evenly spaced on a logarithmic scale
+    beta: smoothing of the loss, the weight of the past in its running mean, from 0 (none) to below 1
+    diverge: stop the test when the smoothed loss is this many times its minimum, or not finite
+    use: train with the steepest rate, instead of the optimizer's own
+    only: end the run after the test
+    path: plot of the losses, a .png, .svg or .pdf file relative to the run's folder, if matplotlib is installed; it
+        must not exist yet
     """
 
     start_lr: float = 1e-7
@@ -53,7 +54,7 @@ class LrFinder:
         if not self.diverge > 1:
             raise ValueError(f"diverge is above 1, not {self.diverge}")
         if self.use and self.only:
-            raise ValueError("only=true ends the run before it could use the rate; leave out use or only")
+            raise ValueError("only=true ends the run before the rate can be used; leave out use or only")
         if Path(self.path).suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"path is a .png, .svg or .pdf file, not {self.path!r}")
 
@@ -66,33 +67,35 @@ class LrFinder:
         if run.rank == 0:
             claim_output(self.file, resumed=bool(run.resume))
         if not any(group["initial_lr"] for group in run.optimizer.param_groups):
-            raise UsageError("every learning rate is 0, and those of the groups keep their ratio; choose one above 0")
+            raise UsageError("every learning rate is 0, so parameter groups have no ratio to keep; choose one above 0")
 
-    # When all others are ready to train, and a run that goes on is where it was. A wrapper, so that it comes before
-    # those who look at the clock here.
+    # Here all plugins are ready, and a resumed run is restored. A wrapper, so that plugins that start a timer in this
+    # hook do not measure the test.
     @hookimpl(wrapper=True)
     def epoch_start(self, run: Run) -> Generator[None, None, None]:
         if run.seen == 0 and not self.rates:
             self.search(run)
             if not self.rates:
-                raise UsageError(f"the loss is no finite number at the first rate, {self.start_lr:.3g}")
+                raise UsageError(f"the loss is not finite at the first rate, {self.start_lr:.3g}; lower start_lr")
             if run.rank == 0:
                 self.report(run)
             if self.only:
-                run.stop = "the test of learning rates is done, and only=true asks for no more"
+                run.stop = "the learning-rate test is done, and only=true ends the run after it"
             elif self.use:
-                self.take(run)
+                self.use_steepest(run)
         return (yield)
 
     def search(self, run: Run) -> None:
+        """Run the test: set `rates`, `losses` and the suggestions."""
         ratios = [initial / top_rate(run) for initial in initial_rates(run)]
-        growth, mean, lowest = (self.end_lr / self.start_lr) ** (1 / (self.num_steps - 1)), 0.0, inf
+        growth = (self.end_lr / self.start_lr) ** (1 / (self.num_steps - 1))
+        mean, lowest = 0.0, inf
         with trial_run(run) as copy:
             for number in range(self.num_steps):
                 rate = self.start_lr * growth ** number
                 loss = copy.step([rate * ratio for ratio in ratios]).item()
                 mean = self.beta * mean + (1 - self.beta) * loss
-                smoothed = mean / (1 - self.beta ** (number + 1))       # without the 0 it begins with
+                smoothed = mean / (1 - self.beta ** (number + 1))       # corrects for the initial 0
                 if not isfinite(smoothed) or smoothed - lowest > (self.diverge - 1) * abs(lowest):
                     break
                 lowest = min(lowest, smoothed)
@@ -102,16 +105,16 @@ class LrFinder:
 
     def report(self, run: Run) -> None:
         caption = f"smoothed loss at rates {self.rates[0]:.3g} to {self.rates[-1]:.3g}, logarithmic"
-        print(plots.bars(self.losses, caption))        # a live progress bar stays below what is printed
+        print(plots.bars(self.losses, caption))        # print works together with a live progress bar
         if isfinite(self.steepest):
-            print(f"learning rate: the loss falls most steeply at {self.steepest:.3g}; a tenth of where it is lowest "
-                  f"is {self.tenth:.3g}; the run has {top_rate(run):.3g}")
+            print(f"learning rate: the loss falls most steeply at {self.steepest:.3g}; a tenth of the rate with the "
+                  f"lowest loss is {self.tenth:.3g}; the run has {top_rate(run):.3g}")
         else:
-            print(f"learning rate: the loss falls nowhere from {self.start_lr:.3g} to {self.end_lr:.3g}")
+            print(f"learning rate: the loss does not fall from {self.start_lr:.3g} to {self.end_lr:.3g}")
         try:
             self.draw()
         except (UsageError, OSError) as error:
-            print(f"no picture: {error}")
+            print(f"no plot: {error}")
 
     def draw(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -124,12 +127,12 @@ class LrFinder:
                 if isfinite(rate):
                     axes.axvline(rate, label=f"{name}: {rate:.3g}", **plots.stroke(number))
                     axes.legend(fontsize=8, handlelength=4)
-        print(f"picture: {self.file}")
+        print(f"plot: {self.file}")
 
-    def take(self, run: Run) -> None:
+    def use_steepest(self, run: Run) -> None:
         if not isfinite(self.steepest):
-            raise UsageError("use=true: there is no rate to use, for the loss falls nowhere; choose another start_lr or "
-                             "end_lr, or leave out use")
+            raise UsageError("use=true: there is no rate to use, because the loss does not fall; choose another "
+                             "start_lr or end_lr, or leave out use")
         factor = self.steepest / top_rate(run)
         for group in run.optimizer.param_groups:
             group["initial_lr"] *= factor
@@ -148,13 +151,13 @@ def top_rate(run: Run) -> float:
 
 
 def suggestions(rates: list[float], losses: list[float]) -> tuple[float, float]:
-    """The rate where the loss falls most steeply, and a tenth of the rate where it is lowest; NaN where it never falls.
+    """The rate where the loss falls most steeply, and a tenth of the rate with the lowest loss; NaN if it never falls.
 
-    The first tenth is not judged, since a mean of few losses is not smooth yet.
+    The first tenth of the losses is left out, because a running mean of few losses is not smooth yet.
     """
-    judged = range(max(1, len(losses) // 10), len(losses) - 1)
-    slopes = {at: losses[at + 1] - losses[at - 1] for at in judged}        # rates are evenly spaced, on their scale
-    at = min(slopes, key=slopes.__getitem__, default=0)
-    if slopes.get(at, 0.0) >= 0:
+    inner = range(max(1, len(losses) // 10), len(losses) - 1)
+    slopes = {index: losses[index + 1] - losses[index - 1] for index in inner}      # rates are evenly spaced in log
+    steepest = min(slopes, key=slopes.__getitem__, default=0)
+    if slopes.get(steepest, 0.0) >= 0:
         return nan, nan
-    return rates[at], rates[losses.index(min(losses))] / 10
+    return rates[steepest], rates[losses.index(min(losses))] / 10

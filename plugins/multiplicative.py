@@ -1,4 +1,4 @@
-"""A schedule of one's own, by its ratios."""
+"""Learning-rate schedule: a function that returns ratios."""
 from array import array
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,19 +11,21 @@ from loopctl.optim.learning_rate import per_group
 
 @dataclass(eq=False)
 class Multiplicative:
-    """Multiply the learning rate anew at every move, by what a function returns there.
+    """Multiply the learning rate every epoch or step by what a function returns there.
 
-    It is torch.optim.lr_scheduler.MultiplicativeLR.
+    Same as torch.optim.lr_scheduler.MultiplicativeLR.
 
-    lr_lambda: the function, of the epochs or steps done, from 1 on; or a list with one per parameter group
-    by: move every epoch, or every step
+    lr_lambda: function of the number of epochs or steps done, first called with 1; or a list with one per parameter
+        group
+    by: change the rate every epoch or every step
     """
 
     lr_lambda: list[Callable[[int], float]] | Callable[[int], float]
     by: Literal["epoch", "step"] = "epoch"
 
     def __post_init__(self) -> None:
-        # By function, the product at each position; a jump, as after resume, fills what is between.
+        # For each function, the product of its values up to each position. It is extended over skipped positions too,
+        # such as those before a resume.
         self.products: dict[Any, array[float]] = defaultdict(lambda: array("d", [1.0]))
 
     @hookimpl
@@ -35,5 +37,5 @@ class Multiplicative:
             try:
                 products.append(products[-1] * float(factor))
             except (TypeError, ValueError) as error:
-                raise UsageError(f"lr_lambda returned {factor!r}, which is no number") from error
+                raise UsageError(f"lr_lambda returned {factor!r}; it must return a number") from error
         return products[position]

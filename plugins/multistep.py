@@ -1,4 +1,4 @@
-"""Step decay at given moments."""
+"""Learning-rate schedule: decay at given milestones."""
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,11 +9,12 @@ from loopctl import Duration, Run, hookimpl
 class Multistep:
     """Multiply the learning rate by a factor at each milestone.
 
-    It is torch.optim.lr_scheduler.MultiStepLR.
+    Same as torch.optim.lr_scheduler.MultiStepLR.
 
-    milestones: lengths from the start, in any order; 30,80 or 50%,75%; one given twice counts twice
-    gamma: the factor, above 0
-    by: count in epochs, or in steps
+    milestones: durations from the start of the run, in any order, such as 30,80 or 50%,75%; one given twice counts
+        twice
+    gamma: factor at each milestone, above 0
+    by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
     milestones: list[Duration]
@@ -22,7 +23,7 @@ class Multistep:
 
     def __post_init__(self) -> None:
         if not self.milestones:
-            raise ValueError("milestones are one length or more, such as 30,80")
+            raise ValueError("milestones needs at least one duration, such as 30,80")
         if not self.gamma > 0:
             raise ValueError(f"gamma is above 0, not {self.gamma}")
 

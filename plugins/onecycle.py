@@ -1,4 +1,4 @@
-"""The 1cycle policy."""
+"""Learning-rate schedule: the 1cycle policy."""
 from dataclasses import dataclass
 from itertools import pairwise
 from math import cos, pi
@@ -10,21 +10,21 @@ from loopctl.optim.learning_rate import check_momentum_cycling, per_group, set_m
 
 @dataclass(eq=False)
 class Onecycle:
-    """Raise the learning rate to a peak and lower it to almost nothing, momentum the other way.
+    """Raise the learning rate to a peak, then lower it to almost 0; momentum the other way.
 
-    It is torch.optim.lr_scheduler.OneCycleLR; from Super-Convergence, arXiv:1708.07120.
+    Same as torch.optim.lr_scheduler.OneCycleLR; from Super-Convergence, arXiv:1708.07120.
 
-    max_lr: the rate at the peak, in place of the optimizer's own; or a list with one per parameter group
-    total_steps: length of the cycle, after which the rate stays at its lowest; the whole run if left out
-    pct_start: the part of the cycle that the rise takes, 0 to 1
-    anneal_strategy: rise and fall along half a cosine, or along a line
-    cycle_momentum: move momentum, or the first of betas, too
+    max_lr: learning rate at the peak, in place of the optimizer's own; or a list with one per parameter group
+    total_steps: duration of the cycle, after which the rate stays at its minimum; the whole run if left out
+    pct_start: fraction of the cycle in which the rate rises, 0 to 1
+    anneal_strategy: rise and fall along half a cosine wave (cos), or linearly
+    cycle_momentum: also cycle the momentum, or the first of betas
     base_momentum: momentum at the peak
-    max_momentum: momentum at both ends
-    div_factor: the first rate is max_lr divided by this
-    final_div_factor: the last rate is the first divided by this
-    three_phase: come down to the first rate in as long as the rise took, and then to the last
-    by: move every epoch, or every step
+    max_momentum: momentum at the start and at the end
+    div_factor: the initial learning rate is max_lr divided by this
+    final_div_factor: the final learning rate is the initial one divided by this
+    three_phase: fall to the initial rate in the same time as the rise, and then to the final rate
+    by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
     max_lr: float | list[float]
@@ -56,7 +56,7 @@ class Onecycle:
     def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
         peak = per_group(run, group, "max_lr", self.max_lr)
         first = peak / self.div_factor
-        return self.between(run, first, peak, first / self.final_div_factor) / initial_lr
+        return self.interpolate(run, first, peak, first / self.final_div_factor) / initial_lr
 
     @hookimpl
     def train_start(self, run: Run) -> None:
@@ -64,15 +64,16 @@ class Onecycle:
 
     @hookimpl
     def before_step(self, run: Run) -> None:
-        momentum = self.between(run, self.max_momentum, self.base_momentum, self.max_momentum)
+        momentum = self.interpolate(run, self.max_momentum, self.base_momentum, self.max_momentum)
         set_momentum(run, momentum)
 
-    def between(self, run: Any, first: float, peak: float, last: float) -> float:
-        """Where a value that goes from `first` over `peak` to `last` is now."""
+    def interpolate(self, run: Any, first: float, peak: float, last: float) -> float:
+        """The current value of a quantity that moves from `first` to `peak` to `last` during the cycle."""
         position, total = run.position(self.by), run.duration(self.total_steps, self.by)
-        top = self.pct_start * total - 1
-        back = [(2 * top, first)] if self.three_phase else []
-        for (start, old), (end, new) in pairwise([(0, first), (top, peak), *back, (total - 1, last)]):   # noqa: B007
+        rise = self.pct_start * total - 1
+        second_phase = [(2 * rise, first)] if self.three_phase else []
+        points = [(0, first), (rise, peak), *second_phase, (total - 1, last)]
+        for (start, old), (end, new) in pairwise(points):   # noqa: B007
             if position <= end:
                 break
         done = min(1.0, (position - start) / ((end - start) or 1))

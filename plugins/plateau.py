@@ -1,4 +1,4 @@
-"""Reduce the rate on a plateau."""
+"""Learning-rate schedule: reduce on plateau."""
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal
@@ -11,16 +11,16 @@ from loopctl.optim.learning_rate import per_group
 class Plateau:
     """Lower the learning rate when a metric has stopped improving.
 
-    It is torch.optim.lr_scheduler.ReduceLROnPlateau; its rates multiply with the factors of other schedules.
+    Same as torch.optim.lr_scheduler.ReduceLROnPlateau; multiplies with every other schedule.
 
-    monitor: the metric to judge; val_loss if left out, or train_loss without validation
-    mode: whether smaller or larger is better; auto knows losses and errors from accuracies by name
-    factor: what the rate is multiplied by, at least 0 and below 1
-    patience: evaluations without improvement that are let pass; one per epoch unless eval_every asks for more
-    threshold: what counts as an improvement is better by more than this
-    threshold_mode: threshold is a part of the best value (rel), or a difference (abs)
-    cooldown: evaluations after a reduction that are not judged
-    min_lr: the lowest rate; or a list with one per parameter group
+    monitor: metric to watch; val_loss if left out, or train_loss without validation data
+    mode: whether smaller (min) or larger (max) is better; auto decides by the name of the metric
+    factor: factor of each reduction, at least 0 and below 1
+    patience: evaluations without improvement that are tolerated; one evaluation per epoch unless eval_every is set
+    threshold: only an improvement by more than this counts
+    threshold_mode: threshold is relative to the best value (rel), or absolute (abs)
+    cooldown: evaluations after a reduction that are not counted
+    min_lr: minimum learning rate; or a list with one per parameter group
     eps: a reduction of the rate by no more than this is not made
     """
 
@@ -43,17 +43,18 @@ class Plateau:
         for lr in self.min_lr if isinstance(self.min_lr, list | tuple) else [self.min_lr]:
             if not lr >= 0:
                 raise ValueError(f"min_lr is at least 0, not {lr}")
-        self.rates: list[float] = []                 # of the parameter groups, once they were reduced
+        self.rates: list[float] = []                 # of the parameter groups; empty before the first reduction
 
     @hookimpl
     def train_start(self, run: Run) -> None:
         self.watch = Monitor(self.monitor, self.mode)
         self.best: float | None = None
-        self.bad = self.cooling = 0                  # evaluations: without improvement, and still to cool down
+        self.num_bad = 0                             # evaluations without improvement
+        self.cooldown_left = 0                       # evaluations that are still not counted
         self.rates = []
         self.watch.start(run)
         for group in run.optimizer.param_groups:
-            per_group(run, group, "min_lr", self.min_lr)         # refuses a list of another length
+            per_group(run, group, "min_lr", self.min_lr)         # raises if the list has another length
 
     @hookimpl
     def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
@@ -64,12 +65,12 @@ class Plateau:
         value, sign = run.metrics[self.watch.metric], 1 if self.watch.mode == "max" else -1
         best = -sign * inf if self.best is None else self.best
         margin = best * (1 + sign * self.threshold) if self.threshold_mode == "rel" else best + sign * self.threshold
-        better = sign * value > sign * margin        # NaN is never better
-        self.best, self.bad = (value, 0) if better else (self.best, self.bad + 1)
-        if self.cooling:
-            self.cooling, self.bad = self.cooling - 1, 0
-        if self.bad > self.patience:
-            self.cooling, self.bad = self.cooldown, 0
+        improved = sign * value > sign * margin      # NaN is no improvement
+        self.best, self.num_bad = (value, 0) if improved else (self.best, self.num_bad + 1)
+        if self.cooldown_left:
+            self.cooldown_left, self.num_bad = self.cooldown_left - 1, 0
+        if self.num_bad > self.patience:
+            self.cooldown_left, self.num_bad = self.cooldown, 0
             self.reduce(run)
 
     def reduce(self, run: Any) -> None:
@@ -80,8 +81,8 @@ class Plateau:
             self.rates[number] = new if old - new > self.eps else old
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "bad": self.bad, "cooling": self.cooling, "rates": self.rates}
+        return {"best": self.best, "bad": self.num_bad, "cooling": self.cooldown_left, "rates": self.rates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.bad, self.cooling = state["best"], state["bad"], state["cooling"]
+        self.best, self.num_bad, self.cooldown_left = state["best"], state["bad"], state["cooling"]
         self.rates = list(state["rates"])

@@ -1,4 +1,4 @@
-"""Polynomial decay."""
+"""Learning-rate schedule: polynomial decay."""
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,13 +7,13 @@ from loopctl import Duration, Run, hookimpl
 
 @dataclass(eq=False)
 class Polynomial:
-    """Lower the learning rate to zero along a power of the length that is left.
+    """Lower the learning rate to zero along a polynomial.
 
-    It is torch.optim.lr_scheduler.PolynomialLR.
+    Same as torch.optim.lr_scheduler.PolynomialLR.
 
-    total_iters: length of the descent, after which the rate stays at 0
-    power: 1 is a straight line, 2 a parabola; above 0
-    by: move every epoch, or every step
+    total_iters: duration of the descent, after which the rate stays at 0
+    power: degree of the polynomial, above 0; 1 is a straight line, 2 a parabola
+    by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
     total_iters: Duration = 5

@@ -1,4 +1,4 @@
-"""Batches on the GPU before it asks for them."""
+"""Prefetching: copy batches to the GPU while it computes."""
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -9,69 +9,70 @@ import torch
 from loopctl import Run, hookimpl
 from loopctl.data.batch import iter_tensors
 
-STREAMS = ("cuda",)                     # devices that copy and compute at once
+DEVICES = ("cuda",)                     # types of devices that copy and compute at the same time
 
 
 @dataclass(eq=False)
 class Prefetch:
-    """Copy batches to the GPU while it computes, on a stream of their own.
+    """Copy batches to the GPU while it computes, on a separate stream.
 
-    They are the same batches, to the bit. The next step's are read as soon as this one's backward pass is on its way,
-    if they come from a list or from loader workers; reading in the main process draws random numbers, whose order stays
-    as it is. Copies overlap with computing only from pinned memory, DataLoader(pin_memory=True), which `loopctl run`
-    has. On a CPU there is nothing to copy.
+    The run is the same, to the bit. The batches of the next step are read once the backward pass of the current step is
+    launched, if they come from a list or from loader workers. Otherwise they are read when they are due: reading in the
+    main process may draw random numbers, whose order must not change. Copies overlap with computation only from pinned
+    memory, DataLoader(pin_memory=True), which `loopctl run` uses. On a CPU the plugin does nothing.
     """
 
     capturable: ClassVar[bool] = True
     observer_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.groups: Iterator[list[Any]] | None = None         # of the epoch at hand
-        self.coming: list[Any] = []                            # the step's batches that were read ahead, if any
-        self.leaving: deque[tuple[Any, Any]] = deque()         # what the GPU may still read, and when it has done so
+        self.groups: Iterator[list[Any]] | None = None         # of the current epoch
+        self.prefetched: list[Any] = []                        # what `fetch` returned for the next step, at most one
+        self.in_use: deque[tuple[Any, Any]] = deque()          # batches that the GPU may still read, and their events
 
     @hookimpl(wrapper=True)
     def train(self) -> Generator[None, None, None]:
         try:
             return (yield)
         finally:
-            self.__post_init__()                               # let go of batches and loader
+            self.__post_init__()                               # release batches and loader
 
     @hookimpl(wrapper=True)
     def group_batches(self, run: Run) -> Generator[None, Iterator[list[Any]], Iterator[list[Any]]]:
         groups = iter((yield))
-        return self.ahead(run, groups) if run.device.type in STREAMS else groups
+        return self.prefetch(run, groups) if run.device.type in DEVICES else groups
 
     @hookimpl
     def grads_ready(self, run: Run) -> None:
-        elsewhere = isinstance(run.train, list | tuple) or getattr(run.train, "num_workers", 0) > 0
-        if self.groups and elsewhere and not self.coming and not torch.cuda.is_current_stream_capturing():
-            self.coming = [self.fetch(self.groups)]
+        draws_nothing = isinstance(run.train, list | tuple) or getattr(run.train, "num_workers", 0) > 0
+        if self.groups and draws_nothing and not self.prefetched and not torch.cuda.is_current_stream_capturing():
+            self.prefetched = [self.fetch(self.groups)]
 
-    def ahead(self, run: Run, groups: Iterator[list[Any]]) -> Iterator[list[Any]]:
-        self.side, main = torch.cuda.Stream(run.device), torch.cuda.current_stream(run.device)
+    def prefetch(self, run: Run, groups: Iterator[list[Any]]) -> Iterator[list[Any]]:
+        self.side_stream, main = torch.cuda.Stream(run.device), torch.cuda.current_stream(run.device)
         while True:
-            mine = self.groups is groups and self.coming
-            group, error, copied = self.coming.pop() if mine else self.fetch(groups)
+            ready = self.groups is groups and self.prefetched
+            group, error, copied = self.prefetched.pop() if ready else self.fetch(groups)
             if error:
                 raise error
             if group is None:
                 return
-            if next(iter_tensors(group), None) is not None:         # else it only counts steps, with numbers
-                self.groups, self.coming = groups, []
+            if next(iter_tensors(group), None) is not None:         # not in run.plan(), which groups numbers
+                self.groups, self.prefetched = groups, []
             main.wait_event(copied)
             yield group
-            # Its memory is the side stream's, which would use it again while the GPU still computes with it.
-            self.leaving.append((group, main.record_event()))
-            while self.leaving and self.leaving[0][1].query():
-                self.leaving.popleft()
+            # The memory belongs to the side stream, which would reuse it while the main stream still reads the batches.
+            self.in_use.append((group, main.record_event()))
+            while self.in_use and self.in_use[0][1].query():
+                self.in_use.popleft()
 
     def fetch(self, groups: Iterator[list[Any]]) -> tuple[list[Any] | None, Exception | None, Any]:
-        """The next step's batches, or why there are none, and the event after which they are there."""
+        """Return the batches of the next step, None at the end; the error of the loader, or None; and the event after
+        which the batches are copied."""
         group, error = None, None
-        with torch.cuda.stream(self.side):
+        with torch.cuda.stream(self.side_stream):
             try:
                 group = next(groups, None)
-            except Exception as raised:                        # it is due when the batch is
+            except Exception as raised:                        # raised again when the batch is due
                 error = raised
-            return group, error, self.side.record_event()
+            return group, error, self.side_stream.record_event()

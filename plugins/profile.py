@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Profiling with torch.profiler: a table of where the time of a step goes, and a trace."""
 import logging
 import os
 from bisect import bisect
@@ -18,26 +18,26 @@ from loopctl.model import summary
 
 log = logging.getLogger("loopctl")
 
-# The hooks whose time is told apart.
+# The hooks that are measured, and the names of their phases.
 PHASES = {"compute_loss": "forward", "backward": "backward", "optimizer_step": "update", "evaluate": "evaluation"}
 NAMES = ("data", "forward", "backward", "update", "evaluation", "other")
 
 
 @dataclass(eq=False)
 class Profile:
-    """Record some steps, print where their time goes, and write a trace to look at in a browser.
+    """Profile some steps, print where their time goes, and write a trace to view in a browser.
 
-    It is torch.profiler. The trace opens at ui.perfetto.dev and in chrome://tracing. The table has the time of each
-    phase and of the costliest operators in a step, on the host and, on CUDA, of the kernels that they started; what
-    profiling itself takes is in it.
+    Same as torch.profiler. Open the trace at ui.perfetto.dev or in chrome://tracing. The table has the time of each
+    phase and of the most expensive operators in a step, on the host and, with CUDA, of the kernels that they launched.
+    The overhead of profiling is included.
 
-    The phase data is what comes between two steps: loading, collating, moving to the device. update is the optimizer,
-    and what is done with gradients before it: clearing, unscaling, clipping. other is what plugins do besides, such as
-    saving. In a run that goes on, steps count from there; where its trace is there already, nothing is recorded.
+    The phase data is the time between two steps: loading, collating, moving to the device. update is the optimizer and
+    the work on gradients: clearing, unscaling, clipping. other is the work of plugins between steps, such as saving. In
+    a resumed run, steps are counted from the resume; if its trace exists already, nothing is recorded.
 
-    start: steps to pass before, in which everything warms up
-    steps: how many to record
-    path: the trace, a .json file relative to the run's folder; it must not exist yet
+    start: steps before recording, for warmup
+    steps: number of steps to record
+    path: trace file, a .json file relative to the run's folder; it must not exist yet
     """
 
     start: int = 5
@@ -47,92 +47,95 @@ class Profile:
     rank_zero_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, least in (("start", 0), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is at least {least}, not {getattr(self, name)}")
+        for name, minimum in (("start", 0), ("steps", 1)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is at least {minimum}, not {getattr(self, name)}")
         if not self.path.endswith(".json"):
             raise ValueError(f"path is a .json file, not {self.path!r}")
 
     @hookimpl(wrapper=True)
     def train(self, run: Run) -> Generator[None, None, None]:
-        self.done, self.wanted = 0, True
+        self.done, self.due = 0, True           # steps since the start or the resume; whether to record, still
         self.profiler: Any = None
-        with ExitStack() as self.recording, ExitStack() as self.waiting:        # which end here after an exception
+        # After an exception these stop the profiler, restore the hooks and close the open range.
+        with ExitStack() as self.recording, ExitStack() as self.data_range:
             result = yield
             if self.profiler and self.done > self.start:
                 self.finish(run)
-            elif self.wanted:
-                print(f"profile: nothing is recorded, for the run ended after {self.done} steps; pass start=0")
+            elif self.due:
+                print(f"profile: nothing was recorded, because the run ended after {self.done} steps; pass start=0")
         return result
 
     @hookimpl
     def train_start(self, run: Run) -> None:
         self.file = run.out / self.path
         claim_output(self.file, resumed=bool(run.resume))
-        self.wanted = not self.file.exists()
-        if self.wanted and self.start + self.steps > run.planned_steps:
-            raise UsageError(f"steps {self.start + 1} to {self.start + self.steps} are to be recorded, and the run has "
+        self.due = not self.file.exists()
+        if self.due and self.start + self.steps > run.planned_steps:
+            raise UsageError(f"cannot record steps {self.start + 1} to {self.start + self.steps} of a run that has "
                              f"{run.planned_steps}; pass start=0,steps={run.planned_steps}, or fewer")
         if autograd._profiler_enabled() or any(isinstance(other, Profile) and other is not self
                                                for other in run.hook.plugins.values()):
-            raise UsageError("another profiler is there, and torch has one at a time; leave one of them out")
+            raise UsageError("another profiler is in use, and torch allows one at a time; leave out one of them")
 
     @hookimpl
     def epoch_start(self, run: Run) -> None:
-        if self.wanted and self.done == self.start and not self.profiler:
+        if self.due and self.done == self.start and not self.profiler:
             self.begin(run)
-            self.waiting.enter_context(record_function("data"))
+            self.data_range.enter_context(record_function("data"))
 
     @hookimpl
     def before_step(self) -> None:
         if self.profiler:
-            self.waiting.close()
+            self.data_range.close()
 
     @hookimpl
     def after_step(self, run: Run) -> None:
         self.done += 1
         if self.profiler and self.done == self.start + self.steps:
             self.finish(run)
-        elif self.wanted and self.done == self.start:
+        elif self.due and self.done == self.start:
             self.begin(run)
 
     def begin(self, run: Any) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")          # else it says on stderr what it does
+        """Start the profiler, and record each phase as a range of that name."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")          # no log of the profiler on stderr
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (run.device.type == "cuda")]
         self.profiler = self.recording.enter_context(profile(activities=activities))
-        # The hooks are wrapped only now, in this run's own object: for good, they would cost every step microseconds.
-        wrapped = {name: ranged(phase, getattr(run.hook, name)) for name, phase in PHASES.items()}
-        wrapped["safe_point"] = self.before_data(run.hook.safe_point)
+        # Wrap the hooks of this run only while recording: permanent wrappers would cost microseconds in every step.
+        wrapped = {name: in_range(phase, getattr(run.hook, name)) for name, phase in PHASES.items()}
+        wrapped["safe_point"] = self.then_data(run.hook.safe_point)
         for name, hook in wrapped.items():
             self.recording.callback(setattr, run.hook, name, getattr(run.hook, name))
             setattr(run.hook, name, hook)
 
-    def before_data(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """`hook`, which comes last in a step, and then the range that ends where the next step begins."""
+    def then_data(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """`hook`, which is the last of a step, followed by the range "data", which ends when the next step begins."""
         def call(**arguments: Any) -> None:
-            self.waiting.close()
+            self.data_range.close()
             hook(**arguments)
-            self.waiting.enter_context(record_function("data"))
+            self.data_range.enter_context(record_function("data"))
         return call
 
     def finish(self, run: Any) -> None:
-        self.waiting.close()
+        """Stop the profiler, print the table, and write the trace."""
+        self.data_range.close()
         self.recording.close()
-        profiler, self.profiler, self.wanted = self.profiler, None, False
+        profiler, self.profiler, self.due = self.profiler, None, False
         first = run.attempts - (self.done - self.start) + 1
-        # A live progress bar stays below what is printed.
+        # print works together with a live progress bar.
         print(summary.render(table(profiler, first, run.attempts, run.device.type == "cuda")))
         try:
-            with atomic_write(self.file) as aside:
-                profiler.export_chrome_trace(str(aside))
+            with atomic_write(self.file) as temporary:
+                profiler.export_chrome_trace(str(temporary))
         except OSError as error:
             log.warning("profile: %s cannot be written (%s)", self.file, error.strerror)
         else:
             print(f"trace: {self.file}, for ui.perfetto.dev or chrome://tracing")
 
 
-def ranged(phase: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-    """`hook`, as a range of that name in the trace."""
+def in_range(phase: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """`hook`, recorded as a range named `phase` in the trace."""
     def call(**arguments: Any) -> Any:
         with record_function(phase):
             return hook(**arguments)
@@ -140,47 +143,49 @@ def ranged(phase: str, hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def timeline(ranges: Iterable[tuple[float, float, str]]) -> list[tuple[float, str]]:
-    """When which phase begins, from nested ranges of start, end and name: the innermost counts, and all of evaluation.
+    """The times at which the phase changes, each with the new phase, from nested ranges (start, end, name).
 
-    ranges: by start, the outer one first.
+    The innermost range decides, except that everything in an evaluation is evaluation.
+
+    ranges: sorted by start, outer ranges first
     """
-    marks: list[tuple[float, str]] = []
-    around: list[tuple[float, str]] = [(float("inf"), "other")]
+    changes: list[tuple[float, str]] = []
+    open_ranges: list[tuple[float, str]] = [(float("inf"), "other")]
     for start, end, name in [*ranges, (float("inf"), 0.0, "")]:
-        while len(around) > 1 and around[-1][0] <= start:
-            ended, _ = around.pop()
-            marks.append((ended, around[-1][1]))
+        while len(open_ranges) > 1 and open_ranges[-1][0] <= start:
+            closed, _ = open_ranges.pop()
+            changes.append((closed, open_ranges[-1][1]))
         if name:
-            around.append((end, "evaluation" if around[-1][1] == "evaluation" else name))
-            marks.append((start, around[-1][1]))
-    return marks
+            open_ranges.append((end, "evaluation" if open_ranges[-1][1] == "evaluation" else name))
+            changes.append((start, open_ranges[-1][1]))
+    return changes
 
 
-def spent(events: Iterable[Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """The microseconds of each phase, up to the end of the last step: on the host, and of kernels it had started."""
-    here = [event for event in events if event.device_type == DeviceType.CPU]
-    ranges = sorted((event.time_range.start, -event.time_range.end, event.name) for event in here
+def phase_times(events: Iterable[Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """The microseconds of each phase until the end of the last step: on the host, and of the kernels launched in it."""
+    host_events = [event for event in events if event.device_type == DeviceType.CPU]
+    ranges = sorted((event.time_range.start, -event.time_range.end, event.name) for event in host_events
                     if event.is_user_annotation and event.name in NAMES)
-    marks = timeline((start, -end, name) for start, end, name in ranges)
+    changes = timeline((start, -end, name) for start, end, name in ranges)
     last = max((-end for _, end, name in ranges if name == "update"), default=0.0)
     host, device = dict.fromkeys(NAMES, 0.0), dict.fromkeys(NAMES, 0.0)
-    for (start, name), (end, _) in pairwise(marks):
+    for (start, name), (end, _) in pairwise(changes):
         host[name] += max(min(end, last) - start, 0.0)
-    for event in here:          # by time, for the backward pass of CUDA starts its kernels from a thread of its own
-        at = event.time_range.start
-        if event.kernels and marks[0][0] <= at <= last:
-            # A range has a kernel of its own name, which is the time from its first real one to its last.
-            device[marks[bisect(marks, at, key=lambda mark: mark[0]) - 1][1]] += sum(
+    for event in host_events:   # assigned by time, because autograd launches the kernels of CUDA from another thread
+        time = event.time_range.start
+        if event.kernels and changes[0][0] <= time <= last:
+            # A range has an artificial kernel of the same name, which spans all kernels launched in it.
+            device[changes[bisect(changes, time, key=lambda change: change[0]) - 1][1]] += sum(
                 kernel.duration for kernel in event.kernels if kernel.name != event.name)
     return host, device
 
 
 def table(profiler: profile, first: int, last: int, cuda: bool) -> Any:
-    """The report of steps `first` to `last`: an average step's phases, and the operators that cost most."""
+    """A rich table of steps `first` to `last`: mean times of the phases, and of the most expensive operators."""
     from rich.box import SIMPLE
     from rich.table import Table
 
-    count, times = last - first + 1, spent(profiler.events() or ())
+    count, times = last - first + 1, phase_times(profiler.events() or ())
     totals = [sum(time.values()) for time in times]
     headings = ["Calls", "Host, ms", "Share", *["Device, ms", "Share"] * cuda]
     report = Table(f"Steps {first} to {last}, mean", *headings, box=SIMPLE, pad_edge=False)
@@ -189,7 +194,7 @@ def table(profiler: profile, first: int, last: int, cuda: bool) -> Any:
 
     def add(name: str, host: float, device: float, calls: float | None = None) -> None:
         cells = [f"{time / count / 1000:,.3f}" for time in (host, device)]
-        shares = [f"{time / totals[0]:.1%}" for time in (host, device)]         # both of the time a step takes
+        shares = [f"{time / totals[0]:.1%}" for time in (host, device)]         # of the step's time on the host
         row = [cells[0], shares[0], cells[1], shares[1]][:4 if cuda else 2]
         report.add_row(name, f"{calls / count:.3g}" if calls else "", *row)
 
@@ -199,9 +204,9 @@ def table(profiler: profile, first: int, last: int, cuda: bool) -> Any:
     report.add_section()
     add("all", *totals)
     report.add_section()
-    operators = [one for one in profiler.key_averages() if one.device_type == DeviceType.CPU
-                 and "::" in one.key and not one.key.startswith("autograd::")]
+    operators = [operator for operator in profiler.key_averages() if operator.device_type == DeviceType.CPU
+                 and "::" in operator.key and not operator.key.startswith("autograd::")]
     operators.sort(key=lambda one: one.self_device_time_total if cuda else one.self_cpu_time_total, reverse=True)
-    for one in operators[:8]:
-        add(one.key, one.self_cpu_time_total, one.self_device_time_total, one.count)
+    for operator in operators[:8]:
+        add(operator.key, operator.self_cpu_time_total, operator.self_device_time_total, operator.count)
     return report

@@ -1,4 +1,4 @@
-"""What a run shows while it trains."""
+"""Progress on the terminal."""
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from loopctl.metrics.host_copy import LatestValue
 
 @dataclass(eq=False)
 class Progress:
-    """Show how far the run is: a live bar, or a line per epoch, and a table at the end.
+    """Show a live progress bar, or a line per epoch without a terminal, and a table at the end.
 
-    unit: what is counted as speed
-    interval: seconds between two looks at the run, on a terminal
+    unit: the name of what is counted for the speed
+    interval: seconds between two updates of the bar
     """
 
     unit: str = "samples"
@@ -33,7 +33,7 @@ class Progress:
 
         self.console = Console()
         if not self.console.is_terminal:
-            self.console = Console(width=200)          # nobody's window: let no line break
+            self.console = Console(width=200)          # so that no line wraps where there is no window
         self.live = self.console.is_terminal
         self.bar = Bar(
             TextColumn("epoch {task.fields[epoch]}"), BarColumn(None),
@@ -57,7 +57,7 @@ class Progress:
 
     @hookimpl
     def after_step(self, run: Run) -> None:
-        self.counted += run.weight * run.world_size         # what all processes have trained on
+        self.counted += run.weight * run.world_size         # over all processes
         if self.live and time.monotonic() >= self.next:
             self.next = time.monotonic() + self.interval
             self.bar.start()                           # does nothing when it has started
@@ -76,7 +76,7 @@ class Progress:
 
     @hookimpl(wrapper=True)
     def evaluate(self) -> Generator[None, dict[str, Any], dict[str, Any]]:
-        self.trained = self.speed(float(self.counted))      # now, before evaluation takes its time
+        self.trained = self.speed(float(self.counted))      # before the time that the evaluation takes
         return (yield)
 
     def speed(self, count: float) -> str:

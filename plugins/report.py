@@ -1,4 +1,4 @@
-"""A page about the run, to read, to keep, to send."""
+"""A report of the run as one HTML page."""
 import logging
 import os
 import platform
@@ -26,15 +26,15 @@ log = logging.getLogger("loopctl")
 class Report:
     """Write a page about the run when it ends: curves, layers, composition, configuration.
 
-    The page is whole in itself, and opens in any browser without a network. It is written after an error or Ctrl-C too,
-    if an epoch was complete by then. For the layers it looks on at the first step, as `summary` does, so the run is
-    what it would be without; only torch.compile compiles once more, for the second step.
+    The page is one file that opens in any browser without a network. It is also written after an error or Ctrl-C, if
+    an epoch was completed. The layers are recorded in the first step, as by `summary`, so the run is the same as
+    without it; only torch.compile compiles once more, for the second step.
 
-    path: the file, relative to the run's folder; it must not exist yet, unless a run goes on that wrote it
+    path: the file, relative to the run's folder; it must not exist yet, unless the run is resumed and wrote it itself
     """
 
     path: str = "report.html"
-    capturable: ClassVar[bool] = True       # it looks on at the first step only
+    capturable: ClassVar[bool] = True       # it only records the first step
     rank_zero_only: ClassVar[bool] = True
 
     @hookimpl(wrapper=True)
@@ -54,7 +54,7 @@ class Report:
     @hookimpl
     def train_start(self, run: Run) -> None:
         self.file = run.out / self.path
-        resumed = bool(run.resume) and (self.file.is_dir() or self.is_report())       # a folder is refused in any case
+        resumed = bool(run.resume) and (self.file.is_dir() or self.is_report())       # a folder is always refused
         claim_output(self.file, resumed)
         self.tree = explain(run.hook.plugins.values())
         self.start, self.since = datetime.now(), monotonic()
@@ -79,13 +79,14 @@ class Report:
         """Write the page, or a line that says why there is none."""
         try:
             if not self.is_report():
-                log.warning("report: %s has come to be meanwhile and is not overwritten; there is no report", self.file)
+                log.warning("report: %s was made by another program and is not overwritten; there is no report",
+                            self.file)
                 return
             with atomic_write(self.file) as aside:
                 html.write(self.content(run, end), aside)
-        except Exception as error:              # whatever a metric is: the training is worth more than its report
-            said = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
-            log.warning("report: %s cannot be written (%s); there is no report", self.file, said)
+        except Exception as error:              # metrics may be anything; a report must not cost the training
+            reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
+            log.warning("report: %s cannot be written (%s); there is no report", self.file, reason)
 
     def content(self, run: Run, end: str) -> str:
         asked = run.config or run_config(run)
@@ -99,7 +100,7 @@ class Report:
         parts += [
             f'<div class="columns">{html.section("Configuration", html.table([], settings(asked)))}'
             f'{html.section("Environment", html.table([], environment(run)))}</div>',
-            html.section("Composition", "<p>Every moment of training, and the plugins that act there.</p>",
+            html.section("Composition", "<p>Every hook, in order, and the plugins that act there.</p>",
                          html.verbatim(self.tree))]
         if self.first_step.layers:
             parts.append(html.section("Layers", layer_table(self.first_step.layers)))
@@ -111,7 +112,7 @@ class Report:
         time = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         return [["Epochs", f"{run.epoch:,} of {run.epochs:,}"], ["Updates", f"{run.step:,}"],
                 ["Parameters", f"{parameters:,}"],
-                ["Gone on at" if run.resume else "Begun at", f"{self.start:%Y-%m-%d %H:%M:%S}"],
+                ["Resumed at" if run.resume else "Started at", f"{self.start:%Y-%m-%d %H:%M:%S}"],
                 ["Time since then", time], ["Folder", str(run.out.absolute())]]
 
 
@@ -140,7 +141,7 @@ def settings(asked: dict[str, Any]) -> list[list[str]]:
 
 
 def environment(run: Run) -> list[list[str]]:
-    """What the run's numbers and its speed may hang on."""
+    """What the results and the speed of the run may depend on."""
     device = str(run.device)
     if run.device.type == "cuda":
         device += f", {torch.cuda.get_device_name(run.device)}, CUDA {torch.version.cuda}"

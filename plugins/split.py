@@ -1,4 +1,4 @@
-"""Batches cut to fit memory."""
+"""Split batches into micro-batches that fit in memory."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,15 +15,14 @@ from loopctl.rng import rng_state, set_rng_state
 
 @dataclass(eq=False)
 class Split:
-    """Cut each batch into parts that fit in memory: the same gradient, one part at a time.
+    """Split each batch into parts that fit in memory, and add up their gradients.
 
-    Every tensor of a batch is cut along its first dimension, into nearly equal parts that count by their size. To all
-    but compute_loss and backward the batch is whole: run.outputs are joined, and schedules and steps are the same.
-    BatchNorm sees the parts. It is gradient accumulation within a batch; GPipe, arXiv:1811.06965, calls them
-    micro-batches.
+    Every tensor of a batch is split along its first dimension into nearly equal parts, weighted by their size. Only
+    compute_loss and backward get the parts: run.outputs are concatenated, and schedules and the number of steps do not
+    change. BatchNorm computes the statistics of each part. GPipe, arXiv:1811.06965, calls the parts micro-batches.
 
-    into: number of parts; auto starts with 1 and doubles it where memory does not suffice for a forward or backward
-        pass, then does the step over with the same random numbers
+    into: number of parts; auto starts with 1 and doubles it when a forward or backward pass runs out of memory, then
+        repeats the step with the same random numbers
     """
 
     into: int | Literal["auto"] = 2
@@ -32,60 +31,60 @@ class Split:
         if self.into != "auto" and self.into < 1:
             raise ValueError(f"into is at least 1, or auto, not {self.into}")
         self.parts = 1 if self.into == "auto" else self.into
-        self.begun: list[tuple[Any, float | Tensor]] = []        # the step's micro-batches so far, with their weights
+        self.batches: list[tuple[Any, float | Tensor]] = []      # of the current step so far, with their weights
 
     @hookimpl
     def train_start(self, run: Run) -> None:
         if self.into == "auto" and run.world_size > 1:
-            raise UsageError("into=auto: a process cannot do a step over while others wait for it; pass a number")
-        self.within = False             # what comes is a part
+            raise UsageError("into=auto: a process cannot repeat a step while the others wait for it; pass a number")
+        self.in_batch = False           # micro_step is called for a part of a batch
         self.statistics = [buffer for module in run.model.modules() if isinstance(module, _BatchNorm)
                            for buffer in module.buffers(recurse=False)]
 
     @hookimpl
     def before_step(self) -> None:
-        self.begun = []
+        self.batches = []
 
-    # It cannot be done over in a wrapper, which yields once.
+    # Not a wrapper, because a wrapper yields once and cannot repeat the step.
     @hookimpl
     def micro_step(self, run: Run, batch: Any, weight: float | Tensor, last: bool) -> Tensor:
-        if self.within:
+        if self.in_batch:
             part = apply_weight(run.hook.compute_loss(run=run, batch=batch), weight)
             run.hook.backward(run=run, loss=part)
             return part.detach()
-        if not self.begun and self.into == "auto":
-            self.random = rng_state()
-            self.kept = [buffer.clone() for buffer in self.statistics]
-        self.begun.append((batch, weight))
-        todo, loss = self.begun[-1:], None          # type: Any, Tensor | None
+        if not self.batches and self.into == "auto":
+            self.rng_state = rng_state()
+            self.saved_statistics = [buffer.clone() for buffer in self.statistics]
+        self.batches.append((batch, weight))
+        todo, loss = self.batches[-1:], None        # type: Any, Tensor | None
         while loss is None:
             try:
                 for number, (batch, weight) in enumerate(todo, 1):
-                    loss = self.look(run, batch, weight, last and number == len(todo))
+                    loss = self.forward_backward(run, batch, weight, last and number == len(todo))
             except torch.OutOfMemoryError:
                 if self.into != "auto" or self.parts >= size(batch):
                     raise
                 loss = None
-            if loss is None:            # not in the handler: what was raised still holds the activations there
+            if loss is None:            # not in the except block, where the exception keeps the activations in memory
                 self.parts *= 2
-                self.start_over(run)
-                todo = self.begun       # of a half-done gradient nothing can be kept
+                self.reset_step(run)
+                todo = self.batches     # repeat all batches of the step: their gradients are lost
         if last:
-            self.begun = []
+            self.batches = []
         return loss
 
-    def look(self, run: Run, batch: Any, weight: float | Tensor, last: bool) -> Tensor:
-        """Go forward and backward over one batch, part by part; return its share of the loss.
+    def forward_backward(self, run: Run, batch: Any, weight: float | Tensor, last: bool) -> Tensor:
+        """Run the forward and backward passes of one batch, part by part; return its share of the loss.
 
-        Each part is a micro-step in this one, for whoever must know which backward pass is the step's last.
+        Each part is a nested micro_step, so that wrappers such as DDP's no_sync see the last backward pass of the step.
         """
-        parts = cut(batch, self.parts)
+        parts = split_batch(batch, self.parts)
         if len(parts) < self.parts and run.world_size > 1:
-            raise UsageError(f"a batch of {len(parts)} samples is not cut into {self.parts} parts while other "
-                             "processes wait; use a smaller number, or DataLoader(drop_last=True)")
+            raise UsageError(f"cannot split a batch of {len(parts)} samples into {self.parts} parts, which the other "
+                             "processes do; use a smaller number, or DataLoader(drop_last=True)")
         counts = [run.hook.batch_weight(run=run, batch=part) for part in parts]
         total, losses, outputs = sum(counts), [], []
-        self.within = True
+        self.in_batch = True
         try:
             for number, (part, count) in enumerate(zip(parts, counts, strict=True), 1):
                 share = weight if len(parts) == 1 else weight * count / total
@@ -93,21 +92,22 @@ class Split:
                 losses.append(run.hook.micro_step(run=run, batch=part, weight=share, last=final))
                 outputs.append(run.outputs)
         finally:
-            self.within = False
+            self.in_batch = False
         if len(parts) > 1:
             with torch.no_grad():
-                run.outputs = join(outputs, [size(part) for part in parts])
+                run.outputs = join_outputs(outputs, [size(part) for part in parts])
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
-    def start_over(self, run: Run) -> None:
+    def reset_step(self, run: Run) -> None:
+        """Undo the forward and backward passes of the step, and free their memory."""
         run.outputs = None
         run.optimizer.zero_grad()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-        set_rng_state(self.random)
+        set_rng_state(self.rng_state)
         with torch.no_grad():
-            for buffer, was in zip(self.statistics, self.kept, strict=True):
-                buffer.copy_(was)
+            for buffer, saved in zip(self.statistics, self.saved_statistics, strict=True):
+                buffer.copy_(saved)
 
     def state_dict(self) -> dict[str, Any]:
         return {"parts": self.parts}
@@ -118,34 +118,38 @@ class Split:
 
 
 def size(batch: Any) -> int:
-    """How many samples a batch has: the length of its first tensor that has one."""
+    """The number of samples in a batch: the length of its first tensor that has a dimension."""
     return next((tensor.shape[0] for tensor in iter_tensors(batch) if tensor.ndim), 1)
 
 
-def cut(batch: Any, parts: int) -> list[Any]:
-    """`batch` in nearly equal parts of at least one sample, views of it. Numbers and the like are in every part."""
+def split_batch(batch: Any, parts: int) -> list[Any]:
+    """Split `batch` into at most `parts` nearly equal parts of at least one sample, which are views of it.
+
+    Values that are not tensors, and tensors without dimensions, are in every part. Raises UsageError if the tensors
+    differ in length.
+    """
     samples = size(batch)
     parts = min(parts, samples)
     ends = [samples * number // parts for number in range(parts + 1)]
     if parts == 1:
         return [batch]
 
-    def one(begin: int, end: int) -> Callable[[Any], Any]:
+    def part(begin: int, end: int) -> Callable[[Any], Any]:
         def take(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.ndim:
                 return value
             if len(value) != samples:
-                raise UsageError(f"cannot cut a batch of {samples} samples that has a tensor of length {len(value)}")
+                raise UsageError(f"cannot split a batch of {samples} samples that has a tensor of length {len(value)}")
             return value[begin:end]
         return take
 
-    return [map_nested(one(begin, end), batch) for begin, end in pairwise(ends)]
+    return [map_nested(part(begin, end), batch) for begin, end in pairwise(ends)]
 
 
-def join(outputs: list[Any], sizes: list[int]) -> Any:
-    """What a model returned for the parts as if for the whole; what is no tensor of samples is the last part's."""
-    def together(*values: Any) -> Any:
+def join_outputs(outputs: list[Any], sizes: list[int]) -> Any:
+    """Concatenate the model's outputs for the parts. A value that has not one row per sample is taken from the last."""
+    def concatenate(*values: Any) -> Any:
         per_sample = all(isinstance(value, Tensor) and value.ndim and len(value) == size
                          for value, size in zip(values, sizes, strict=True))
         return torch.cat(values) if per_sample else values[-1]
-    return map_nested(together, *outputs)
+    return map_nested(concatenate, *outputs)

@@ -1,4 +1,4 @@
-"""Step decay."""
+"""Learning-rate schedule: step decay."""
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,11 +9,11 @@ from loopctl import Duration, Run, hookimpl
 class Step:
     """Multiply the learning rate by a factor at regular intervals.
 
-    It is torch.optim.lr_scheduler.StepLR.
+    Same as torch.optim.lr_scheduler.StepLR.
 
-    step_size: length between two drops
-    gamma: the factor, above 0
-    by: count in epochs, or in steps
+    step_size: duration between two changes
+    gamma: factor of each change, above 0
+    by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
     step_size: Duration

@@ -1,4 +1,4 @@
-"""A report of the model, layer by layer."""
+"""A table of the model's layers, printed after the first step."""
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,22 +11,21 @@ from loopctl.model.summary import FirstStepLayers, render, table
 class Summary:
     """Print each layer's output shape, parameters and multiply-adds, and the sizes in memory.
 
-    There is no forward pass for it: it looks on at the first micro-batch and prints after the first step, so the run
-    is what it would be without; only torch.compile compiles once more, for the second step. An MB is 2**20 bytes.
-    It is the report of torchsummary (github.com/sksq96/pytorch-summary), except that activations, the outputs of the
-    innermost layers, are not doubled for their gradients.
+    It makes no forward pass of its own: it records the first micro-batch's and prints after the first step, so the run
+    is the same as without it; only torch.compile compiles once more, for the second step. An MB is 2**20 bytes. It is
+    the table of torchsummary (github.com/sksq96/pytorch-summary), except that activations, the outputs of the innermost
+    layers, are not doubled for their gradients.
 
-    Multiply-adds are those of one forward pass of the micro-batch, all of its samples together: of linear and bilinear
-    layers, convolutions, recurrent layers and nn.MultiheadAttention, each from its formula and the shapes seen. Zeros
-    from padding and what a mask leaves out count; biases, norms, activations and look-ups do not. "At least" marks a
-    total that misses a layer without a formula. What a module computes besides its parts is not seen, such as
-    F.scaled_dot_product_attention in a module of one's own.
+    Multiply-adds are those of one forward pass over the whole micro-batch: of linear and bilinear layers, convolutions,
+    recurrent layers and nn.MultiheadAttention, each from its formula and the recorded shapes. Padding and masked
+    positions count; biases, norms, activations and look-ups do not. "At least" marks a total that lacks a layer without
+    a formula. Functions that a module calls itself, such as F.scaled_dot_product_attention, are not recorded.
 
-    depth: levels of the module tree to show, 1 for the model's direct parts; what is deeper is counted in its parent
+    depth: levels of the module tree to show, 1 for the model's direct parts; deeper ones are counted in their parent
     """
 
     depth: int | None = None
-    capturable: ClassVar[bool] = True       # it looks on at the first step only
+    capturable: ClassVar[bool] = True       # it only records the first step
     rank_zero_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

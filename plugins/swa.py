@@ -22,13 +22,13 @@ from loopctl.rng import rng_state, set_rng_state
 class Swa(WeightAverage):
     """Average the weights of the last epochs; evaluate and end with the average.
 
-    It is torch.optim.swa_utils: AveragedModel, SWALR and update_bn; from arXiv:1803.05407. The weights at the end of
-    each epoch from start on count alike, and training goes on with the raw ones. For a model with BatchNorm each of
-    these epochs reads the training data once more, since the average needs statistics of its own.
+    It is torch.optim.swa_utils: AveragedModel, SWALR and update_bn; from arXiv:1803.05407. The average is the mean of
+    the weights at the end of each epoch from start on; training continues with the raw weights. For a model with
+    BatchNorm, each of these epochs reads the training data once more, to recompute the statistics for the average.
 
     start: where averaging begins, rounded down to whole epochs
-    swa_lr: learning rate of every parameter group while averaging, whatever other schedules say; theirs if left out
-    anneal_epochs: epochs in which the rate gets there
+    swa_lr: learning rate of every parameter group while averaging, in place of other schedules; theirs if left out
+    anneal_epochs: epochs in which the learning rate moves from the schedules' to swa_lr
     anneal_strategy: along half a cosine, or linearly
     """
 
@@ -66,11 +66,11 @@ class Swa(WeightAverage):
         part = min(1.0, (run.epoch - start) / self.anneal_epochs) if self.anneal_epochs else 1.0
         if self.anneal_strategy == "cos":
             part = (1 - cos(pi * part)) / 2
-        with standing(run, start):
-            before = yield
-        return [part * self.swa_lr / initial_lr + (1 - part) * prod(before)]
+        with at_epoch(run, start):
+            factors = yield
+        return [part * self.swa_lr / initial_lr + (1 - part) * prod(factors)]
 
-    # The epoch's last step, not its evaluation: another average may stand in for the raw weights there.
+    # After the epoch's last step, not in its evaluation, where another average may be in place of the raw weights.
     @hookimpl
     def after_step(self, run: Run) -> None:
         if self.due and (run.seen_in_epoch >= run.plan()[1] or run.step >= run.max_steps):
@@ -78,7 +78,7 @@ class Swa(WeightAverage):
 
     @hookimpl
     def epoch_end(self, run: Run) -> None:
-        if self.due and not run.stop:       # there were fewer batches than the loader said
+        if self.due and not run.stop:       # the loader gave fewer batches than its length
             self.update(run)
 
     def update(self, run: Run) -> None:
@@ -98,7 +98,7 @@ class Swa(WeightAverage):
                                  for key, buffer in module.named_buffers(name, recurse=False)}
 
     def first(self, run: Run) -> int:
-        """The first epoch whose weights count, from 0; the 1e-9 is for what rounding takes from a whole number."""
+        """The first epoch that is averaged, from 0. The 1e-9 makes up for rounding below a whole number."""
         return int(run.duration(self.start, "epoch") + 1e-9)
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,8 +109,8 @@ class Swa(WeightAverage):
 
 
 @contextmanager
-def standing(run: Run, epoch: int) -> Iterator[None]:
-    """Put the run's position at the start of `epoch`, where schedules tell what their factor was then."""
+def at_epoch(run: Run, epoch: int) -> Iterator[None]:
+    """Set the counters to the start of `epoch` for a while, so that schedules return their factors there."""
     steps, micro_batches = run.plan()
     with run.counters.temporarily(epoch=epoch, attempts=epoch * steps, seen=epoch * micro_batches):
         yield
@@ -118,20 +118,20 @@ def standing(run: Run, epoch: int) -> Iterator[None]:
 
 @torch.no_grad()
 def recompute(run: Run, norms: Iterable[_BatchNorm]) -> None:
-    """Let BatchNorm collect its statistics anew, as means over the training data. Leaves the random numbers alone.
+    """Recompute BatchNorm's statistics as means over the training data. The random-number states stay as they are.
 
-    It is torch's update_bn, but takes batches of any kind the way a step does, and leaves frozen parts out.
+    It is torch's update_bn, but takes batches of any kind as a step does, and leaves out frozen parts.
     """
     momenta = {norm: norm.momentum for norm in norms}
     part = find_shard(run.train)
-    own = inf if part is None else part.own             # then comes a filler, which is not to count
+    own = inf if part is None else part.real_batches             # a filler may follow, which does not count
     random, outputs, read = rng_state(run.train), run.outputs, 0
     try:
         for norm in momenta:
             norm.reset_running_stats()
-            norm.momentum = None        # every batch counts alike; 0 would keep the old statistics
+            norm.momentum = None        # the mean of all batches; 0 would keep the old statistics
         groups = run.hook.group_batches(run=run, batches=batches_to_device(run.train, run.device))
-        compiling = "torch._dynamo" in sys.modules          # a mean without a momentum is nothing that compiles
+        compiling = "torch._dynamo" in sys.modules          # BatchNorm without a momentum does not compile
         with torch.compiler.set_stance("force_eager") if compiling else nullcontext():
             for group in islice(groups, run.steps_per_epoch):
                 for batch in group:

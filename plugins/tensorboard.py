@@ -1,4 +1,4 @@
-"""What TensorBoard shows."""
+"""Logs for TensorBoard."""
 import logging
 import warnings
 from collections import deque
@@ -22,14 +22,14 @@ log = logging.getLogger("loopctl")
 class Tensorboard:
     """Write metrics, learning rates and the configuration for TensorBoard.
 
-    It is torch.utils.tensorboard; `tensorboard --logdir runs` shows it. At every evaluation all metrics; train_loss and
-    val_loss are one chart, loss, with a line of training and one of validation, for each is written to a folder of its
-    own. Every so many steps that step's loss, and the learning rate of each parameter group. Where the run begins or
-    goes on the configuration, as text; at the end the hyperparameters with the final metrics. The axis is the number of
-    updates planned so far, as in the names of checkpoints. No step waits for the device: on CUDA a loss is written when
-    it has arrived, on others than that and the CPU at the next evaluation.
+    It is torch.utils.tensorboard; `tensorboard --logdir runs` shows it. All metrics are written at every evaluation;
+    train_loss and val_loss share one chart, loss, with a line for training and one for validation. The loss of a step
+    and the learning rate of each parameter group are written every so many steps, the configuration when the run starts
+    or is resumed, the hyperparameters with the final metrics at the end. The horizontal axis counts updates made and
+    skipped, as the names of checkpoints do. No step waits for the device: on CUDA a loss is written when it has arrived
+    on the host, on other devices at the next evaluation.
 
-    A run that goes on writes on in the same folder, and what was written after its checkpoint is taken back.
+    A resumed run writes to the same folder, and what was written after its checkpoint is removed.
 
     dir: the folder, relative to the run's
     every_steps: how often to write the loss and the learning rates of a step
@@ -45,7 +45,7 @@ class Tensorboard:
         self.writers: dict[str, Any] = {}                           # by folder: train, valid, and . for all else
         self.coming: deque[tuple[int, str, HostCopy]] = deque()     # values that may not have arrived yet
         self.saved: Any = None
-        self.refused = False                                        # by the disk: the run is worth more than its charts
+        self.refused = False            # the disk refused to write; the run continues without charts
 
     @hookimpl(wrapper=True)
     def train(self) -> Generator[None, None, None]:
@@ -69,13 +69,13 @@ class Tensorboard:
 
     @hookimpl
     def epoch_start(self, run: Run) -> None:
-        if not self.writers and not self.refused:   # only now is it known where the run goes on
+        if not self.writers and not self.refused:   # only now is it known where the run resumes
             self.saved = run.last_checkpoint
             self.attempt(self.open, run)
 
     def open(self, run: Run) -> None:
-        # What the last step wrote stays. What an evaluation after it wrote stays where the checkpoint knows of it, or
-        # else it is done again. Hence they are in different folders.
+        # What the last step wrote stays. What an evaluation after it wrote stays only if the checkpoint was saved after
+        # that evaluation, else it is evaluated again. So the two are in different folders.
         first = run.attempts + (run.counters.evaluated == run.attempts)
         for name, purge in {"train": first, "valid": first, ".": run.attempts + 1}.items():
             if name != "valid" or run.valid is not None:
@@ -97,7 +97,7 @@ class Tensorboard:
             if run.loss is not None:
                 self.send(run, "step_loss", run.loss)
             self.write_arrived()
-        if run.last_checkpoint is not self.saved:             # what a checkpoint counts as done is in the file
+        if run.last_checkpoint is not self.saved:   # everything before a checkpoint is in the file
             self.saved = run.last_checkpoint
             self.attempt(self.flush)
 
@@ -111,7 +111,7 @@ class Tensorboard:
         self.attempt(self.write_hyperparameters, run)
 
     def send(self, run: Run, tag: str, value: Any) -> None:
-        """Write a value of the step once it is on the host."""
+        """Write a value of the step when it has arrived on the host."""
         if not isinstance(value, Tensor):
             value = torch.tensor(float(value), dtype=torch.float64)
         self.coming.append((run.attempts, tag, HostCopy(value)))
@@ -137,17 +137,17 @@ class Tensorboard:
 
         config = run.config or run_config(run)
         optimizer = {"optimizer": type(run.optimizer).__name__, "lr": run.optimizer.param_groups[0]["initial_lr"]}
-        told = {key: value if isinstance(value, int | float) else ", ".join(value) if isinstance(value, list)
+        values = {key: value if isinstance(value, int | float) else ", ".join(value) if isinstance(value, list)
                 else str(value) for key, value in (optimizer | config).items() if value is not None}
         final = {f"final/{name}": value for name, value in run.metrics.items() if isinstance(value, int | float)}
-        # add_hparams would write them into a file of its own, whose place among the others depends on the second.
-        for summary in hparams(told, final):
+        # add_hparams would write them to a file of its own, whose name depends on the time.
+        for summary in hparams(values, final):
             self.writers["."].file_writer.add_summary(summary)
         for name, value in final.items():
             self.writers["."].add_scalar(name, value, run.attempts)
 
     def attempt(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Write, unless the disk has refused; then a line says so, and the run goes on."""
+        """Write, unless the disk has refused before; if it refuses now, warn once, and the run continues."""
         if self.refused:
             return
         try:

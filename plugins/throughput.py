@@ -1,4 +1,4 @@
-"""How fast a run is, and what holds it up."""
+"""Throughput: samples per second, time waiting for data, memory, and MFU."""
 import logging
 import re
 import sys
@@ -21,8 +21,8 @@ except ImportError:                 # not on Windows
 
 log = logging.getLogger("loopctl")
 
-# TFLOP/s of matrix products of bfloat16 or float16 (V100, T4: float16) summed in float32, from NVIDIA's data sheets and
-# white papers; where these say "with sparsity", half of it, which is the dense figure.
+# Peak TFLOP/s of dense matrix products in bfloat16 or float16 (V100, T4: float16) with accumulation in float32, from
+# NVIDIA's data sheets and white papers. Of figures "with sparsity", half, which is the dense figure.
 PEAKS = {
     "V100-PCIE": 112, "V100-SXM2": 125, "V100-SXM3": 125, "T4": 65, "L4": 121, "L40S": 362, "RTX 4090": 165,
     "A10": 125, "A30": 165, "A100-PCIE": 312, "A100 PCIe": 312, "A100-SXM4": 312,
@@ -32,22 +32,22 @@ PEAKS = {
 
 @dataclass(eq=False)
 class Throughput:
-    """Report samples per second, the wait for data, memory, and the share of the device's peak.
+    """Report samples per second, time waiting for data, memory and FLOP utilization (MFU).
 
-    Four metrics per epoch, without the time that evaluation takes. They are measured on the host, which waits for the
-    device only where an epoch begins and around an evaluation. After resuming they are of what was trained since then.
+    Four metrics per epoch, without the time of evaluation. They are measured on the host, which synchronizes with the
+    device only at the start of an epoch and around an evaluation. After a resume they cover the steps since then.
 
-    samples_per_s: samples, or what batch_weight counts in their place, over the wall-clock time
-    data_wait: the part of that time, 0 to 1, in which the host waits for a batch, and for moving it to the device
-    memory_gb: the most memory so far, in 2**30 bytes: on CUDA of torch's tensors in this run, elsewhere of this process
-    mfu: model FLOP utilization, arXiv:2204.02311, where the peak is known: FLOP/s over the peak. The FLOPs of a sample
-        are those of the first step, backward pass and all, as torch.utils.flop_counter counts the step: matrix
-        products, convolutions and attention, two per multiply-add, but not nn.LSTM and its like
+    samples_per_s: samples, or what batch_weight counts instead, per second of wall-clock time
+    data_wait: fraction of that time, 0 to 1, in which the host waits for a batch, or for moving it to the device
+    memory_gb: peak memory so far, in 2**30 bytes: on CUDA of torch's tensors in this run, elsewhere of this process
+    mfu: model FLOP utilization, arXiv:2204.02311: FLOP/s of the model divided by the peak of the device, if that is
+        known. The FLOPs of a sample are counted in the first step, backward pass included, by torch.utils.flop_counter:
+        matrix products, convolutions and attention, two per multiply-add, but not nn.LSTM and nn.GRU
 
-    peak: TFLOP/s of the device; if left out, what the data sheets of well-known GPUs say of dense float16 and bfloat16
-    flops: of one sample, forward and backward; counted if left out, but not in a compiled model, of which a step would
-        run uncompiled for it
-    unit: what is counted as speed, the first part of the name samples_per_s
+    peak: TFLOP/s of the device; if left out, the dense float16 and bfloat16 peak of well-known GPUs, from data sheets
+    flops: FLOPs of one sample, forward and backward; counted if left out, except in a compiled model, because a step
+        would have to run uncompiled
+    unit: what batches contain, the first part of the name samples_per_s
     """
 
     peak: float | None = None
@@ -60,35 +60,36 @@ class Throughput:
         for name in ("peak", "flops"):
             if (number := getattr(self, name)) is not None and not number > 0:
                 raise ValueError(f"{name} is above 0, not {number}")
-        self.waited = 0.0                   # groups are also drawn to count an epoch's steps, before it begins
+        self.waited = 0.0                   # set here, because run.plan() iterates groups before an epoch starts
 
     @hookimpl
     def setup(self, run: Run) -> None:
-        self.top, self.devices = self.peak, run.world_size
-        if self.top is None and run.device.type == "cuda":
-            self.top = peak_of(torch.cuda.get_device_name(run.device))
-        names = [f"{self.unit}_per_s", "data_wait", "memory_gb", *["mfu"] * (self.top is not None)]
+        self.device_peak, self.devices = self.peak, run.world_size
+        if self.device_peak is None and run.device.type == "cuda":
+            self.device_peak = peak_of(torch.cuda.get_device_name(run.device))
+        names = [f"{self.unit}_per_s", "data_wait", "memory_gb", *["mfu"] * (self.device_peak is not None)]
         run.metrics |= dict.fromkeys(names, nan)
 
     @hookimpl(wrapper=True)
     def train(self) -> Generator[None, None, None]:
-        with ExitStack() as self.counting:          # ends in after_step, or here after an exception
+        with ExitStack() as self.counting:          # closed in after_step, or here after an exception
             return (yield)
 
     @hookimpl
     def train_start(self, run: Run) -> None:
         self.per_sample, self.counter = self.flops or nan, None
-        self.due = self.top is not None and self.flops is None
-        if self.due and compiled(run):
-            self.due = False
-            log.warning("throughput: mfu is left out, as a count would run a step of the compiled model uncompiled; "
-                        "pass flops=... of one sample")
+        self.count_due = self.device_peak is not None and self.flops is None
+        if self.count_due and is_compiled(run):
+            self.count_due = False
+            log.warning("throughput: mfu is left out, because counting FLOPs would run a step of the compiled model "
+                        "uncompiled; pass flops=... of one sample")
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)
 
     @hookimpl
     def epoch_start(self, run: Run) -> None:
-        self.away, self.waited, self.count, self.since = 0.0, 0.0, 0, now(run.device)
+        self.evaluating, self.waited, self.count = 0.0, 0.0, 0      # seconds, seconds, samples
+        self.start = now(run.device)
 
     @hookimpl(wrapper=True)
     def group_batches(self) -> Generator[None, Iterator[list[Any]], Iterator[list[Any]]]:
@@ -96,17 +97,17 @@ class Throughput:
 
     def timed(self, groups: Any) -> Any:
         while True:
-            since = perf_counter()
+            start = perf_counter()
             group = next(groups, None)
-            self.waited += perf_counter() - since
+            self.waited += perf_counter() - start
             if group is None:
                 return
             yield group
 
     @hookimpl
     def before_step(self) -> None:
-        if self.due:
-            self.due, self.counter = False, self.counting.enter_context(FlopCounterMode(display=False))
+        if self.count_due:
+            self.count_due, self.counter = False, self.counting.enter_context(FlopCounterMode(display=False))
 
     @hookimpl
     def after_step(self, run: Run) -> None:
@@ -117,28 +118,31 @@ class Throughput:
 
     @hookimpl(wrapper=True)
     def evaluate(self, run: Run) -> Generator[None, dict[str, Any], dict[str, Any]]:
-        began = now(run.device)
-        measured = self.measured(run.device, began - self.since - self.away)
+        start = now(run.device)
+        throughput = self.throughput(run.device, start - self.start - self.evaluating)
         metrics = yield
-        self.away += now(run.device) - began
-        return metrics | measured
+        self.evaluating += now(run.device) - start
+        return metrics | throughput
 
-    def measured(self, device: torch.device, seconds: float) -> dict[str, float]:
-        """The metrics of the epoch so far, which took `seconds`."""
-        speed = float(self.count) / seconds or nan          # 0 where a run goes on with nothing left of its epoch
-        found = {f"{self.unit}_per_s": speed, "data_wait": self.waited / seconds, "memory_gb": memory(device) / 2**30}
-        return found | ({"mfu": float(self.per_sample) * speed / (self.top * self.devices * 1e12)} if self.top else {})
+    def throughput(self, device: torch.device, seconds: float) -> dict[str, float]:
+        """The metrics of the epoch so far, which took `seconds` without evaluation."""
+        speed = float(self.count) / seconds or nan          # no samples: resumed when the epoch had no steps left
+        metrics = {f"{self.unit}_per_s": speed, "data_wait": self.waited / seconds,
+                   "memory_gb": peak_memory(device) / 2**30}
+        if self.device_peak:
+            metrics["mfu"] = float(self.per_sample) * speed / (self.device_peak * self.devices * 1e12)
+        return metrics
 
 
 def now(device: torch.device) -> float:
-    """The time in seconds when `device` has done what it was given."""
+    """The time in seconds, after waiting for `device` to finish its work."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)
     return perf_counter()
 
 
-def memory(device: torch.device) -> float:
-    """The most memory so far, in bytes."""
+def peak_memory(device: torch.device) -> float:
+    """The peak memory so far, in bytes; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -147,12 +151,12 @@ def memory(device: torch.device) -> float:
 
 
 def peak_of(name: str) -> float | None:
-    """TFLOP/s of the GPU that CUDA calls `name`. Others than these, a slice of one or a laptop's, are not known."""
+    """Peak TFLOP/s of the GPU that CUDA calls `name`; None if unknown, as for a laptop GPU or a MIG slice."""
     return PEAKS.get(re.sub(r"NVIDIA |Tesla |GeForce |[- ]\d+GB", "", name))
 
 
-def compiled(run: Any) -> bool:
-    """Whether torch.compile has been at the model, or at a part of it."""
-    marks = ("_orig_mod", "_torchdynamo_orig_callable")
-    return any(getattr(part, "_compiled_call_impl", None) or any(hasattr(part, mark) for mark in marks)
+def is_compiled(run: Any) -> bool:
+    """Whether the model or a part of it is compiled with torch.compile."""
+    markers = ("_orig_mod", "_torchdynamo_orig_callable")
+    return any(getattr(part, "_compiled_call_impl", None) or any(hasattr(part, marker) for marker in markers)
                for part in (run.network, *run.model.modules()))

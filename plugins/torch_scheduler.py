@@ -1,4 +1,4 @@
-"""Any schedule written for torch."""
+"""Learning-rate schedule: any torch LRScheduler."""
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import signature
@@ -12,14 +12,15 @@ from loopctl import Run, UsageError, hookimpl
 
 @dataclass(eq=False)
 class TorchScheduler:
-    """Follow any torch LRScheduler, one's own included.
+    """Use any torch LRScheduler, including one of your own.
 
-    It moves the rates of a stand-in, from which the factors are read: it multiplies with other schedules, and cannot
-    disturb the optimizer. A momentum that it cycles stays in the stand-in; onecycle and cyclic move the real one.
+    The scheduler changes the rates of a stand-in optimizer, from which factors of the learning rate are computed. So it
+    multiplies with every other schedule and never changes the real optimizer. Momentum that it cycles changes in the
+    stand-in alone; onecycle and cyclic change the real momentum.
 
-    cls: the class, or a function that takes an optimizer and returns a scheduler
-    options: its own options; on the command line each by its name, beside cls
-    by: step it every epoch, or every step
+    cls: scheduler class, or a function that takes an optimizer and returns a scheduler
+    options: keyword arguments of cls; on the command line each by its own name, next to cls
+    by: call the scheduler's step() every epoch or every step
     """
 
     cls: Callable[..., Any]
@@ -28,10 +29,10 @@ class TorchScheduler:
 
     def __post_init__(self) -> None:
         if isinstance(self.cls, type) and issubclass(self.cls, ReduceLROnPlateau):
-            raise ValueError("cls=ReduceLROnPlateau judges a metric; use the plugin plateau")
+            raise ValueError("cls=ReduceLROnPlateau needs a metric; use the plugin plateau")
         self.name = getattr(self.cls, "__name__", self.cls)
-        self.done = 0                               # steps that the scheduler has made
-        self.optimizer: Any = None
+        self.done = 0                               # calls of the scheduler's step()
+        self.optimizer: Any = None                  # the stand-in
 
     @hookimpl
     def train_start(self, run: Run) -> None:
@@ -40,26 +41,26 @@ class TorchScheduler:
     @hookimpl
     def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
         position = run.position(self.by)
-        groups = [id(one) for one in run.optimizer.param_groups]
-        number = groups.index(id(group))
+        index = [id(param_group) for param_group in run.optimizer.param_groups].index(id(group))
         if (self.optimizer is None or position < self.done
-                or self.optimizer.param_groups[number]["begins_at"] != initial_lr):
-            self.start(run)
+                or self.optimizer.param_groups[index]["begins_at"] != initial_lr):
+            self.start(run)         # a scheduler cannot step back, nor start from another initial rate
         while self.done < position:
             try:
                 self.scheduler.step()
-            except Exception as error:          # such as an option that it divides by
+            except Exception as error:          # such as a division by an option that is 0
                 raise UsageError(f"cls={self.name}: {' '.join(str(error).split())}") from error
             self.done += 1
-        return float(self.optimizer.param_groups[number]["lr"]) / initial_lr
+        return float(self.optimizer.param_groups[index]["lr"]) / initial_lr
 
     def start(self, run: Any) -> None:
+        """Create the scheduler on a new stand-in optimizer."""
         self.done, self.optimizer = 0, StandIn(run.optimizer)
         try:
             self.scheduler = self.cls(self.optimizer, **self.options)
-        except Exception as error:                  # a class may raise anything on options that it does not take
+        except Exception as error:                  # a class may raise anything for wrong options
             raise UsageError(f"cls={self.name}: {' '.join(str(error).split())}") from error
-        self.optimizer.step()                       # once; a scheduler warns where none has been
+        self.optimizer.step()                       # a scheduler warns if it steps before the optimizer
         if not isinstance(self.scheduler, LRScheduler):
             raise UsageError(f"cls={self.name} made a {type(self.scheduler).__name__}, not a torch LRScheduler")
         try:
@@ -77,13 +78,13 @@ class TorchScheduler:
 
 
 class StandIn(torch.optim.Optimizer):
-    """The parameter groups of an optimizer, with their initial rates and nothing to train."""
+    """An optimizer with the parameter groups and initial learning rates of another one, and dummy parameters."""
 
     def __init__(self, real: torch.optim.Optimizer) -> None:
         groups = [{**group, "params": [torch.zeros(1)], "lr": group["initial_lr"]} for group in real.param_groups]
         for group in groups:
-            group["begins_at"] = group.pop("initial_lr")    # a scheduler that finds it takes it for another one's
+            group["begins_at"] = group.pop("initial_lr")    # an existing "initial_lr" is taken for another scheduler's
         super().__init__(groups, {"momentum": 0.0, **real.defaults})
 
     def step(self, closure: Any = None) -> None:    # type: ignore[override]
-        """There is nothing to train."""
+        """Do nothing: there is nothing to train."""

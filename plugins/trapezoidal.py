@@ -1,4 +1,4 @@
-"""The trapezoidal schedule."""
+"""Learning-rate schedule: trapezoidal (warmup-stable-decay)."""
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,15 +7,15 @@ from loopctl import Duration, Run, hookimpl
 
 @dataclass(eq=False)
 class Trapezoidal:
-    """Raise the learning rate along a line, hold it, and lower it along a line.
+    """Raise the learning rate linearly, hold it, and lower it linearly.
 
-    The shape is from A Walk with SGD, arXiv:1802.08770; also called warmup-stable-decay.
+    Also called warmup-stable-decay; from A Walk with SGD, arXiv:1802.08770.
 
-    max_lr: the rate at the top, above 0
-    step_size: length of the rise, and of the descent
-    anneal_start: where the descent begins, from the start of the run; if left out, so that it ends with the run
-    base_lr: the rate at the start and after the descent; the optimizer's own if left out
-    by: move every epoch, or every step
+    max_lr: learning rate while it is held, above 0
+    step_size: duration of the rise, and of the descent
+    anneal_start: time at which the descent begins, from the start of the run; if left out, it ends with the run
+    base_lr: learning rate at the start and after the descent; the optimizer's own if left out
+    by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
     max_lr: float
@@ -35,5 +35,5 @@ class Trapezoidal:
         base = initial_lr if self.base_lr is None else self.base_lr
         position, size = run.position(self.by), run.duration(self.step_size, self.by)
         end = run.duration(self.anneal_start, self.by) + (0 if self.anneal_start is None else size)
-        height = max(0.0, min(1.0, position / size, (end - position) / size))
-        return (base + (self.max_lr - base) * height) / initial_lr
+        fraction = max(0.0, min(1.0, position / size, (end - position) / size))
+        return (base + (self.max_lr - base) * fraction) / initial_lr

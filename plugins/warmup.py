@@ -1,4 +1,4 @@
-"""Learning-rate warmup."""
+"""Learning-rate schedule: linear warmup."""
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,13 +7,13 @@ from loopctl import Duration, Run, hookimpl
 
 @dataclass(eq=False)
 class Warmup:
-    """Raise the learning rate linearly at the start, to what the other schedules say.
+    """Raise the learning rate linearly at the start of the run.
 
-    It is torch.optim.lr_scheduler.LinearLR with an end_factor of 1, and multiplies with every other schedule.
+    Same as torch.optim.lr_scheduler.LinearLR with end_factor=1; multiplies with every other schedule.
 
-    length: how long the rise takes
-    start_factor: the part of the rate that the first step has, above 0 and at most 1
-    by: move every epoch, or every step
+    length: duration of the rise
+    start_factor: factor of the learning rate at the first step, above 0 and at most 1
+    by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
     length: Duration = "5%"
@@ -26,5 +26,5 @@ class Warmup:
 
     @hookimpl
     def lr_scale(self, run: Run) -> float | None:
-        risen = min(1.0, run.position(self.by) / run.duration(self.length, self.by))
-        return self.start_factor + (1 - self.start_factor) * risen
+        done = min(1.0, run.position(self.by) / run.duration(self.length, self.by))
+        return self.start_factor + (1 - self.start_factor) * done

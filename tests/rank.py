@@ -1,4 +1,4 @@
-"""One of the processes that the fixture `ranks` keeps: calls functions of test files, as torchrun would have it do."""
+"""One of the processes that the fixture `ranks` starts: it calls functions of test files in the environment of torchrun."""
 import gc
 import importlib.util
 import os
@@ -15,25 +15,25 @@ import torch.distributed as dist
 
 def main(address):
     torch.set_num_threads(1)
-    with Client(address) as wire:
+    with Client(address) as connection:
         while True:
             try:
-                file, package, name, environment = pickle.loads(wire.recv_bytes())
-                arguments = wire.recv_bytes()
+                file, module_name, name, environment = pickle.loads(connection.recv_bytes())
+                arguments = connection.recv_bytes()
             except EOFError:
                 return
             os.environ.update(environment)
-            wire.send_bytes(pickle.dumps(answer(file, package, name, arguments)))
+            connection.send_bytes(pickle.dumps(call(file, module_name, name, arguments)))
 
 
-def answer(file, package, name, arguments):
-    """What the function returned, or what it raised."""
+def call(file, module_name, name, arguments):
+    """Call the function `name` of a test file. Return what it returned and what it raised, one of them None."""
     try:
-        found = module(file, package)
+        module = load_module(file, module_name)
         arguments = pickle.loads(arguments)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return getattr(found, name)(*arguments), None
+            return getattr(module, name)(*arguments), None
     except (Exception, SystemExit) as error:
         try:
             pickle.loads(pickle.dumps(error))
@@ -43,18 +43,18 @@ def answer(file, package, name, arguments):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        gc.collect()            # what an error holds may hold connections, and others would wait at their other end
+        gc.collect()            # an error may hold references to connections, whose other ends would keep waiting
 
 
-def module(file, name):
-    """The test file, under the name that pytest has given it, which what is sent here refers to."""
+def load_module(file, name):
+    """Import a test file under the name that pytest gives it, so that pickled objects of it can be loaded."""
     if name not in sys.modules:
         for parent in accumulate(name.split(".")[:-1], "{}.{}".format):
             sys.modules.setdefault(parent, ModuleType(parent))
         spec = importlib.util.spec_from_file_location(name, file)
-        sys.modules[name] = found = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found)
-        gc.freeze()             # so that to look for what a test has left does not take as long as the test
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        gc.freeze()             # otherwise each gc.collect() would take as long as a test
     return sys.modules[name]
 
 

@@ -1,4 +1,4 @@
-"""What the pages in docs/ say works, word for word."""
+"""The pages in docs/: their commands and examples work as written, and the names on them exist."""
 import ast
 import html
 import inspect
@@ -31,12 +31,12 @@ IMPORTS = blocks(PAGE)[0]
 HOOKS = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", PAGE, re.DOTALL | re.MULTILINE))
 
 
-def test_every_hook_has_its_place_in_order():
+def test_the_page_of_hooks_has_all_hooks_in_order():
     assert list(HOOKS) == list(SPECS)
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_hook_is_shown_as_it_is(name):
+def test_the_page_shows_the_signature_of_a_hook(name):
     signature = inspect.signature(getattr(hooks, name))
     shown, example = blocks(HOOKS[name])
     assert shown == f"def {name}{signature}\n".replace("'", "")
@@ -46,7 +46,7 @@ def test_a_hook_is_shown_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_its_example_trains(name, net, batches, valid, sgd):
+def test_the_example_of_a_hook_trains(name, net, batches, valid, sgd):
     scope = {}
     exec(IMPORTS, scope)
     before = set(scope)
@@ -61,8 +61,8 @@ def test_its_example_trains(name, net, batches, valid, sgd):
 TUTORIAL = (DOCS / "tutorial.md").read_text()
 
 
-def test_the_tutorial_word_for_word(tmp_path, monkeypatch):
-    """Its files are written, its commands are run, and its Python, in the order of the page."""
+def test_the_tutorial_works_as_written(tmp_path, monkeypatch):
+    """Its files are written, and its commands and its Python are run, in the order of the page."""
     monkeypatch.chdir(tmp_path)
     scope = {}
     for kind, block in re.findall(r"```(console|python)\n(.*?)```", TUTORIAL, re.DOTALL):
@@ -80,18 +80,18 @@ def test_the_tutorial_word_for_word(tmp_path, monkeypatch):
 
 
 def specs(text):
-    """What is written as a plugin in the right column of a page's tables."""
+    """The plugin specs in the right column of a page's tables."""
     cells = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ") and " | " in line]
     words = [word for cell in cells for word in re.findall(r"`([^`]+)`", cell)]
     return sorted({word for word in words if word.split(":")[0] in available()})
 
 
 @pytest.mark.parametrize("spec", specs((DOCS / "coming-from.md").read_text()))
-def test_what_other_libraries_do_is_written_as_it_is_here(spec):
+def test_a_plugin_spec_on_the_page_for_users_of_other_libraries_is_valid(spec):
     build_plugin(spec)
 
 
-def test_the_hooks_and_options_it_names_exist():
+def test_the_hooks_and_options_on_the_page_for_users_of_other_libraries_exist():
     page = (DOCS / "coming-from.md").read_text()
     cells = " ".join(line.split(" | ")[1] for line in page.splitlines() if line.startswith("| ") and " | " in line)
     known = {*available(), *SPECS, "fit"}
@@ -120,22 +120,22 @@ API = (DOCS / "api.md").read_text()
 
 
 @pytest.mark.parametrize("name", loopctl.__all__)
-def test_what_is_exported_is_on_the_page_of_the_api(name):
+def test_every_exported_name_is_on_the_api_page(name):
     assert re.search(rf"^\.\. (?:auto|py:)\w+:: loopctl\.{name}\b", API, re.MULTILINE)
 
 
 @pytest.mark.parametrize("module", rooms_of_plugins())
-def test_a_module_that_a_plugin_imports_is_on_the_page_of_the_api(module):
+def test_every_module_that_a_plugin_imports_is_on_the_api_page(module):
     assert f"### `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n" in API
 
 
 def dense(text):
-    """A text without what sets it: spaces, backticks, and the dashes of lists."""
+    """The text without spaces, backticks and the dashes of lists, which differ between a docstring and its page."""
     return re.sub(r"[\s`]+|^\s*- ", "", text, flags=re.MULTILINE)
 
 
 def documented(module):
-    """What a module has that has a docstring of its own, by its name in full."""
+    """The functions and classes of a module that have a docstring, by their full names."""
     return {f"{module.__name__}.{name}": one for name, one in vars(module).items()
             if name[0] != "_" and getattr(one, "__module__", "") == module.__name__ and callable(one) and vars(one).get("__doc__", one.__doc__)}
 

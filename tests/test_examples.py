@@ -1,4 +1,4 @@
-"""The packages in docs/examples: each installs, passes its own tests, and is found with its origin."""
+"""The packages in docs/examples: each installs, passes its tests, is listed with its origin, and trains."""
 import os
 import re
 import shlex
@@ -13,7 +13,7 @@ EXAMPLES = sorted(path.parent for path in (Path(__file__).parents[1] / "docs" / 
 
 
 @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
-def test_it_installs_passes_its_tests_and_is_listed(folder, install, tmp_path):
+def test_an_example_package_installs_passes_its_tests_and_trains(folder, install, tmp_path):
     site = install(folder)
     environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 

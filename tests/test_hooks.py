@@ -1,4 +1,4 @@
-"""The hook tree is what a run calls, and the specs say what the tree says."""
+"""The hooks that a run calls, and their specs, agree with the hook tree."""
 import inspect
 
 import pytest
@@ -10,17 +10,17 @@ from loopctl.composition.explain import hook_tree
 from loopctl.testing import Trace
 
 
-def test_a_traced_run_is_the_tree(net, batches, valid, sgd):
-    """Name by name, in order: a run of one epoch of one step calls every line of the tree once, and nothing else."""
+def test_a_traced_run_calls_the_hooks_in_the_order_of_the_tree(net, batches, valid, sgd):
+    """A run of one epoch with one step calls each line of the tree once."""
     trace = Trace()
     fit(net, nn.CrossEntropyLoss(), sgd, batches[:1], valid[:1], plugins=[trace])
     evaluation = trace.lines.index("  evaluate")
-    assert trace.lines[evaluation + 1:evaluation + 3] == ["    batch_weight", "    compute_loss"]     # of valid's one batch
+    assert trace.lines[evaluation + 1:evaluation + 3] == ["    batch_weight", "    compute_loss"]     # for the one batch of valid
     called = [line.strip() for line in trace.lines[:evaluation + 1] + trace.lines[evaluation + 3:]]
     assert called == [line.split()[0] for line in hook_tree()]
 
 
-def test_hooks_nest_as_the_tree_draws_them(net, batches, sgd):
+def test_hooks_of_a_step_with_two_micro_batches_are_nested_as_in_the_tree(net, batches, sgd):
     trace = Trace()
     fit(net, nn.CrossEntropyLoss(), sgd, batches[:2], plugins=[trace, "accumulate:every=2"])
     step = trace.lines.index("  optimizer_step")
@@ -31,24 +31,24 @@ def test_hooks_nest_as_the_tree_draws_them(net, batches, sgd):
         "    after_backward", "    grads_ready"]
 
 
-def test_the_tree_names_every_hook():
+def test_the_tree_lists_every_hook():
     assert {line.split()[0] for line in hook_tree()} == set(SPECS)
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
-def test_every_hook_says_when_it_is_called(name):
+def test_every_hook_has_a_docstring_a_return_annotation_and_run_as_first_argument(name):
     spec = SPECS[name]
     assert spec.__doc__
     assert inspect.signature(spec).return_annotation != inspect.Signature.empty
     assert next(iter(inspect.signature(spec).parameters)) == "run"
 
 
-def test_a_hook_that_returns_is_replaced_or_collects():
+def test_every_hook_with_a_return_value_can_be_replaced_except_lr_scale():
     replaced = {name for name, spec in SPECS.items() if spec.loopctl_spec["firstresult"]}
     returning = {name for name, spec in SPECS.items() if spec.__annotations__["return"] != "None"}
     assert returning - replaced == {"lr_scale"}
     assert replaced - returning == {"train"}
 
 
-def test_the_module_docstring_is_what_the_command_prints():
-    assert hooks.__doc__.startswith("Every moment of training")
+def test_the_module_docstring_starts_with_a_heading():
+    assert hooks.__doc__.startswith("The hooks: every point of training")

@@ -1,4 +1,4 @@
-"""The loop against the loop that one would write by hand."""
+"""The training loop of `fit`: it does exactly what a loop written by hand in plain PyTorch does."""
 import math
 from functools import partial
 
@@ -24,7 +24,7 @@ def accuracy(output, target):
 
 
 def by_hand(model, optimizer, batches, epochs):
-    """The plainest loop; returns the loss of every step."""
+    """Train with a minimal loop in plain PyTorch. Returns the loss of every step."""
     losses = []
     for _ in range(epochs):
         model.train()
@@ -38,7 +38,7 @@ def by_hand(model, optimizer, batches, epochs):
 
 
 class Losses:
-    """Collects the loss of every step."""
+    """Records the loss of every step."""
 
     def __init__(self):
         self.seen = []
@@ -49,57 +49,57 @@ class Losses:
 
 
 @pytest.mark.parametrize("factory", OPTIMIZERS, ids=lambda factory: factory.func.__name__)
-def test_bit_for_bit_the_loop_by_hand(net, batches, factory, clone, same):
-    mine, theirs, losses = net, clone(net), Losses()
+def test_weights_and_losses_equal_those_of_a_loop_by_hand(net, batches, factory, clone, same):
+    other, losses = clone(net), Losses()
     torch.manual_seed(1)
-    fit(mine, cross_entropy, factory, batches, epochs=3, plugins=[losses])
+    fit(net, cross_entropy, factory, batches, epochs=3, plugins=[losses])
     torch.manual_seed(1)
-    expected = by_hand(theirs, factory(theirs.parameters()), batches, 3)
-    same(mine, theirs)
+    expected = by_hand(other, factory(other.parameters()), batches, 3)
+    same(net, other)
     assert losses.seen == expected
 
 
-def test_a_model_given_in_evaluation_mode_is_trained_in_training_mode(net, batches, valid, clone, same, sgd):
+def test_a_model_passed_in_eval_mode_is_trained_in_training_mode(net, batches, valid, clone, same, sgd):
     other = clone(net)
     fit(net.eval(), cross_entropy, sgd, batches, valid, epochs=2, seed=1)
     fit(other, cross_entropy, sgd, batches, valid, epochs=2, seed=1)
     same(net, other)
 
 
-def test_lbfgs_gets_a_repeatable_closure(plain, batches, clone, same):
-    mine, theirs = plain.double(), clone(plain)
+def test_lbfgs_gets_a_closure_that_it_can_call_repeatedly(plain, batches, clone, same):
+    other = clone(plain.double())
     data = [(input.double(), target) for input, target in batches]
     lbfgs = partial(torch.optim.LBFGS, lr=0.5, max_iter=5)
-    fit(mine, cross_entropy, lbfgs, data, epochs=2)
-    optimizer = lbfgs(theirs.parameters())
+    fit(plain, cross_entropy, lbfgs, data, epochs=2)
+    optimizer = lbfgs(other.parameters())
     for _ in range(2):
         for input, target in data:
             def closure(input=input, target=target):
                 optimizer.zero_grad()
-                loss = cross_entropy(theirs(input), target)
+                loss = cross_entropy(other(input), target)
                 loss.backward()
-                return loss
+                return loss.detach()
             optimizer.step(closure)
-    same(mine, theirs)
+    same(plain, other)
 
 
-def test_a_finished_optimizer_may_be_given(plain, batches, clone, same, sgd):
+def test_an_optimizer_may_be_passed_in_place_of_a_factory(plain, batches, clone, same, sgd):
     other = clone(plain)
     fit(plain, cross_entropy, sgd(plain.parameters()), batches)
     fit(other, cross_entropy, sgd, batches)
     same(plain, other)
 
 
-def test_train_loss_and_metrics_are_means_over_samples(net, batches, sgd):
+def test_training_loss_and_metrics_are_means_over_samples(net, batches, sgd):
     steps = []
 
-    class Look:
+    class Recorder:
         @hookimpl
         def after_step(self, run: Run):
             target = run.batches[0][1]
             steps.append((run.loss.item(), accuracy(run.outputs, target).item(), len(target)))
 
-    run = fit(net, cross_entropy, sgd, batches, metrics={"accuracy": accuracy}, plugins=[Look()])
+    run = fit(net, cross_entropy, sgd, batches, metrics={"accuracy": accuracy}, plugins=[Recorder()])
     total = sum(size for *_, size in steps)
     row = run.history[0]
     # 1e-12: the loop sums in float64, in another order.
@@ -107,7 +107,7 @@ def test_train_loss_and_metrics_are_means_over_samples(net, batches, sgd):
     assert row["train_accuracy"] == pytest.approx(sum(part * size for _, part, size in steps) / total, rel=1e-12)
 
 
-def test_evaluation_weighs_batches_by_size_and_leaves_modes_alone(net, batches, valid, sgd):
+def test_evaluation_weights_batches_by_size_and_restores_the_mode_of_each_module(net, batches, valid, sgd):
     net[1].eval()                                   # a frozen BatchNorm
     modes = []
 
@@ -133,8 +133,8 @@ def test_evaluation_weighs_batches_by_size_and_leaves_modes_alone(net, batches, 
     assert modes == [([True, True, False, True, True, True],) * 2]
 
 
-def test_metrics_with_their_own_state(net, batches, valid, sgd):
-    """torchmetrics objects collect by themselves; training and evaluation get one each."""
+def test_training_and_evaluation_get_separate_torchmetrics_objects(net, batches, valid, sgd):
+    """A torchmetrics object keeps its own state and resets it for each epoch."""
 
     class Count:
         def __init__(self):
@@ -159,19 +159,19 @@ def test_metrics_with_their_own_state(net, batches, valid, sgd):
     assert [(row["train_count"], row["val_count"]) for row in run.history] == [(59, 13), (59, 13)]
 
 
-def test_evaluate_every_so_many_steps_and_once_at_the_end(net, batches, valid, sgd):
+def test_eval_every_evaluates_within_epochs_and_once_at_the_end_of_each(net, batches, valid, sgd):
     at = []
 
-    class Look:
+    class Recorder:
         @hookimpl
         def after_evaluate(self, run: Run):
             assert all(isinstance(value, float) for value in run.metrics.values())
             at.append(run.step)
 
-    fit(net, cross_entropy, sgd, batches, valid, epochs=2, eval_every=4, plugins=[Look()])
-    assert at == [4, 8, 12, 16]                     # 8 and 16 end an epoch too: once each
+    fit(net, cross_entropy, sgd, batches, valid, epochs=2, eval_every=4, plugins=[Recorder()])
+    assert at == [4, 8, 12, 16]                     # steps 8 and 16 end an epoch too, and are evaluated once
     at.clear()
-    fit(net, cross_entropy, sgd, batches, valid, epochs=2, eval_every=3, plugins=[Look()])
+    fit(net, cross_entropy, sgd, batches, valid, epochs=2, eval_every=3, plugins=[Recorder()])
     assert at == [3, 6, 8, 9, 12, 15, 16]
 
 
@@ -181,7 +181,7 @@ def test_max_steps_ends_the_run(net, batches, sgd):
     assert run.progress == 1.0
 
 
-def test_stop_ends_the_run_after_the_step_with_its_row(net, batches, valid, sgd):
+def test_setting_stop_ends_the_run_after_the_step_and_completes_the_row_of_the_epoch(net, batches, valid, sgd):
     ended = []
 
     class Stop:
@@ -208,23 +208,23 @@ class Endless(IterableDataset):
 
 
 @pytest.mark.parametrize("train", [DataLoader(Endless(), batch_size=4), (batch for batch in [1])], ids=["loader", "generator"])
-def test_without_a_length_it_asks_for_steps_per_epoch(net, train, sgd):
+def test_data_without_a_length_requires_steps_per_epoch(net, train, sgd):
     with pytest.raises(UsageError, match="steps_per_epoch"):
         fit(net, cross_entropy, sgd, train)
 
 
-def test_steps_per_epoch_cuts_an_endless_loader(net, sgd):
+def test_steps_per_epoch_ends_the_epochs_of_an_endless_loader(net, sgd):
     run = fit(net, cross_entropy, sgd, DataLoader(Endless(), batch_size=4), epochs=3, steps_per_epoch=5,
               plugins=["accumulate:every=2"])
     assert (run.step, run.seen, run.epochs_done, run.planned_steps) == (15, 30, 3.0, 15)
 
 
-def test_data_that_can_be_read_once_is_refused_at_the_second_epoch(net, batches, sgd):
+def test_an_iterator_is_refused_in_the_second_epoch(net, batches, sgd):
     with pytest.raises(UsageError, match="no batches in epoch 2"):
         fit(net, cross_entropy, sgd, iter(batches), epochs=2, steps_per_epoch=8)
 
 
-def test_batches_that_are_no_pairs_need_a_plugin(plain, batches, sgd):
+def test_batches_other_than_input_and_target_require_a_plugin(plain, batches, sgd):
     mappings = [{"x": input, "y": target} for input, target in batches]
     with pytest.raises(UsageError, match=r"gave a dict.*replace compute_loss"):
         fit(plain, cross_entropy, sgd, mappings)
@@ -240,12 +240,12 @@ def test_batches_that_are_no_pairs_need_a_plugin(plain, batches, sgd):
 
 
 @pytest.mark.parametrize(("option", "value"), [("epochs", 0), ("epochs", -1), ("epochs", 1.5), ("max_steps", 0), ("eval_every", 0)])
-def test_numbers_no_run_can_have(net, batches, sgd, option, value):
+def test_numbers_out_of_range_are_refused(net, batches, sgd, option, value):
     with pytest.raises(UsageError, match=option):
         fit(net, cross_entropy, sgd, batches, **{option: value})
 
 
-def test_refusals_before_training(net, batches, sgd):
+def test_wrong_arguments_are_refused_before_training(net, batches, sgd):
     with pytest.raises(UsageError, match="train has no batches"):
         fit(net, cross_entropy, sgd, [])
     with pytest.raises(UsageError, match="valid has no batches"):
@@ -260,11 +260,11 @@ def test_refusals_before_training(net, batches, sgd):
         fit(net, cross_entropy, sgd, batches, device="gpu")
     with pytest.raises(UsageError, match="metric 'accuracy' is a str"):
         fit(net, cross_entropy, sgd, batches, metrics={"accuracy": "accuracy"})
-    with pytest.raises(UsageError, match="nothing is left to train"):
+    with pytest.raises(UsageError, match="no parameter of the model has requires_grad=True; leave at least one trainable"):
         fit(net.requires_grad_(False), cross_entropy, sgd, batches)
 
 
-def test_the_seed_decides_everything_random(net, batches, clone, same, sgd):
+def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(net, batches, clone, same, sgd):
     first, second, third = net, clone(net), clone(net)
     fit(first, cross_entropy, sgd, batches, seed=3)
     torch.rand(5)
@@ -274,7 +274,7 @@ def test_the_seed_decides_everything_random(net, batches, clone, same, sgd):
     assert not torch.equal(first[0].weight, third[0].weight)
 
 
-def test_train_end_is_not_called_after_an_error_and_nothing_stays_on(net, batches, sgd):
+def test_after_an_error_train_end_is_not_called_and_wrappers_restore_global_state(net, batches, sgd):
     ended = []
 
     class End:
@@ -300,16 +300,16 @@ def test_train_end_is_not_called_after_an_error_and_nothing_stays_on(net, batche
     assert torch.is_grad_enabled()
 
 
-def test_the_rate_is_left_alone_without_a_schedule(net, batches, sgd):
-    class Mine:
+def test_without_a_schedule_the_learning_rate_is_not_changed(net, batches, sgd):
+    class SetLearningRate:
         @hookimpl
         def train_start(self, run: Run):
             run.optimizer.param_groups[0]["lr"] = 0.05
 
-    assert fit(net, cross_entropy, sgd, batches, plugins=[Mine()]).history[0]["lr"] == 0.05
+    assert fit(net, cross_entropy, sgd, batches, plugins=[SetLearningRate()]).history[0]["lr"] == 0.05
 
 
-def test_a_tensor_rate_is_filled_in_place(net, batches):
+def test_a_tensor_learning_rate_is_filled_in_place(net, batches):
     rate = torch.tensor(0.1)
     run = fit(net, cross_entropy, partial(torch.optim.SGD, lr=rate), batches, epochs=2, plugins=["cosine"])
     assert run.optimizer.param_groups[0]["lr"].data_ptr() == run.optimizer.param_groups[0]["lr"].data_ptr()
@@ -317,7 +317,7 @@ def test_a_tensor_rate_is_filled_in_place(net, batches):
     assert isinstance(run.optimizer.param_groups[0]["lr"], torch.Tensor)
 
 
-def test_factors_of_schedules_multiply_and_a_wrapper_may_replace_them(net, batches, sgd):
+def test_factors_of_schedules_are_multiplied_and_a_wrapper_may_replace_them(net, batches, sgd):
     class Half:
         @hookimpl
         def lr_scale(self):
@@ -334,13 +334,13 @@ def test_factors_of_schedules_multiply_and_a_wrapper_may_replace_them(net, batch
     assert fit(net, cross_entropy, sgd, batches, plugins=[Half(), Only(), Half()]).history[0]["lr"] == pytest.approx(0.2)
 
 
-def test_a_rate_of_zero_stays_zero(plain, batches):
+def test_a_learning_rate_of_zero_stays_zero(plain, batches):
     plugins = ["cosine:eta_min=0.001", "warmup"]
     run = fit(plain, cross_entropy, partial(torch.optim.SGD, lr=0.0), batches, plugins=plugins)
     assert run.history[0]["lr"] == 0.0
 
 
-def test_a_skipped_step_moves_data_but_not_the_step(net, batches, clone, same, sgd):
+def test_a_skipped_step_counts_as_an_attempt_and_consumes_data_but_makes_no_update(net, batches, clone, same, sgd):
     before = clone(net)
     positions = []
 
@@ -362,7 +362,7 @@ def test_a_skipped_step_moves_data_but_not_the_step(net, batches, clone, same, s
     assert positions[3] == (0, 4, 0.5)
 
 
-def test_only_the_first_look_of_an_optimizer_counts(plain, batches, sgd):
+def test_the_loss_of_a_step_is_that_of_the_first_call_of_the_closure(plain, batches, sgd):
     losses = Losses()
 
     class Twice:
@@ -380,8 +380,8 @@ def test_only_the_first_look_of_an_optimizer_counts(plain, batches, sgd):
     assert run.history[0]["train_loss"] == pytest.approx(twice.first, rel=1e-12)
 
 
-def test_many_steps_are_folded_without_losing_any(plain, sgd):
-    """Means fold their values 256 at a time."""
+def test_the_mean_loss_of_many_steps_includes_every_step(plain, sgd):
+    """A Mean sums its values 256 at a time."""
     losses = Losses()
     batch = (torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
     run = fit(plain, cross_entropy, sgd, [batch] * 600, plugins=[losses])
@@ -390,7 +390,7 @@ def test_many_steps_are_folded_without_losing_any(plain, sgd):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_cuda_nothing_in_a_step_waits_for_the_device(net, batches, valid, sgd):
+def test_a_step_on_cuda_does_not_synchronize_with_the_device(net, batches, valid, sgd):
     class Strict:
         @hookimpl
         def before_step(self):

@@ -1,6 +1,6 @@
 """No plugin makes the host wait for the device within a step.
 
-On the meta device tensors have no values, so that reading one is an error, whatever way it is read.
+The plugins train on the meta device, where tensors have no values, so that any read of a value raises an error.
 """
 import pytest
 import torch
@@ -8,34 +8,34 @@ from torch import nn
 
 from loopctl import Run, available, fit, hookimpl
 
-# autocast and CUDA graphs know no meta device. What nan_guard does with a GPU is tested there in its own file. lr_finder
-# reads every loss, of a copy, before the first step, and joins no moment within one. No processes talk about meta tensors.
-ELSEWHERE = {"amp", "cudagraph", "fsdp", "lr_finder", "nan_guard"}
+# Autocast, CUDA graphs and collectives do not support the meta device. nan_guard has a test on a GPU in its own file.
+# lr_finder reads losses, but of a copy of the model, before the first step; it implements no hook of a step.
+EXCLUDED = {"amp", "cudagraph", "fsdp", "lr_finder", "nan_guard"}
 STEPS = 20
 
 
-class Enough(Exception):
+class EnoughSteps(Exception):
     pass
 
 
-class Leave:
+class RaiseAfterSteps:
     @hookimpl
     def safe_point(self, run: Run):
         if run.attempts == STEPS:
-            raise Enough
+            raise EnoughSteps
 
 
-@pytest.mark.parametrize("name", sorted({*available()} - ELSEWHERE))
-def test_on_a_device_without_values(name, example, batches, tmp_path):
+@pytest.mark.parametrize("name", sorted({*available()} - EXCLUDED))
+def test_a_plugin_reads_no_tensor_value_within_a_step(name, example, batches, tmp_path):
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)).to("meta")
     data = batches[:7] * 9
-    with pytest.raises(Enough):
+    with pytest.raises(EnoughSteps):
         fit(model, nn.CrossEntropyLoss(), lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9), data,
-            epochs=4, plugins=[example(name), Leave()], metrics={"right": lambda output, target: (output.argmax(1) == target).float().mean()},
+            epochs=4, plugins=[example(name), RaiseAfterSteps()], metrics={"right": lambda output, target: (output.argmax(1) == target).float().mean()},
             out=tmp_path)
 
 
-def test_this_finds_a_plugin_that_reads(batches):
+def test_a_plugin_that_reads_a_tensor_value_is_found(batches):
     class Reads:
         @hookimpl
         def after_step(self, run: Run):
@@ -49,9 +49,9 @@ def test_this_finds_a_plugin_that_reads(batches):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", sorted(available()))
-def test_on_cuda(name, example, batches, tmp_path):
-    """As torch sees it. What a run does once, in its first steps, may wait."""
-    class Watch:
+def test_a_plugin_does_not_synchronize_with_cuda_within_a_step(name, example, batches, tmp_path):
+    """By torch's sync debug mode, from step 10 on: what a run does once, in its first steps, may synchronize."""
+    class ForbidSynchronizing:
         @hookimpl(wrapper=True)
         def train(self):
             try:
@@ -65,8 +65,8 @@ def test_on_cuda(name, example, batches, tmp_path):
 
     data = [(input.cuda(), target.cuda()) for input, target in batches[:7]] * 9
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)).cuda()
-    # float16 waits once a step, as GradScaler does: whether the step was skipped decides what counts.
+    # Not float16, which synchronizes once per step, as GradScaler does, to know whether the step is skipped.
     spec = "amp:dtype=bfloat16" if name == "amp" else example(name)
     run = fit(model, nn.CrossEntropyLoss(), lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True), data,
-              epochs=2, plugins=[spec, Watch()], out=tmp_path)
+              epochs=2, plugins=[spec, ForbidSynchronizing()], out=tmp_path)
     assert run.attempts >= STEPS

@@ -1,4 +1,4 @@
-"""Every plugin, and every pair of plugins in both orders, trains; and those whose order cannot matter end alike."""
+"""Every plugin trains alone and with every other plugin; both orders of a pair give the same weights."""
 from itertools import combinations, permutations
 
 import pytest
@@ -6,25 +6,25 @@ from torch import nn
 
 from loopctl import UsageError, available, fit
 
-NAMES = sorted({*available()} - {"cudagraph"})        # which needs a GPU, and has its own test of every other
-REFUSED = {("cyclic", "onecycle"): "cycles the momentum too", ("amp", "sam"): "one computation of gradients per step",
-           ("ddp", "fsdp"): "choose one", ("freeze", "fsdp"): "frozen for a while only", ("fsdp", "lr_finder"): "cannot be copied"}
-ORDERED = {("ema", "swa")}        # two averages: the one given last is evaluated and kept
+NAMES = sorted({*available()} - {"cudagraph"})        # cudagraph needs a GPU; its test file combines it with the others
+REFUSED = {("cyclic", "onecycle"): "cycles the momentum too", ("amp", "sam"): "one gradient computation per step",
+           ("ddp", "fsdp"): "choose one", ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support", ("fsdp", "lr_finder"): "cannot be copied"}
+ORDERED = {("ema", "swa")}        # the order matters: the averaged weights of the last one are evaluated and kept
 
 
 def train(net, batches, valid, sgd, plugins, out):
-    batches = [*batches[:7], tuple(part[:6] for part in batches[6])]      # `split` leaves BatchNorm no lone sample
+    batches = [*batches[:7], tuple(part[:6] for part in batches[6])]      # an even last batch: `split` must not give BatchNorm a single sample
     return fit(net, nn.CrossEntropyLoss(), sgd, batches, valid, epochs=2, plugins=plugins, seed=1, out=out)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_alone(net, batches, valid, sgd, example, tmp_path, name):
+def test_a_plugin_trains_alone(net, batches, valid, sgd, example, tmp_path, name):
     assert train(net, batches, valid, sgd, [example(name)], tmp_path).epoch == 2
 
 
 @pytest.mark.parametrize("pair", list(combinations(NAMES, 2)), ids="+".join)
-def test_in_pairs_the_order_does_not_matter(net, batches, valid, sgd, clone, same, example, tmp_path, pair):
-    """None of these does at one moment what another undoes, so that both orders give the same bits."""
+def test_both_orders_of_a_pair_give_the_same_weights_or_are_refused(net, batches, valid, sgd, clone, same, example, tmp_path, pair):
+    """The weights are equal bit for bit. Pairs in REFUSED raise UsageError."""
     if pair in REFUSED:
         with pytest.raises(UsageError, match=REFUSED[pair]):
             train(net, batches, valid, sgd, map(example, pair), tmp_path)

@@ -1,7 +1,7 @@
-"""The thirty things people do by hand, each written here by hand, in plain PyTorch, and then compared with loopctl.
+"""Thirty things people do by hand: each is written here in plain PyTorch and compared with loopctl.
 
-Every weight, the loss of every step and the learning rates of every step are equal: to the last bit where the operations
-are the same, else to a tolerance whose reason stands beside it. The table in docs/sources.md is made from this file.
+The weights, and the loss and the learning rates of every step, are equal: bit for bit if the operations are the same,
+otherwise within a tolerance that a comment explains. The table in docs/sources.md is generated from this file.
 """
 import copy
 import math
@@ -27,21 +27,22 @@ ROOT = Path(__file__).parents[1]
 cross_entropy = nn.CrossEntropyLoss()
 
 
-# What every row trains: real digits, a small network.
+# The data and the network of every row
 
 
 def digits(start, stop, size=32):
-    found = load_digits()
-    images = torch.tensor(found.images[start:stop], dtype=torch.float32).unsqueeze(1) / 16
-    targets = torch.tensor(found.target[start:stop])
+    """Batches of `size` images of scikit-learn's digits."""
+    raw = load_digits()
+    images = torch.tensor(raw.images[start:stop], dtype=torch.float32).unsqueeze(1) / 16
+    targets = torch.tensor(raw.target[start:stop])
     return list(zip(images.split(size), targets.split(size), strict=True))
 
 
-TRAIN, VALID = digits(0, 200), digits(200, 300)         # the last batches are smaller
+TRAIN, VALID = digits(0, 200), digits(200, 300)         # the last batch of each is smaller
 
 
-def fitting(model, batches):
-    """The batches in the model's own precision."""
+def as_dtype_of(model, batches):
+    """The batches with inputs in the dtype of the model."""
     return [(input.to(next(model.parameters()).dtype), target) for input, target in batches]
 
 
@@ -50,9 +51,9 @@ def network():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(144, 10))
 
 
-def by_hand(model, optimizer, epochs=3, per_epoch=None, per_step=None, after_epoch=None):
-    """The plain loop. Returns the loss and the rates of every step."""
-    seen, train = [], fitting(model, TRAIN)
+def plain_loop(model, optimizer, epochs=3, per_epoch=None, per_step=None, after_epoch=None):
+    """Train with a plain loop. Return the loss and the learning rates of every step."""
+    steps, train = [], as_dtype_of(model, TRAIN)
     torch.manual_seed(1)
     for epoch in range(epochs):
         model.train()
@@ -62,63 +63,64 @@ def by_hand(model, optimizer, epochs=3, per_epoch=None, per_step=None, after_epo
             loss = cross_entropy(model(input), target)
             loss.backward()
             optimizer.step()
-            seen.append((loss.item(), rates))
+            steps.append((loss.item(), rates))
             if per_step:
                 per_step.step()
         if per_epoch:
             per_epoch.step()
         if after_epoch and after_epoch(epoch):
             break
-    return seen
+    return steps
 
 
-class Watch:
-    """Writes down the loss and the rates of every step."""
+class Record:
+    """Records the loss and the learning rates of every step."""
 
     def __init__(self):
-        self.seen = []
+        self.steps = []
 
     @hookimpl
     def after_step(self, run: Run):
-        self.seen.append((run.loss.item(), [group["lr"] for group in run.optimizer.param_groups]))
+        self.steps.append((run.loss.item(), [group["lr"] for group in run.optimizer.param_groups]))
 
 
-def ours(model, optimizer, epochs=3, plugins=(), **more):
-    watch = Watch()
-    run = fit(model, cross_entropy, optimizer, fitting(model, TRAIN), epochs=epochs, plugins=[*plugins, watch], seed=1, **more)
-    return run, watch.seen
+def run_loopctl(model, optimizer, epochs=3, plugins=(), **more):
+    """Train with loopctl. Return the run, and the loss and the learning rates of every step."""
+    record = Record()
+    run = fit(model, cross_entropy, optimizer, as_dtype_of(model, TRAIN), epochs=epochs, plugins=[*plugins, record], seed=1, **more)
+    return run, record.steps
 
 
-def same_weights(one, other, tolerance=0.0):
+def assert_same_weights(one, other, tolerance=0.0):
     for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def same_steps(mine, theirs, tolerance=0.0):
-    assert len(mine) == len(theirs)
-    for (loss, rates), (other, others) in zip(mine, theirs, strict=True):
-        assert loss == pytest.approx(other, rel=tolerance, abs=0)
-        assert rates == pytest.approx(others, rel=1e-12, abs=1e-16)
+def assert_same_steps(steps, expected, tolerance=0.0):
+    assert len(steps) == len(expected)
+    for (loss, rates), (expected_loss, expected_rates) in zip(steps, expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=tolerance, abs=0)
+        assert rates == pytest.approx(expected_rates, rel=1e-12, abs=1e-16)
 
 
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
 def compare_schedule(plugins, make, per="epoch", epochs=6, factory=sgd):
-    """A schedule of torch's, stepped by hand, against a plugin.
+    """Assert that a run with `plugins` equals a plain loop with the torch schedule `make(optimizer)`.
 
-    In float64 and to 1e-12, for torch computes each rate from the one before, loopctl in closed form.
+    In float64, with a tolerance of 1e-12: torch computes each rate from the one before, loopctl in closed form.
     """
-    mine, theirs = network().double(), network().double()
-    optimizer = factory(theirs.parameters())
+    model, plain = network().double(), network().double()
+    optimizer = factory(plain.parameters())
     schedule = make(optimizer)
-    expected = by_hand(theirs, optimizer, epochs, **{f"per_{per}": schedule})
-    _, seen = ours(mine, factory, epochs, plugins)
-    same_steps(seen, expected, 1e-12)
-    same_weights(mine, theirs, 1e-12)
+    expected = plain_loop(plain, optimizer, epochs, **{f"per_{per}": schedule})
+    _, steps = run_loopctl(model, factory, epochs, plugins)
+    assert_same_steps(steps, expected, 1e-12)
+    assert_same_weights(model, plain, 1e-12)
 
 
-# The rows.
+# The rows
 
 
 @pytest.mark.parametrize(("spec", "cls", "options"), [
@@ -131,33 +133,33 @@ def compare_schedule(plugins, make, per="epoch", epochs=6, factory=sgd):
     ("adamw:weight_decay=0.05", torch.optim.AdamW, {"weight_decay": 0.05}),
 ])
 def test_row_01_optimizers_and_their_options(spec, cls, options):
-    mine, theirs = network(), network()
-    expected = by_hand(theirs, cls(theirs.parameters(), lr=0.01, **options))
-    _, seen = ours(mine, optimizers.make(spec, 0.01)[0])
-    same_weights(mine, theirs)
-    same_steps(seen, expected)
+    model, plain = network(), network()
+    expected = plain_loop(plain, cls(plain.parameters(), lr=0.01, **options))
+    _, steps = run_loopctl(model, optimizers.make(spec, 0.01)[0])
+    assert_same_weights(model, plain)
+    assert_same_steps(steps, expected)
 
 
 def test_row_02_lbfgs():
-    mine, theirs = network(), network()
-    optimizer = torch.optim.LBFGS(theirs.parameters(), lr=0.01, max_iter=20)
+    model, plain = network(), network()
+    optimizer = torch.optim.LBFGS(plain.parameters(), lr=0.01, max_iter=20)
     torch.manual_seed(1)
-    theirs.train()
-    losses, watch = [], Watch()
+    plain.train()
+    losses, record = [], Record()
     for input, target in TRAIN[:3]:
         def closure(input=input, target=target):
             optimizer.zero_grad()
-            loss = cross_entropy(theirs(input), target)
+            loss = cross_entropy(plain(input), target)
             loss.backward()
             return loss
         losses.append((optimizer.step(closure).item(), [0.01]))
-    fit(mine, cross_entropy, optimizers.make("lbfgs:max_iter=20", 0.01)[0], TRAIN[:3], seed=1, plugins=[watch])
-    same_weights(mine, theirs)
-    same_steps(watch.seen, losses)
+    fit(model, cross_entropy, optimizers.make("lbfgs:max_iter=20", 0.01)[0], TRAIN[:3], seed=1, plugins=[record])
+    assert_same_weights(model, plain)
+    assert_same_steps(record.steps, losses)
 
 
 class Lion(torch.optim.Optimizer):
-    """An optimizer of one's own (arXiv:2302.06675)."""
+    """An optimizer that torch does not have (arXiv:2302.06675)."""
 
     def __init__(self, params, lr=1e-3, beta=0.9):
         super().__init__(params, {"lr": lr, "beta": beta})
@@ -176,12 +178,12 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
-def test_row_03_an_optimizer_of_ones_own():
-    mine, theirs = network(), network()
-    expected = by_hand(theirs, Lion(theirs.parameters(), lr=0.01, beta=0.8))
-    _, seen = ours(mine, optimizers.make(f"{__file__}:Lion:beta=0.8", 0.01)[0])
-    same_weights(mine, theirs)
-    same_steps(seen, expected)
+def test_row_03_your_own_optimizer_class():
+    model, plain = network(), network()
+    expected = plain_loop(plain, Lion(plain.parameters(), lr=0.01, beta=0.8))
+    _, steps = run_loopctl(model, optimizers.make(f"{__file__}:Lion:beta=0.8", 0.01)[0])
+    assert_same_weights(model, plain)
+    assert_same_steps(steps, expected)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.1])
@@ -213,21 +215,21 @@ def test_row_08_cosine_with_warm_restarts():
      {"mode": "max", "factor": 0.5, "patience": 0, "threshold": 0.01, "threshold_mode": "abs", "cooldown": 1, "min_lr": 0.02}),
 ])
 def test_row_09_reduce_on_plateau_of_the_validation_loss(spec, options):
-    mine, theirs = network().double(), network().double()
-    optimizer, valid = sgd(theirs.parameters()), fitting(theirs, VALID)
+    model, plain = network().double(), network().double()
+    optimizer, valid = sgd(plain.parameters()), as_dtype_of(plain, VALID)
     schedule = lr_scheduler.ReduceLROnPlateau(optimizer, **options)
 
     def validate(epoch):
-        theirs.eval()
+        plain.eval()
         with torch.no_grad():
-            total = sum(cross_entropy(theirs(x), y) * len(y) for x, y in valid)
+            total = sum(cross_entropy(plain(x), y) * len(y) for x, y in valid)
         schedule.step(total.item() / sum(len(y) for _, y in VALID))
 
-    expected = by_hand(theirs, optimizer, 9, after_epoch=validate)
-    _, seen = ours(mine, sgd, 9, [f"plateau:monitor=val_loss,{spec}"], valid=valid)
-    assert len({rates[0] for _, rates in expected}) > 1          # it did reduce
-    same_steps(seen, expected, 1e-12)
-    same_weights(mine, theirs, 1e-12)
+    expected = plain_loop(plain, optimizer, 9, after_epoch=validate)
+    _, steps = run_loopctl(model, sgd, 9, [f"plateau:monitor=val_loss,{spec}"], valid=valid)
+    assert len({rates[0] for _, rates in expected}) > 1          # the schedule did reduce the rate
+    assert_same_steps(steps, expected, 1e-12)
+    assert_same_weights(model, plain, 1e-12)
 
 
 def halve(epoch):
@@ -250,7 +252,7 @@ def test_row_11_linear_and_polynomial_decay(spec, make):
 
 
 class Trapezoid:
-    """The rate by hand: up over step_size steps, hold, down from anneal_start over step_size steps, base after."""
+    """The rate rises for step_size steps, holds, falls for step_size steps from anneal_start, and stays at the base rate."""
 
     def __init__(self, optimizer, base, top, step_size, anneal_start):
         self.optimizer, self.settings, self.count = optimizer, (base, top, step_size, anneal_start), -1
@@ -283,20 +285,20 @@ def test_row_12_trapezoidal():
 def test_row_13_one_cycle_per_batch_with_momentum(spec, options):
     momenta = []
 
-    class Momentum:
+    class RecordMomentum:
         @hookimpl
         def before_step(self, run: Run):
             momenta.append(run.optimizer.param_groups[0]["momentum"])
 
     expected = []
 
-    class Look(lr_scheduler.OneCycleLR):
+    class RecordingOneCycleLR(lr_scheduler.OneCycleLR):
         def step(self, *arguments):
             super().step(*arguments)
             expected.append(self.optimizer.param_groups[0]["momentum"])
 
-    make = partial(Look, max_lr=0.3, total_steps=6 * len(TRAIN) + 1, **options)
-    compare_schedule([f"onecycle:max_lr=0.3,total_steps={6 * len(TRAIN) + 1}{spec}", Momentum()], make, per="step")
+    make = partial(RecordingOneCycleLR, max_lr=0.3, total_steps=6 * len(TRAIN) + 1, **options)
+    compare_schedule([f"onecycle:max_lr=0.3,total_steps={6 * len(TRAIN) + 1}{spec}", RecordMomentum()], make, per="step")
     assert momenta == pytest.approx(expected[:-1], rel=1e-12)
 
 
@@ -317,46 +319,46 @@ def test_row_15_warmup_then_another_schedule():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_row_16_mixed_precision(dtype):
-    mine, theirs = network(), network()
-    optimizer, scaler = sgd(theirs.parameters()), torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    model, plain = network(), network()
+    optimizer, scaler = sgd(plain.parameters()), torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     torch.manual_seed(1)
     expected = []
     for _ in range(3):
-        theirs.train()
+        plain.train()
         for input, target in TRAIN:
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype):
-                loss = cross_entropy(theirs(input), target)
+                loss = cross_entropy(plain(input), target)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             expected.append((loss.item(), [0.1]))
-    _, seen = ours(mine, sgd, plugins=[f"amp:dtype={str(dtype).removeprefix('torch.')}"])
-    same_weights(mine, theirs)
-    same_steps(seen, expected)
+    _, steps = run_loopctl(model, sgd, plugins=[f"amp:dtype={str(dtype).removeprefix('torch.')}"])
+    assert_same_weights(model, plain)
+    assert_same_steps(steps, expected)
 
 
 def test_row_17_gradient_accumulation_without_losing_the_last_group():
-    mine, theirs = network(), network()
-    optimizer, expected = sgd(theirs.parameters()), []
+    model, plain = network(), network()
+    optimizer, expected = sgd(plain.parameters()), []
     torch.manual_seed(1)
     for _ in range(3):
-        theirs.train()
+        plain.train()
         for start in range(0, len(TRAIN), 4):
             group = TRAIN[start:start + 4]
             count = sum(len(target) for _, target in group)
             optimizer.zero_grad()
             total = 0.0
             for input, target in group:
-                loss = cross_entropy(theirs(input), target) * (len(target) / count)
+                loss = cross_entropy(plain(input), target) * (len(target) / count)
                 loss.backward()
                 total += loss.item()
             optimizer.step()
             expected.append((total, [0.1]))
-    run, seen = ours(mine, sgd, plugins=["accumulate:every=4"])
+    run, steps = run_loopctl(model, sgd, plugins=["accumulate:every=4"])
     assert run.step == 6
-    same_weights(mine, theirs)
-    same_steps(seen, expected, 1e-6)            # the reported loss is summed in float32, here in float64
+    assert_same_weights(model, plain)
+    assert_same_steps(steps, expected, 1e-6)            # loopctl sums the reported loss in float32, the plain loop in float64
 
 
 @pytest.mark.parametrize(("spec", "clip"), [
@@ -365,91 +367,91 @@ def test_row_17_gradient_accumulation_without_losing_the_last_group():
     ("clip:value=0.01", partial(nn.utils.clip_grad_value_, clip_value=0.01)),
 ])
 def test_row_18_gradient_clipping(spec, clip):
-    mine, theirs = network(), network()
-    optimizer, expected = sgd(theirs.parameters()), []
+    model, plain = network(), network()
+    optimizer, expected = sgd(plain.parameters()), []
     torch.manual_seed(1)
     for _ in range(3):
-        theirs.train()
+        plain.train()
         for input, target in TRAIN:
             optimizer.zero_grad()
-            loss = cross_entropy(theirs(input), target)
+            loss = cross_entropy(plain(input), target)
             loss.backward()
-            clip(theirs.parameters())
+            clip(plain.parameters())
             optimizer.step()
             expected.append((loss.item(), [0.1]))
-    _, seen = ours(mine, sgd, plugins=[spec])
-    same_weights(mine, theirs)
-    same_steps(seen, expected)
+    _, steps = run_loopctl(model, sgd, plugins=[spec])
+    assert_same_weights(model, plain)
+    assert_same_steps(steps, expected)
 
 
 def test_row_19_freezing_by_name():
-    mine, theirs = network(), network()
-    for name, parameter in theirs.named_parameters():
+    model, plain = network(), network()
+    for name, parameter in plain.named_parameters():
         if name.startswith("0."):
             parameter.requires_grad = False
-    expected = by_hand(theirs, sgd(parameter for parameter in theirs.parameters() if parameter.requires_grad))
-    run, seen = ours(mine, sgd, plugins=["freeze:patterns=0.*"])
+    expected = plain_loop(plain, sgd(parameter for parameter in plain.parameters() if parameter.requires_grad))
+    run, steps = run_loopctl(model, sgd, plugins=["freeze:patterns=0.*"])
     assert all(parameter.requires_grad for parameter in run.optimizer.param_groups[0]["params"])
-    same_weights(mine, theirs)
-    same_steps(seen, expected)
+    assert_same_weights(model, plain)
+    assert_same_steps(steps, expected)
 
 
-def test_row_20_other_rates_for_other_layers():
-    mine, theirs = network(), network()
-    chosen = [parameter for name, parameter in theirs.named_parameters() if name.startswith("0.")]
-    others = [parameter for name, parameter in theirs.named_parameters() if not name.startswith("0.")]
-    optimizer = torch.optim.Adam([{"params": others}, {"params": chosen, "lr": 0.01}], lr=0.001, weight_decay=1e-3)
-    expected = by_hand(theirs, optimizer)
-    _, seen = ours(mine, partial(torch.optim.Adam, lr=0.001, weight_decay=1e-3), plugins=["layerwise_lr:rates=0.*=0.01"])
-    same_weights(mine, theirs)
-    same_steps(seen, expected)
+def test_row_20_different_learning_rates_for_different_layers():
+    model, plain = network(), network()
+    special = [parameter for name, parameter in plain.named_parameters() if name.startswith("0.")]
+    others = [parameter for name, parameter in plain.named_parameters() if not name.startswith("0.")]
+    optimizer = torch.optim.Adam([{"params": others}, {"params": special, "lr": 0.01}], lr=0.001, weight_decay=1e-3)
+    expected = plain_loop(plain, optimizer)
+    _, steps = run_loopctl(model, partial(torch.optim.Adam, lr=0.001, weight_decay=1e-3), plugins=["layerwise_lr:rates=0.*=0.01"])
+    assert_same_weights(model, plain)
+    assert_same_steps(steps, expected)
 
 
 def test_row_21_stochastic_weight_averaging():
-    mine, theirs = network().double(), network().double()
-    optimizer = sgd(theirs.parameters())
-    average, anneal = swa_utils.AveragedModel(theirs), swa_utils.SWALR(optimizer, swa_lr=0.05, anneal_epochs=2)
-    optimizer.param_groups[0]["lr"] = 0.1                # SWALR has set its own already; it begins at epoch 3
+    model, plain = network().double(), network().double()
+    optimizer = sgd(plain.parameters())
+    average, anneal = swa_utils.AveragedModel(plain), swa_utils.SWALR(optimizer, swa_lr=0.05, anneal_epochs=2)
+    optimizer.param_groups[0]["lr"] = 0.1                # undo SWALR, which sets its rate at once; it should start at epoch 3
 
     def after_epoch(epoch):
         if epoch >= 3:
-            average.update_parameters(theirs)
+            average.update_parameters(plain)
             anneal.step()
 
-    expected = by_hand(theirs, optimizer, 6, after_epoch=after_epoch)
-    swa_utils.update_bn([input for input, _ in fitting(theirs, TRAIN)], average)
-    _, seen = ours(mine, sgd, 6, ["swa:start=3ep,swa_lr=0.05,anneal_epochs=2"])
-    same_steps(seen, expected, 1e-12)
-    # 1e-12: SWALR computes each rate from the one before, loopctl in closed form.
-    same_weights(mine, average.module, 1e-12)
+    expected = plain_loop(plain, optimizer, 6, after_epoch=after_epoch)
+    swa_utils.update_bn([input for input, _ in as_dtype_of(plain, TRAIN)], average)
+    _, steps = run_loopctl(model, sgd, 6, ["swa:start=3ep,swa_lr=0.05,anneal_epochs=2"])
+    assert_same_steps(steps, expected, 1e-12)
+    # Tolerance 1e-12: SWALR computes each rate from the one before, loopctl in closed form.
+    assert_same_weights(model, average.module, 1e-12)
 
 
-def test_row_22_early_stopping_keeps_the_best():
-    mine, theirs = network(), network()
+def test_row_22_early_stopping_restores_the_best_weights():
+    model, plain = network(), network()
     best, waited, stopped = [math.inf, None], [0], []
 
     def validate(epoch):
-        theirs.eval()
+        plain.eval()
         with torch.no_grad():
-            total = sum(cross_entropy(theirs(x), y).double() * len(y) for x, y in VALID).item() / sum(len(y) for _, y in VALID)
+            total = sum(cross_entropy(plain(x), y).double() * len(y) for x, y in VALID).item() / sum(len(y) for _, y in VALID)
         if total < best[0]:
-            best[:], waited[0] = [total, copy.deepcopy(theirs.state_dict())], 0
+            best[:], waited[0] = [total, copy.deepcopy(plain.state_dict())], 0
         else:
             waited[0] += 1
         stopped.append(waited[0] >= 2)
         return stopped[-1]
 
-    by_hand(theirs, sgd(theirs.parameters()), 60, after_epoch=validate)
-    run, _ = ours(mine, sgd, 60, ["early_stopping:patience=2,restore_best=true"], valid=VALID)
+    plain_loop(plain, sgd(plain.parameters()), 60, after_epoch=validate)
+    run, _ = run_loopctl(model, sgd, 60, ["early_stopping:patience=2,restore_best=true"], valid=VALID)
     assert stopped[-1]
     assert run.epoch == len(stopped)
     assert run.stop == f"val_loss has not improved on {best[0]:.4g} for 2 evaluations"
-    theirs.load_state_dict(best[1])
-    same_weights(mine, theirs)
+    plain.load_state_dict(best[1])
+    assert_same_weights(model, plain)
 
 
-def test_row_23_layer_report(capsys):
-    ours(network(), sgd, 1, ["summary"])
+def test_row_23_a_table_of_the_layers(capsys):
+    run_loopctl(network(), sgd, 1, ["summary"])
     text = capsys.readouterr().out
     assert re.search(r"Conv2d +\[32, 4, 6, 6\] +40", text)
     assert re.search(r"Linear +\[32, 10\] +1,450", text)
@@ -457,20 +459,20 @@ def test_row_23_layer_report(capsys):
 
 
 def test_row_25_choosing_a_device():
-    run, _ = ours(network(), sgd, 1, device="cpu")
+    run, _ = run_loopctl(network(), sgd, 1, device="cpu")
     assert run.device == torch.device("cpu")
     if torch.cuda.is_available():
-        run, _ = ours(network(), sgd, 1, device="cuda:0")
+        run, _ = run_loopctl(network(), sgd, 1, device="cuda:0")
         assert next(run.model.parameters()).device == torch.device("cuda:0")
 
 
-def test_row_27_deterministic_algorithms_are_asked_for(tmp_path, monkeypatch):
+def test_row_27_deterministic_algorithms_are_switched_on(tmp_path, monkeypatch):
     from click.testing import CliRunner
 
     from loopctl.cli import main
     monkeypatch.chdir(tmp_path)
-    asked = []
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    calls = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     files = []
@@ -479,7 +481,7 @@ def test_row_27_deterministic_algorithms_are_asked_for(tmp_path, monkeypatch):
         assert CliRunner().invoke(main, command).exit_code == 0
         files.append((tmp_path / name / "weights.safetensors").read_bytes())
     assert files[0] == files[1]
-    assert asked == [True, True]
+    assert calls == [True, True]
     assert torch.backends.cudnn.benchmark is False
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
@@ -489,20 +491,20 @@ def test_row_27_reproducibility():
     for _ in range(2):
         torch.rand(3), np.random.rand(3), random.random()
         model = network()
-        ours(model, sgd, 1)
+        run_loopctl(model, sgd, 1)
         numbers.append((model[0].weight.sum().item(), torch.rand(1).item(), np.random.rand(), random.random()))
     assert numbers[0] == numbers[1]
 
 
 def replicated_by_hand(train):
-    """What a careful person writes for one of several processes."""
+    """Train with DistributedDataParallel in a plain loop, in one of several processes. Return the model's state dict."""
     dist.init_process_group("gloo")
     model, rank, size = network(), dist.get_rank(), dist.get_world_size()
     replica = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(replica.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
         replica.train()
-        torch.manual_seed(rank)                             # dropout of its own
+        torch.manual_seed(rank)                             # each process has its own dropout masks
         for input, target in train[rank::size]:
             optimizer.zero_grad()
             cross_entropy(replica(input), target).backward()
@@ -510,8 +512,8 @@ def replicated_by_hand(train):
     return model.state_dict()
 
 
-class Noise:
-    """The same dropout as by hand."""
+class SeedByRank:
+    """Seeds each process as the plain loop does, for the same dropout masks."""
 
     @hookimpl
     def epoch_start(self, run: Run):
@@ -519,47 +521,47 @@ class Noise:
 
 
 def replicated(train):
-    run = fit(network(), cross_entropy, partial(torch.optim.SGD, lr=0.1, momentum=0.9), train, epochs=3, plugins=["ddp", Noise()])
+    run = fit(network(), cross_entropy, partial(torch.optim.SGD, lr=0.1, momentum=0.9), train, epochs=3, plugins=["ddp", SeedByRank()])
     return run.model.state_dict()
 
 
 def test_row_26_several_processes(ranks):
-    by_hand, ours = ranks(2, replicated_by_hand, TRAIN[:6]), ranks(2, replicated, TRAIN[:6])
-    for there, here in zip(by_hand, ours, strict=True):
-        for name, value in here.items():
-            # By hand the others have BatchNorm's statistics of their own after the last step.
-            if not torch.equal(there[name], value):
+    expected, states = ranks(2, replicated_by_hand, TRAIN[:6]), ranks(2, replicated, TRAIN[:6])
+    for expected_state, state in zip(expected, states, strict=True):
+        for name, value in state.items():
+            # In the plain loop, rank 1 keeps BatchNorm statistics of its own from the last step.
+            if not torch.equal(expected_state[name], value):
                 assert "running" in name
-                assert there is by_hand[1]
-    assert all(torch.equal(value, ours[1][name]) for name, value in ours[0].items())
+                assert expected_state is expected[1]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-# The table of the docs.
+# The table in docs/sources.md
 
 ROWS = {
     1: ("SGD, Adagrad, RMSprop, Adam, AdamW and their options", "`--optimizer name:options`"),
     2: ("L-BFGS", "`--optimizer lbfgs:max_iter=20`"),
-    3: ("an optimizer class of one's own", "`--optimizer package.module:Class`"),
+    3: ("your own optimizer class", "`--optimizer package.module:Class`"),
     4: ("StepLR", "`step`"), 5: ("MultiStepLR", "`multistep`"), 6: ("ExponentialLR", "`exponential`"),
     7: ("CosineAnnealingLR", "`cosine`"), 8: ("CosineAnnealingWarmRestarts", "`cosine_restarts`"),
     9: ("ReduceLROnPlateau", "`plateau`"), 10: ("LambdaLR", "`lambda`"),
     11: ("linear and polynomial decay", "`linear`, `polynomial`"), 12: ("a trapezoidal schedule", "`trapezoidal`"),
-    13: ("OneCycleLR, the momentum with it", "`onecycle`"), 14: ("CyclicLR", "`cyclic`"),
-    15: ("warmup, then another schedule", "`warmup` with any other"), 16: ("mixed precision", "`amp`"),
+    13: ("OneCycleLR, with the momentum", "`onecycle`"), 14: ("CyclicLR", "`cyclic`"),
+    15: ("warmup, then another schedule", "`warmup` with any other schedule"), 16: ("mixed precision", "`amp`"),
     17: ("gradient accumulation", "`accumulate`"), 18: ("gradient clipping", "`clip`"), 19: ("freezing", "`freeze`"),
-    20: ("different rates for different layers", "`layerwise_lr`"), 21: ("stochastic weight averaging", "`swa`"),
-    22: ("early stopping", "`early_stopping`"), 23: ("a layer report", "`summary`, `loopctl summary`"),
+    20: ("different learning rates for different layers", "`layerwise_lr`"), 21: ("stochastic weight averaging", "`swa`"),
+    22: ("early stopping", "`early_stopping`"), 23: ("a table of the layers", "`summary`, `loopctl summary`"),
     24: ("a plot of the learning rate", "`loopctl lr`"), 25: ("choosing a GPU", "`--device cuda:1`"),
-    26: ("several GPUs, by DataParallel or what [takes its place](plugins.md#several-processes)", "`--devices 0,1`, `ddp`, `fsdp`"),
+    26: ("several GPUs, with DataParallel or [its replacement](plugins.md#several-processes)", "`--devices 0,1`, `ddp`, `fsdp`"),
     27: ("reproducibility", "`--seed 42 --deterministic`"),
-    28: ("ResNet-50 on ImageNet", "[one line](programs.md)"), 29: ("a linear model on MNIST", "[one line](programs.md)"),
-    30: ("a ViT on CIFAR-10", "[one line](programs.md)"),
+    28: ("ResNet-50 on ImageNet", "[one command](programs.md)"), 29: ("a linear model on MNIST", "[one command](programs.md)"),
+    30: ("a ViT on CIFAR-10", "[one command](programs.md)"),
 }
 PAGE = ROOT / "docs" / "sources.md"
 
 
 def page():
-    """docs/sources.md, from the rows above and the tests there are."""
+    """The content of docs/sources.md, generated from the rows above and the names of the tests."""
     tests = {}
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         for name, number in re.findall(r"^def (test_row_(\d+)\w*)", file.read_text(), re.MULTILINE):
@@ -567,13 +569,13 @@ def page():
     lines = [f"| {number} | {what} | {how} | {', '.join(tests.get(number, ['none yet']))} |" for number, (what, how) in ROWS.items()]
     return "\n".join([
         "# Thirty things people do by hand", "",
-        "Each has a test that does it by hand, in plain PyTorch, and compares every weight with what loopctl gives: to the last bit",
-        "where the operations are the same, else to a tolerance whose reason stands in the test.",
+        "For each row there is a test with the same training in plain PyTorch, written by hand. It compares every weight with the result",
+        "of loopctl: bit for bit if the operations are the same, else with a tolerance that the test explains.",
         "`python tests/test_sources.py` writes this table.", "",
         "| | by hand | in loopctl | test |", "|---|---|---|---|", *lines, ""])
 
 
-def test_the_table_in_the_docs_is_what_there_is():
+def test_the_table_in_the_docs_is_up_to_date():
     assert PAGE.read_text() == page()
 
 

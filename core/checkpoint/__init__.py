@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, how files are written atomically, sharded tensors, resuming in another world size."""
+"""Checkpoints: the saved state of a run, atomic file writes, sharded tensors, resuming with another world size."""

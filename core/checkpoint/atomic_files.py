@@ -1,4 +1,4 @@
-"""Files that are whole at every moment, and checkpoints among them: torch's own, with a checksum."""
+"""Atomic writes: a file has its old content or its new content, never a part. Checkpoints have a checksum too."""
 from __future__ import annotations
 
 import io
@@ -20,14 +20,14 @@ from loopctl.distributed.process_group import rank
 from loopctl.errors import UsageError, one_line
 
 CHECKSUM_MARK = b"loopctl crc32 "
-FORMAT = 2                  # of a checkpoint's content; another one is refused
+FORMAT = 2                  # version of the content of a checkpoint; other versions are refused
 
 
 def check_writable(file: Path) -> None:
-    """Raise OSError where `file` cannot come to be. Makes nothing, so that a refused run leaves nothing behind."""
-    above = next(folder for folder in file.absolute().parents if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise NotADirectoryError(0, f"{above} is no folder that can be written to")
+    """Raise OSError if `file` cannot be created. Creates nothing, so that a refused run leaves nothing behind."""
+    parent = next(folder for folder in file.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise NotADirectoryError(0, f"{parent} is not a writable folder")
     if file.is_dir():
         raise IsADirectoryError(0, f"{file} is a folder")
 
@@ -37,8 +37,8 @@ def claim_output(
 ) -> None:
     """Raise UsageError where a plugin cannot write to `target`, the file or folder that its option `option` names.
 
-    resumed: the run continues an earlier one, whose output it may replace
-    existing: returns the files that must not be overwritten, in place of `target`, which is a folder then
+    resumed: the run is resumed and may replace the output of the earlier run
+    existing: returns the files that must not be overwritten; `target` is a folder then. Without it, that is `target`
     """
     try:
         check_writable(target / "file" if existing else target)
@@ -51,26 +51,26 @@ def claim_output(
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
-    """Give a path beside `file` to write to, then put what is there in its place, safe from a power cut too.
+    """Yield a temporary path beside `file`, then replace `file` with what was written there, and sync it to the disk.
 
-    Whoever reads `file` finds the old content or the new. Where writing fails, the old stays and the error is raised;
-    the folder is made where there is none.
+    A reader of `file` sees the old content or the new, also after a power cut. If writing fails, the old content stays
+    and the error is raised. Missing folders are created.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f"{file.name}.new")
+    temporary = file.with_name(f"{file.name}.new")
     try:
-        yield aside
-        fsync(aside)
-        os.replace(aside, file)
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, file)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    if os.name != "nt":              # where a folder cannot be opened
+    if os.name != "nt":              # Windows cannot open a folder
         fsync(file.parent)
 
 
 def fsync(path: Path) -> None:
-    """Have the system write out what it holds back of a file, or of the names in a folder."""
+    """Make the system write the buffered content of a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -79,67 +79,72 @@ def fsync(path: Path) -> None:
 
 
 def save_weights(model: nn.Module | Weights, file: Path) -> None:
-    """Write the weights of `model` as safetensors, which any program reads and which runs no code. Raises OSError.
+    """Write the weights of `model` as safetensors, which other programs can read and which runs no code.
 
-    Where several processes have pieces of them, all make `Weights`, and the first writes these.
+    If the weights are sharded, make `Weights` of the model on all ranks and pass it on rank 0. Raises OSError.
     """
     weights = model if isinstance(model, Weights) else Weights(model)
-    with atomic_write(file) as aside:
-        aside.touch()
-        usual = aside.stat().st_mode
+    with atomic_write(file) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
-            save_model(weights, str(aside))             # type: ignore[arg-type]   # it asks for state_dict alone
+            save_model(weights, str(temporary))         # type: ignore[arg-type]   # it only calls state_dict()
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             if number:
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise OSError(one_line(error)) from error
-        aside.chmod(usual)                              # safetensors lets nobody else read it
+        temporary.chmod(mode)                           # safetensors makes the file readable by its owner alone
 
 
 class Weights:
-    """A model without the state that is no tensor, for which safetensors have no place; with pieces put together."""
+    """The tensors of a model's state dict on rank 0, as full tensors; empty on other ranks.
+
+    If they are sharded, they are gathered, so all processes must make it. Values that are not tensors are left out,
+    because safetensors cannot hold them.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        # One at a time, and only the first process keeps them: together they may not fit where the pieces are.
-        self.found = {}
-        for name, one in model.state_dict().items():
-            if hasattr(one, "full_tensor"):
-                one = one.full_tensor() if rank() else one.full_tensor().clone().cpu()     # not a part of what came
-            if isinstance(one, torch.Tensor) and rank() == 0:
-                self.found[name] = one
+        # One tensor is gathered at a time, and only rank 0 keeps it, on the host: a device may be too small for all.
+        self.tensors = {}
+        for name, value in model.state_dict().items():
+            if hasattr(value, "full_tensor"):
+                # Cloned because it may be a view of the larger buffer that was gathered into.
+                value = value.full_tensor() if rank() else value.full_tensor().clone().cpu()
+            if isinstance(value, torch.Tensor) and rank() == 0:
+                self.tensors[name] = value
 
     def state_dict(self) -> dict[str, Any]:
-        return self.found
+        return self.tensors
 
 
 class DamagedCheckpoint(Exception):
-    """A file is not what was written."""
+    """A file is damaged or not a checkpoint. The message is the predicate of a sentence that starts with its path."""
 
 
 def save_checkpoint(content: Any, file: Path) -> None:
-    """Write `content` with a checksum, so that `file` is whole at every moment. Raises OSError, and leaves the old.
+    """Write `content` atomically, with a checksum. Raises OSError; then the old file stays as it is.
 
-    It is torch's own format, which `torch.load` reads: a zip archive, with the checksum as its comment.
+    The format is that of `torch.save`, a zip archive, with the checksum as its comment; `torch.load` reads it.
     """
-    with atomic_write(file) as aside, aside.open("wb") as raw:
+    with atomic_write(file) as temporary, temporary.open("wb") as raw:
         stream = ChecksumWriter(raw)
         try:
-            torch.save(content, stream)      # type: ignore[arg-type]   # it asks for write and flush alone
+            torch.save(content, stream)      # type: ignore[arg-type]   # it only calls write() and flush()
         except RuntimeError as error:
-            raise error.__context__ or error from None  # torch raises one more while it closes the archive
-        raw.seek(-2, io.SEEK_END)                       # an archive ends in the length of its comment, which is 0
+            raise error.__context__ or error from None  # torch raises a second error when it closes the archive
+        raw.seek(-2, io.SEEK_END)                       # an archive ends with the length of its comment, which is 0
         raw.write(checksum_comment(stream.sum))
 
 
 def checksum_comment(checksum: int) -> bytes:
-    """The end of an archive that has `checksum` as its comment."""
+    """Return the last bytes of an archive whose comment is `checksum`: the comment's length and the comment."""
     comment = CHECKSUM_MARK + f"{checksum:08x}".encode()
     return len(comment).to_bytes(2, "little") + comment
 
 
 class ChecksumWriter:
-    """A file being written, and the checksum of what is in it."""
+    """Write to a binary file and compute the CRC-32 checksum of what was written."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw, self.sum = raw, 0
@@ -153,32 +158,36 @@ class ChecksumWriter:
 
 
 def read_checkpoint(file: Path, device: Any = "cpu") -> dict[str, Any]:
-    """The content of a checkpoint. Runs no code that may be in it. Raises Damaged."""
-    whole, length = 0, len(checksum_comment(0))
+    """Return the content of a checkpoint, with its tensors on `device`. Code in the file is never executed.
+
+    Raises DamagedCheckpoint where the file cannot be read, its checksum does not match, or it is not a checkpoint.
+    """
+    checksum, length = 0, len(checksum_comment(0))
     try:
         with file.open("rb") as stream:
-            left = stream.seek(0, io.SEEK_END) - length
+            remaining = stream.seek(0, io.SEEK_END) - length
             stream.seek(0)
             start = stream.read(4)
             stream.seek(0)
-            while left > 0 and (part := stream.read(min(left, 1 << 20))):
-                whole, left = zlib.crc32(part, whole), left - len(part)
-            said = stream.read()
+            while remaining > 0 and (part := stream.read(min(remaining, 1 << 20))):
+                checksum, remaining = zlib.crc32(part, checksum), remaining - len(part)
+            comment = stream.read()
     except OSError as error:
         raise DamagedCheckpoint(f"cannot be read: {error.strerror}") from error
-    if not said[2:].startswith(CHECKSUM_MARK):
-        raise DamagedCheckpoint("is no checkpoint, or not a whole one")
-    if said != checksum_comment(zlib.crc32(b"\0\0", whole)):           # as its end was when the sum was taken
+    if not comment[2:].startswith(CHECKSUM_MARK):
+        raise DamagedCheckpoint("is not a checkpoint, or is incomplete")
+    # The checksum was computed when the archive ended with 0, the length of an empty comment.
+    if comment != checksum_comment(zlib.crc32(b"\0\0", checksum)):
         raise DamagedCheckpoint("is damaged: its checksum does not match")
     if start != b"PK\3\4":
-        raise DamagedCheckpoint("is no checkpoint")
+        raise DamagedCheckpoint("is not a checkpoint")
     try:
         with warnings.catch_warnings(action="ignore"):
             saved = torch.load(file, map_location=device, weights_only=True)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:                  # whatever a file that somebody made by hand may lead to
-        raise DamagedCheckpoint("has something in it that no checkpoint has, which was not run") from error
+    except Exception as error:                  # a file made by hand may raise anything, and its code is not executed
+        raise DamagedCheckpoint("has content other than tensors and plain values, which was not loaded") from error
     if not isinstance(saved, dict) or saved.get("loopctl") != FORMAT:
-        raise DamagedCheckpoint("is no checkpoint that this version of loopctl reads")
+        raise DamagedCheckpoint("is not a checkpoint that this version of loopctl reads")
     return saved

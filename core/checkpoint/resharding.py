@@ -1,4 +1,4 @@
-"""A run goes on in another number of processes than it was saved by."""
+"""Resume in another number of processes (world size) than the checkpoint was saved by."""
 from __future__ import annotations
 
 import logging
@@ -15,11 +15,11 @@ log = logging.getLogger("loopctl")
 
 
 def state_of_this_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint has for this process: means, place in the data, random numbers.
+    """Return the states that each rank has of its own: metrics, data loaders and random number generators.
 
-    Where there were more or fewer processes, the epoch at hand goes on with the first batch that none of them had, and
-    `saved["position"]` becomes the one that this number of processes would be at. Raises UsageError where that is not
-    known.
+    If the world size has changed, the current epoch continues with the first batch that no process has consumed, and
+    `saved["counters"]` is changed to what this number of processes would have counted. Raises UsageError where that
+    batch is not known, or a metric's state cannot be divided.
     """
     ranks = saved["ranks"]
     if len(ranks) == run.world_size:
@@ -27,44 +27,52 @@ def state_of_this_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
     if run.rank == 0:
         log.warning("resume: %d processes in the checkpoint and %d in this run, with the same batch size each: a step "
                     "has %s samples", len(ranks), run.world_size, "more" if run.world_size > len(ranks) else "fewer")
-    counters, first = saved["counters"], ranks[0]
-    consumed = first["data"]["train"]["consumed"]
+    counters, rank0 = saved["counters"], ranks[0]
+    consumed = rank0["data"]["train"]["consumed"]
     if consumed:
-        stuck = [name for name, function in run.metric_fns["train"].items() if is_stateful_metric(function)]
-        if run.loaders["train"].shard is None or stuck:
-            why = f"metric {stuck[0]} cannot be divided among them" if stuck else "the data is in parts of its own"
-            raise UsageError(f"it was saved within an epoch by {len(ranks)} processes and here are {run.world_size}: "
-                             f"{why}; go on from an epoch's end, or with as many processes")
+        stateful = [name for name, function in run.metric_fns["train"].items() if is_stateful_metric(function)]
+        if run.loaders["train"].shard is None or stateful:
+            reason = (f"the state of metric {stateful[0]} cannot be divided among them" if stateful else
+                      "the training data is not sharded by loopctl, so which batches remain is not known")
+            raise UsageError(f"resume: the checkpoint was saved within an epoch by {len(ranks)} processes and this run "
+                             f"has {run.world_size}: {reason}; resume from a checkpoint at an epoch's end, or use "
+                             f"{len(ranks)} processes")
     counters.update(rebased_counters(run, counters, consumed))
-    mine = ranks[run.rank] if run.rank < len(ranks) else {"random": rng_state(run.train, run.valid)}
-    data = {name: feed | {"workers": {}, "indices": None} for name, feed in first["data"].items()}
+    # A rank that the checkpoint does not have keeps the random-number-generator state that its seed gave it.
+    random = ranks[run.rank]["random"] if run.rank < len(ranks) else rng_state(run.train, run.valid)
+    data = {name: loader | {"workers": {}, "indices": None} for name, loader in rank0["data"].items()}
+    # Rank 0 takes over the sums of all ranks; the others begin at zero.
     if run.rank:
         meters = Meters(run.metric_fns["train"], "train_").state_dict()
     else:
-        meters = {name: merge_means([one["meters"][name] for one in ranks]) for name in first["meters"]}
-    return {"meters": meters, "data": data, "random": mine["random"]}
+        meters = {name: merge_means([rank["meters"][name] for rank in ranks]) for name in rank0["meters"]}
+    return {"meters": meters, "data": data, "random": random}
 
 
 def rebased_counters(run: Run, counters: dict[str, Any], consumed: int) -> dict[str, Any]:
-    """Where a run is that has done `counters["epoch"]` epochs, and `consumed` batches of all processes of the next."""
+    """Return the counters that depend on the world size, as this run's number of processes would have counted them.
+
+    counters: those of the checkpoint
+    consumed: batches of the current epoch that all processes together have consumed
+    """
     steps, batches = run.plan()
-    done = counters["attempts"] - counters["began"][1]              # steps of the epoch at hand
-    batch = 0
+    done = counters["attempts"] - counters["began"][1]              # steps of the current epoch
+    batch = 0                                                       # micro-batches of it, per process
     if consumed and run.steps_per_epoch:
         batch = done * (batches // steps)
     elif consumed:
         shard = run.loaders["train"].shard
         assert shard is not None
-        left = shard.left(consumed)
-        batch, done = batches - left, steps - -(-left * steps // batches)
+        remaining = shard.remaining(consumed)
+        batch, done = batches - remaining, steps - -(-remaining * steps // batches)
     began = counters["epoch"] * batches, counters["attempts"] - done
     return {"seen": began[0] + batch, "began": began, "shift": began[1] - counters["epoch"] * steps}
 
 
 def merge_means(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The states of the means in all processes, as of one."""
+    """Merge the states of one weighted mean on all ranks into one state. Other metrics keep the state of rank 0."""
     if not all("values" in state for state in states):
         return states[0]
-    return {"values": [one for state in states for one in state["values"]],
-            "weights": [one for state in states for one in state["weights"]],
+    return {"values": [value for state in states for value in state["values"]],
+            "weights": [weight for state in states for weight in state["weights"]],
             "total": sum(state["total"] for state in states), "weight": sum(state["weight"] for state in states)}

@@ -1,15 +1,27 @@
-"""Sharded tensors (DTensor) in a checkpoint: torch.distributed.checkpoint writes them to a folder beside its file."""
+"""Sharded tensors (DTensor) in a checkpoint: each process writes its shards to a safetensors file beside it.
+
+The folder `step-N-E.sharded` holds `rank-00000.safetensors` and so on. The checkpoint has its name, the checksum of
+each file and a description in place of each sharded tensor. No pickle is involved, and no name leads out of the folder.
+"""
 from __future__ import annotations
 
-from concurrent.futures import Future
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from loopctl.checkpoint.atomic_files import DamagedCheckpoint
+from loopctl.checkpoint.atomic_files import DamagedCheckpoint, atomic_write
 from loopctl.data.batch import map_nested
 from loopctl.errors import one_line
 
@@ -17,6 +29,8 @@ if TYPE_CHECKING:
     from loopctl.run import Run
 
 MARK = "sharded tensor"
+FOLDER = re.compile(r"step-\d{1,20}-\d{1,20}\.sharded")
+FILE = re.compile(r"rank-\d{5,8}\.safetensors")
 
 
 def extract_sharded(content: Any) -> tuple[Any, dict[str, Any]]:
@@ -43,58 +57,179 @@ def full_tensor(tensor: Any) -> Any:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def save_sharded(tensors: dict[str, Any], folder: Path) -> Future[Any]:
-    """Write `tensors` to `folder` in the background. They may change once this returns: copies are written.
+def save_sharded(tensors: dict[str, Any], folder: Path) -> Future[dict[str, int]]:
+    """Write this process's shards of `tensors` to `folder` in the background. All processes must call this.
 
-    All processes must call it. In the first, the future is done when the others' are too.
+    The tensors may change once this returns: copies are written. The future's result, in each process, is the checksum
+    (CRC-32) of every process's file by name; it raises OSError where one of them could not write.
     """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-    # A group of its own, for what it says must not come between what training says.
-    own = dist.new_group(backend="gloo")
-    done: Future[Any] = Future()
+    group: Any = dist.new_group(backend="gloo")     # of its own, so that its messages do not mix with those of training
+    name = f"rank-{dist.get_rank():05}.safetensors"
+    shards, places = {}, {}
+    for key, tensor in tensors.items():
+        offsets, local = own_shard(tensor)
+        if local.numel():
+            shards[key], places[key] = local.detach().to("cpu", copy=True).contiguous(), offsets
 
-    def settle(written: Future[Any]) -> None:
-        error = written.exception()
-        if isinstance(error, CheckpointException):
-            said = (f"process {rank}: {one_line(why[0])}" for rank, why in error.failures.items())
-            error = OSError(0, "; ".join(said))
-        done.set_exception(error) if error else done.set_result(True)
-        with suppress(ValueError):          # it may be gone already, with all others
-            dist.destroy_process_group(own)
+    def write() -> dict[str, int]:
+        checksum, error = 0, ""
+        try:
+            with atomic_write(folder / name) as aside:
+                save_file(shards, aside, metadata={"offsets": json.dumps(places)})
+            checksum = file_checksum(folder / name)
+        except (OSError, SafetensorError) as raised:
+            error = one_line(getattr(raised, "strerror", None) or raised)
+        found: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(found, (name, checksum, error), group=group)
+        with suppress(ValueError):              # the process group may have ended meanwhile
+            dist.destroy_process_group(group)
+        if failures := [f"process {rank}: {why}" for rank, (_, _, why) in enumerate(found) if why]:
+            raise OSError(0, "; ".join(failures))
+        return {file: total for file, total, _ in found}
 
-    writing: Any = dcp.async_save(tensors, checkpoint_id=folder, process_group=own)      # type: ignore[arg-type]
-    writing.add_done_callback(settle)
-    return done
+    with_thread = ThreadPoolExecutor(1)
+    future = with_thread.submit(write)
+    with_thread.shutdown(wait=False)
+    return future
 
 
-def load_sharded(run: Run, content: dict[str, Any], folder: Path) -> dict[str, Any]:
+def own_shard(tensor: Any) -> tuple[list[int], torch.Tensor]:
+    """Where this process's shard begins in `tensor`, by dimension, and the shard."""
+    (chunk,) = tensor.__create_chunk_list__()
+    return list(chunk.offsets), tensor.to_local()
+
+
+def file_checksum(file: Path) -> int:
+    total = 0
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            total = zlib.crc32(part, total)
+    return total
+
+
+def check_sharded(saved: dict[str, Any], parent: Path, part: int = 0, parts: int = 1) -> None:
+    """Raise DamagedCheckpoint where the sharded tensors of a checkpoint in `parent` are not those that were written.
+
+    part, parts: compute the checksums of only each `parts`-th file, from number `part` on.
+    """
+    folder, checksums = sharded_files(saved, parent)
+    for number, (name, checksum) in enumerate(checksums.items()):
+        try:
+            if number % parts == part and file_checksum(folder / name) != checksum:
+                raise DamagedCheckpoint(f"is damaged: the checksum of {folder.name}/{name} does not match")
+        except OSError as error:
+            raise DamagedCheckpoint(f"misses {folder.name}/{name} ({error.strerror})") from error
+
+
+def sharded_files(saved: dict[str, Any], parent: Path) -> tuple[Path, dict[str, int]]:
+    """The folder of a checkpoint's sharded tensors, and the checksum of each file in it, by name.
+
+    Raises DamagedCheckpoint where a name is not one that `save_sharded` gives, or leads out of `parent`.
+    """
+    found = saved["sharded"]
+    name, checksums = (found.get("folder"), found.get("checksums")) if isinstance(found, dict) else (None, None)
+    if not (isinstance(name, str) and FOLDER.fullmatch(name) and isinstance(checksums, dict) and checksums
+            and all(isinstance(file, str) and FILE.fullmatch(file) and isinstance(total, int)
+                    for file, total in checksums.items())):
+        raise DamagedCheckpoint("has names of sharded tensors that no checkpoint has")
+    folder, inside = parent / name, parent.resolve()
+    for path in (folder, *(folder / file for file in checksums)):
+        if not path.resolve().is_relative_to(inside):
+            raise DamagedCheckpoint(f"has sharded tensors outside of its folder, in {path.resolve()}")
+    return folder, checksums
+
+
+@dataclass
+class Shard:
+    """One shard in a file: which part of the tensor it is."""
+
+    file: Any                   # open, of safetensors
+    key: str
+    begin: tuple[int, ...]
+    size: tuple[int, ...]
+
+    def read(self, begin: list[int], size: list[int]) -> Iterator[tuple[Any, torch.Tensor]]:
+        """The part of the shard that is in the region `begin` to `begin + size`, and its place in that region."""
+        low = [max(one, other) for one, other in zip(self.begin, begin, strict=True)]
+        high = [min(a + n, b + m) for a, n, b, m in zip(self.begin, self.size, begin, size, strict=True)]
+        if all(a < b for a, b in zip(low, high, strict=True)):
+            inner = tuple(slice(a - start, b - start) for a, b, start in zip(low, high, self.begin, strict=True))
+            place = tuple(slice(a - start, b - start) for a, b, start in zip(low, high, begin, strict=True))
+            yield place, self.file.get_slice(self.key)[inner]
+
+
+def load_sharded(run: Run, content: dict[str, Any], parent: Path) -> dict[str, Any]:
     """`content` with the tensors that `extract_sharded` replaced, sharded over the processes of `run`.
 
-    Raises Damaged where they cannot be read.
+    parent: the folder of the checkpoint. Raises DamagedCheckpoint where they cannot be read.
     """
     if "sharded" not in content:
         return content
-    import torch.distributed.checkpoint as dcp
+    folder, checksums = sharded_files(content, parent)
     meshes: list[Any] = [getattr(one, "device_mesh", None) for one in run.model.parameters() if is_sharded(one)]
-    found: dict[str, Any] = {}
-
-    def empty(leaf: dict[str, Any]) -> Any:
-        if meshes:
-            from torch.distributed.tensor import Replicate, Shard, zeros
-            placed = [Replicate() if dim is None else Shard(dim) for dim in leaf["dims"]]
-            tensor: Any = zeros(leaf["shape"], dtype=leaf["dtype"], device_mesh=meshes[0], placements=placed)
-        else:
-            tensor = torch.zeros(leaf["shape"], dtype=leaf["dtype"], device=run.device)
-        found[leaf[MARK]] = tensor
-        return tensor
-
-    filled = map_nested(lambda leaf: empty(leaf) if is_description(leaf) else leaf, content, is_leaf=is_description)
     try:
-        dcp.load(found, checkpoint_id=folder / content["sharded"], no_dist=not dist.is_initialized())
-    except Exception as error:                  # whatever a damaged file leads to, wrapped by torch
-        raise DamagedCheckpoint(f"cannot be read: {type(error).__name__}") from error
-    return filled
+        shards = read_headers([folder / name for name in checksums])
+
+        def load(leaf: dict[str, Any]) -> Any:
+            shape = [int(size) for size in leaf["shape"]]
+            parts = shards.get(leaf[MARK], [])
+            if not tiles(shape, parts):
+                raise DamagedCheckpoint(f"has {len(parts)} shards that do not make up a tensor of shape {shape}")
+            if not meshes:
+                tensor: Any = torch.empty(shape, dtype=leaf["dtype"])
+                fill(tensor, [0] * len(shape), parts)
+                return tensor.to(run.device)
+            from torch.distributed.tensor import Replicate, Shard, empty
+            placements = [Replicate() if dim is None else Shard(dim) for dim in leaf["dims"]]
+            tensor = empty(shape, dtype=leaf["dtype"], device_mesh=meshes[0], placements=placements)
+            offsets, local = own_shard(tensor)
+            fill(local, offsets, parts)
+            return tensor
+
+        return map_nested(lambda leaf: load(leaf) if is_description(leaf) else leaf, content, is_leaf=is_description)
+    except (DamagedCheckpoint, torch.OutOfMemoryError):
+        raise
+    except Exception as error:                  # whatever a file that was made by hand may lead to
+        raise DamagedCheckpoint(f"has sharded tensors that cannot be read ({type(error).__name__})") from error
+
+
+def read_headers(files: list[Path]) -> dict[str, list[Shard]]:
+    """The shards of each tensor in `files`, by the tensor's name; one of several copies of a replicated tensor."""
+    found: dict[str, dict[tuple[int, ...], Shard]] = {}
+    for path in files:
+        file: Any = safe_open(path, "pt")
+        places = json.loads((file.metadata() or {})["offsets"])
+        for key in file.keys():                 # noqa: SIM118   # it is no mapping
+            begin = tuple(int(offset) for offset in places[key])
+            size = tuple(file.get_slice(key).get_shape())
+            if len(begin) != len(size) or min(begin, default=0) < 0:
+                raise DamagedCheckpoint(f"has a shard with wrong offsets in {path.name}")
+            found.setdefault(key, {}).setdefault(begin, Shard(file, key, begin, size))
+    return {key: list(shards.values()) for key, shards in found.items()}
+
+
+def tiles(shape: list[int], shards: list[Shard]) -> bool:
+    """Whether the shards, in order, make up a tensor of `shape` along one dimension, without gaps and overlaps."""
+    dim = next((dim for dim in range(len(shape)) if any(shard.begin[dim] for shard in shards)), 0)
+    end = 0
+    for shard in sorted(shards, key=lambda shard: shard.begin):
+        expected = [0] * len(shape)
+        expected[dim] = end
+        end += shard.size[dim] if shape else 0
+        whole = [*shape[:dim], shard.size[dim], *shape[dim + 1:]] if shape else []
+        if list(shard.begin) != expected or list(shard.size) != whole:
+            return False
+    return prod(shape) == 0 or end == shape[dim]
+
+
+@torch.no_grad()
+def fill(tensor: torch.Tensor, begin: list[int], shards: list[Shard]) -> None:
+    """Copy the parts of `shards` that lie in the region of `tensor`, which begins at `begin`, into it."""
+    for shard in shards:
+        for place, part in shard.read(begin, list(tensor.shape)):
+            if part.dtype != tensor.dtype:
+                raise DamagedCheckpoint(f"has a shard of {part.dtype} for a tensor of {tensor.dtype}")
+            tensor[place].copy_(part)
 
 
 def is_description(leaf: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a run must remember to go on exactly as if it had never ended."""
+"""The state of a run in a checkpoint: capture it, compare it with a run, restore it, and find checkpoint files."""
 from __future__ import annotations
 
 import io
@@ -15,7 +15,7 @@ from torch import nn
 
 from loopctl.checkpoint.atomic_files import FORMAT, DamagedCheckpoint, read_checkpoint
 from loopctl.checkpoint.resharding import state_of_this_rank
-from loopctl.checkpoint.sharded_tensors import extract_sharded, load_sharded
+from loopctl.checkpoint.sharded_tensors import check_sharded, extract_sharded, load_sharded
 from loopctl.composition.options import to_spec
 from loopctl.counters import Counters
 from loopctl.data.batch import map_nested
@@ -28,15 +28,16 @@ from loopctl.rng import loader_generators, rng_state, set_rng_state
 if TYPE_CHECKING:
     from loopctl.run import Run
 
+# The entries of a checkpoint and their types: of `counters`, and of the whole.
 COUNTERS = {field.name: tuple if field.name == "began" else int for field in fields(Counters)}
 LAYOUT = {"config": dict, "model": dict, "optimizer": dict, "plugins": dict, "composition": list, "parameters": list,
           "samples": list, "plan": list, "max_steps": int | float, "counters": dict, "stop": str, "metrics": dict,
           "history": list, "ranks": list}
 
-# A plugin that joins one of these changes what is trained, unless it has `observer_only = True`. A plugin that joins
-# none of them and keeps no state is an observer too.
+# A plugin that implements one of these hooks affects training, unless it has `observer_only = True`. A plugin that
+# implements none of them and has no state is an observer too.
 TRAINING_HOOKS = ("setup", "param_groups", "wrap_model", "group_batches", "lr_scale", "batch_weight", "optimizer_step",
-           "micro_step", "compute_loss", "backward", "after_backward", "grads_ready")
+                  "micro_step", "compute_loss", "backward", "after_backward", "grads_ready")
 
 # Options of `loopctl run` that may change on resume.
 MAY_CHANGE_ON_RESUME = ("epochs", "max_steps", "eval_every", "workers", "device", "devices", "data_root", "download",
@@ -44,16 +45,18 @@ MAY_CHANGE_ON_RESUME = ("epochs", "max_steps", "eval_every", "workers", "device"
 
 log = logging.getLogger("loopctl")
 
-def capture_state(run: Run) -> dict[str, Any]:
-    """Everything that changes while training, in types that `torch.load(weights_only=True)` takes.
 
-    Model, optimizer, plugins and position are the same in all processes. What is each one's own is under "ranks"; to
-    collect it, all of them must call this.
+def capture_state(run: Run) -> dict[str, Any]:
+    """Return everything that changes during training, in types that `torch.load(weights_only=True)` can load.
+
+    The states of model, optimizer, plugins and counters are the same on all ranks. Metrics, data loaders and random
+    number generators have one state per rank, under "ranks". They are gathered, so all processes must call this.
     """
-    own = {"meters": run.meters.state_dict(), "data": {name: feed.state_dict() for name, feed in run.loaders.items()},
-           "random": rng_state(run.train, run.valid)}
+    rank_state = {"meters": run.meters.state_dict(),
+                  "data": {name: loader.state_dict() for name, loader in run.loaders.items()},
+                  "random": rng_state(run.train, run.valid)}
     if run.world_size > 1:
-        own = map_nested(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, own)
+        rank_state = map_nested(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rank_state)
     with without_dynamo_wrappers():
         optimizer = run.optimizer.state_dict()
     return {
@@ -71,69 +74,75 @@ def capture_state(run: Run) -> dict[str, Any]:
         "stop": run.stop,
         "metrics": run.metrics,
         "history": run.history,
-        "ranks": all_gather(run, own),
+        "ranks": all_gather(run, rank_state),
     }
 
 
 def run_config(run: Run) -> dict[str, Any]:
-    """What a run begun in Python was asked for, as the command line would say it."""
-    asked = {name: getattr(run, name) for name in ("epochs", "max_steps", "eval_every", "steps_per_epoch")}
+    """Return the arguments of a run started from Python, with its plugins as the command line writes them."""
+    arguments = {name: getattr(run, name) for name in ("epochs", "max_steps", "eval_every", "steps_per_epoch")}
     plugins = []
     for name, plugin in run.hook.plugins.items():
-        with suppress(UsageError):              # an option that has no text, such as a function within a function
+        with suppress(UsageError):              # an option that cannot be written as text, such as a nested function
             name = to_spec(name.partition(".")[0], plugin)
         plugins.append(name)
-    return asked | {"plugin": plugins}
+    return arguments | {"plugin": plugins}
 
 
 def restore(run: Run) -> None:
-    """Load the state that `run.resume` names, random numbers last. Raises UsageError where it is another run's."""
+    """Load the state of the run from `run.resume`: a checkpoint, or a folder with checkpoints.
+
+    Raises UsageError where the checkpoint belongs to a run with another setup, or cannot be loaded.
+    """
     path = run.resume or Path()
-    saved_here = run.hook.acting["safe_point"] and path.is_dir() and run.out.is_dir() and path.samefile(run.out)
-    if (saved_here or restart_count()) and not find_candidates(path):
-        log.warning("%s has no checkpoint yet; beginning at the start", path)
+    # A run that was killed before its first checkpoint starts again from the beginning.
+    own_folder = run.hook.acting["safe_point"] and path.is_dir() and run.out.is_dir() and path.samefile(run.out)
+    if (own_folder or restart_count()) and not find_candidates(path):
+        log.warning("%s has no checkpoint yet; training from the beginning", path)
         return
-    file, saved = find_checkpoint(path, run.device)
+    file, saved = find_checkpoint(path, run.device, run)
     try:
         saved = load_sharded(run, saved, file.parent)
         if differences := broadcast_from_rank0(run, compare(run, saved)):      # only rank 0 has all the plugins
             raise UsageError(f"resume: {file} is of another run: {differences[0]}")
         load_state(run, saved)
-        cut = saved["counters"]["step"] >= saved["max_steps"] and ended_within_epoch(saved)
-        own = state_of_this_rank(run, saved)
+        cut_short = saved["counters"]["step"] >= saved["max_steps"] and ended_within_epoch(saved)
+        rank_state = state_of_this_rank(run, saved)
         run.counters.load_state_dict(saved["counters"])
         run.stop, run.metrics, run.history = saved["stop"], saved["metrics"], saved["history"]
         run.meters = Meters(run.metric_fns["train"], "train_")
-        run.meters.load_state_dict(own["meters"])
-        for name, feed in run.loaders.items():
-            feed.load_state_dict(own["data"][name])
-        set_rng_state(own["random"], run.train, run.valid)
+        run.meters.load_state_dict(rank_state["meters"])
+        for name, loader in run.loaders.items():
+            loader.load_state_dict(rank_state["data"][name])
+        # Last, because loading the other states may draw random numbers.
+        set_rng_state(rank_state["random"], run.train, run.valid)
     except (UsageError, torch.OutOfMemoryError):
         raise
-    except Exception as error:                      # a plugin may raise anything over a state that is not its own
+    except Exception as error:                      # a plugin may raise anything if the state is not its own
         raise UsageError(f"resume: {file} cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
-    if cut and not run.seen_in_epoch and not run.finished:
-        raise UsageError(f"resume: {file} ended within an epoch, at max_steps={saved['max_steps']}, so what it did "
-                         "at the epoch's end came too early to go on; begin a new run from its weights")
+    if cut_short and not run.seen_in_epoch and not run.finished:
+        raise UsageError(f"resume: {file} ended within an epoch, at max_steps={saved['max_steps']}, and that epoch was "
+                         "evaluated and counted as complete, so it cannot be resumed; begin a new run from its weights")
     run.last_checkpoint = file
 
 
 def ended_within_epoch(saved: dict[str, Any]) -> bool:
-    """Whether the last of its epochs ended before its data did."""
+    """Return whether the last epoch in the checkpoint ended before all of its batches were consumed."""
     return saved["counters"]["seen"] % saved["plan"][1] != 0
 
 
 def roll_back(run: Run) -> None:
-    """Load the model, the optimizer and the plugins from `run.last_checkpoint`, or the one before it if it is damaged.
+    """Load model, optimizer and plugins from `run.last_checkpoint`, or from the one before it if it is damaged.
 
-    Position, history and random numbers stay as they are.
+    Counters, history and random-number-generator states stay as they are.
     """
     assert run.last_checkpoint
-    run.last_checkpoint, saved = find_checkpoint(run.last_checkpoint.parent, run.device)
+    run.last_checkpoint, saved = find_checkpoint(run.last_checkpoint.parent, run.device, run)
     load_state(run, load_sharded(run, saved, run.last_checkpoint.parent))
 
 
 def load_state(run: Run, saved: dict[str, Any]) -> None:
+    """Load the state dicts of the model, the optimizer and the plugins from the checkpoint content `saved`."""
     run.model.load_state_dict(saved["model"])
     with without_dynamo_wrappers():
         run.optimizer.load_state_dict({key: saved["optimizer"][key] for key in ("state", "param_groups")})
@@ -143,22 +152,23 @@ def load_state(run: Run, saved: dict[str, Any]) -> None:
 
 
 def compare(run: Run, saved: dict[str, Any]) -> list[str]:
-    """How the checkpoint `saved` differs from `run`, so that it cannot be resumed there."""
-    found = [differs(f"{key} is", was, run.config[key]) for key, was in saved["config"].items()
-             if key in run.config and key not in MAY_CHANGE_ON_RESUME and str(was) != str(run.config[key])]
-    theirs, own = saved["model"], run.model.state_dict()
-    found += missing("the model has {}", theirs, own)
-    shapes = {name: (describe_shape(theirs[name]), describe_shape(own[name])) for name in own if name in theirs}
+    """Return the differences between the checkpoint content `saved` and `run` because of which it cannot be resumed."""
+    found = [differs(f"{key} is", value, run.config[key]) for key, value in saved["config"].items()
+             if key in run.config and key not in MAY_CHANGE_ON_RESUME and str(value) != str(run.config[key])]
+    saved_model, model = saved["model"], run.model.state_dict()
+    found += missing("the model has {}", saved_model, model)
+    shapes = {name: (describe_shape(saved_model[name]), describe_shape(model[name]))
+              for name in model if name in saved_model}
     found += [differs(f"the model's {name} is", *both) for name, both in shapes.items() if both[0] != both[1]]
 
-    kinds = saved["optimizer"]["class"], type(run.optimizer).__name__
-    sizes = [[len(group) for group in one] for one in (saved["parameters"], parameter_names(run))]
-    if kinds[0] != kinds[1]:
-        found.append(differs("the optimizer is", *kinds))
+    classes = saved["optimizer"]["class"], type(run.optimizer).__name__
+    sizes = [[len(group) for group in groups] for groups in (saved["parameters"], parameter_names(run))]
+    if classes[0] != classes[1]:
+        found.append(differs("the optimizer is", *classes))
     else:
-        theirs, own = saved["optimizer"]["defaults"], optimizer_defaults(run)
-        found += [differs(f"the optimizer's {key} is", theirs.get(key), own[key])
-                  for key in own if str(theirs.get(key)) != str(own[key])]
+        saved_defaults, defaults = saved["optimizer"]["defaults"], optimizer_defaults(run)
+        found += [differs(f"the optimizer's {key} is", saved_defaults.get(key), defaults[key])
+                  for key in defaults if str(saved_defaults.get(key)) != str(defaults[key])]
     if sizes[0] != sizes[1]:
         found.append(differs("the numbers of parameters in the optimizer's groups are", *sizes))
     elif saved["parameters"] != parameter_names(run):
@@ -169,35 +179,35 @@ def compare(run: Run, saved: dict[str, Any]) -> list[str]:
     if not found and orders[0] != orders[1]:
         found.append(differs("the order of the plugins is", *map(", ".join, orders)))
 
-    first = saved["ranks"][0]
-    found += missing("there is the metric {}", first["meters"].keys() - {""}, run.metric_fns["train"])
-    metrics = saved["metrics"], run.metrics
-    found += missing("there is {}", *({"validation data"} if "val_loss" in one else () for one in metrics))
+    rank0 = saved["ranks"][0]
+    found += missing("there is the metric {}", rank0["meters"].keys() - {""}, run.metric_fns["train"])
+    validated = ({"validation data"} if "val_loss" in metrics else () for metrics in (saved["metrics"], run.metrics))
+    found += missing("there is {}", *validated)
     if saved["plan"] != list(run.plan()) and len(saved["ranks"]) == run.world_size:
         plans = ["{} steps of {} batches".format(*plan) for plan in (saved["plan"], run.plan())]
         found.append(f"{differs('an epoch has', *plans)}; keep data, batch size and accumulation")
     if saved["samples"] != run.loaders["train"].size:
-        sizes_of_data = ["{1} samples in batches of {0}".format(*size)
-                         for size in (saved["samples"], run.loaders["train"].size)]
-        found.append(differs("the training data has", *sizes_of_data))
-    generators = len(first["random"]["generators"]), len(loader_generators((run.train, run.valid)))
+        data_sizes = ["{1} samples in batches of {0}".format(*size)
+                      for size in (saved["samples"], run.loaders["train"].size)]
+        found.append(differs("the training data has", *data_sizes))
+    generators = len(rank0["random"]["generators"]), len(loader_generators((run.train, run.valid)))
     if generators[0] != generators[1]:
         found.append(differs("the number of random generators of the data loaders is", *generators))
     return found
 
 
-def differs(fact: str, was: Any, now: Any) -> str:
-    return f"{fact} {was} in the checkpoint and {now} in this run"
+def differs(fact: str, in_checkpoint: Any, in_run: Any) -> str:
+    return f"{fact} {in_checkpoint} in the checkpoint and {in_run} in this run"
 
 
-def missing(fact: str, theirs: Iterable[str], own: Iterable[str]) -> list[str]:
-    """`fact` about what only the checkpoint has, and about what only this run has."""
-    return [*describe_items(f"{fact} in the checkpoint but not in this run", {*theirs} - {*own}),
-            *describe_items(f"{fact} in this run but not in the checkpoint", {*own} - {*theirs})]
+def missing(fact: str, in_checkpoint: Iterable[str], in_run: Iterable[str]) -> list[str]:
+    """State `fact` for the names that only the checkpoint has, and for those that only this run has."""
+    return [*describe_items(f"{fact} in the checkpoint but not in this run", {*in_checkpoint} - {*in_run}),
+            *describe_items(f"{fact} in this run but not in the checkpoint", {*in_run} - {*in_checkpoint})]
 
 
 def describe_items(text: str, items: Iterable[str]) -> list[str]:
-    """`text` about the first of `items`, if there are any."""
+    """Return `text` with the first three of `items` filled in, as a list; an empty list if there are no items."""
     items = sorted(items)
     few = items[:3] + ([f"{len(items) - 3} more"] if len(items) > 3 else [])
     return [text.format(names(few))] if items else []
@@ -208,97 +218,107 @@ def describe_shape(value: Any) -> str:
 
 
 def parameter_names(run: Run) -> list[list[str]]:
-    """The names of the parameters in each of the optimizer's groups."""
+    """Return the names of the parameters in each of the optimizer's parameter groups."""
     names = {id(parameter): name for name, parameter in run.model.named_parameters()}
     return [[names.get(id(parameter), "") for parameter in group["params"]] for group in run.optimizer.param_groups]
 
 
 def optimizer_defaults(run: Run) -> dict[str, Any]:
-    """What the optimizer was made with, but for how it computes, which is the device's affair."""
+    """Return the optimizer's default options, without those that only choose an implementation for the device."""
     return {key: value for key, value in run.optimizer.defaults.items()
             if key not in ("foreach", "fused", "capturable", "differentiable")}
 
 
 def stateful(run: Run) -> dict[str, Any]:
+    """Return the plugins that have a `state_dict`, by name."""
     return {name: plugin for name, plugin in run.hook.plugins.items() if hasattr(plugin, "state_dict")}
 
 
 def training_plugins(run: Run) -> list[str]:
-    """The plugins that have a say in what is trained, in their order."""
-    shaping = {name for hook in TRAINING_HOOKS for name in run.hook.acting[hook]}
+    """Return the names of the plugins that affect training, in the order in which they act."""
+    affecting = {name for hook in TRAINING_HOOKS for name in run.hook.acting[hook]}
     return [name for name, plugin in run.hook.plugins.items()
-            if name in shaping and not getattr(plugin, "observer_only", False)]
+            if name in affecting and not getattr(plugin, "observer_only", False)]
 
 
 def check_serializable(run: Run) -> None:
-    """Refuse, with UsageError, state that no checkpoint can hold. Call it when every plugin has had its start."""
+    """Raise UsageError if a checkpoint cannot hold the state of a plugin, a metric, the model or the optimizer.
+
+    Call it in `epoch_start` of the first epoch or later, when the plugins have created their state.
+    """
     parts = {f"plugin {name}": plugin.state_dict() for name, plugin in stateful(run).items()}
-    parts |= {f"metric {name}": one for name, one in run.meters.state_dict().items() if name}
-    parts["model"] = {name: one for name, one in run.model.state_dict().items()
-                      if type(one) not in (torch.Tensor, nn.Parameter)}
+    parts |= {f"metric {name}": state for name, state in run.meters.state_dict().items() if name}
+    parts["model"] = {name: value for name, value in run.model.state_dict().items()
+                      if type(value) not in (torch.Tensor, nn.Parameter)}
     with without_dynamo_wrappers():
         parts["optimizer"] = run.optimizer.state_dict()["param_groups"]
-    for who, part in extract_sharded(parts)[0].items():
+    for owner, part in extract_sharded(parts)[0].items():
         stream = io.BytesIO()
         try:
             torch.save(part, stream)
             torch.load(io.BytesIO(stream.getvalue()), weights_only=True)
         except Exception as error:
-            kind = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"a {kind[1]}" if kind else f"something that cannot be written ({one_line(error)})"
-            raise UsageError(f"{who}: its state has {what}; a checkpoint holds tensors, numbers, text, None, "
+            class_name = re.search(r"GLOBAL (\S+)", str(error))
+            culprit = f"a {class_name[1]}" if class_name else f"something that cannot be written ({one_line(error)})"
+            raise UsageError(f"{owner}: its state has {culprit}; a checkpoint holds tensors, numbers, text, None, "
                              "and lists, tuples and dicts of them") from error
 
 
-# Where it is kept
+# Finding checkpoint files
 
 
-def find_checkpoint(path: Path, device: Any = "cpu") -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that `path` means and its content: a file, a folder of checkpoints, or a run's folder.
+def find_checkpoint(path: Path, device: Any = "cpu", run: Run | None = None) -> tuple[Path, dict[str, Any]]:
+    """Return the latest undamaged checkpoint at `path`, as its file and its content.
 
-    One that is damaged is passed over, with a line that says so, for the one before it. Raises UsageError where there
-    is none.
+    path: a checkpoint file, a folder of checkpoints, or the folder of a run
+    run: the run that resumes; its processes share the work of checking sharded tensors, and agree on the checkpoint
+
+    A warning is logged for each damaged checkpoint that is skipped. Raises UsageError where no checkpoint can be read.
     """
-    if not (tried := find_candidates(path)):
-        raise UsageError(f"resume={path}: no checkpoint there; a run's folder has them in checkpoints/")
-    said: list[str] = []
-    for file in tried:
+    if not (candidates := find_candidates(path)):
+        raise UsageError(f"resume={path}: no checkpoint found; pass a checkpoint file, or a run's folder, "
+                         "which has them in checkpoints/")
+    skipped: list[str] = []
+    for file in candidates:
+        saved, damage = {}, ""
         try:
             saved = read_checkpoint(file, device)
             check_layout(saved)
-            if "sharded" in saved and not (file.parent / saved["sharded"] / ".metadata").exists():
-                raise DamagedCheckpoint(f"misses its sharded tensors in {saved['sharded']}")
+            if "sharded" in saved:
+                check_sharded(saved, file.parent, *((run.rank, run.world_size) if run else ()))
         except DamagedCheckpoint as error:
-            said.append(f"{file} {error}")
-        else:
-            for line in said:
+            damage = f"{file} {error}"
+        damage = max(all_gather(run, damage)) if run else damage
+        if not damage:
+            for line in skipped:
                 log.warning("%s; resuming from %s", line, file.name)
             return file, saved
-    more = f", and neither is any of the {len(said) - 1} before it whole" if len(said) > 1 else ""
-    raise UsageError(f"resume={path}: {said[0]}{more}; begin a new run")
+        skipped.append(damage)
+    more = f", and the {len(skipped) - 1} before it cannot be used either" if len(skipped) > 1 else ""
+    raise UsageError(f"resume={path}: {skipped[0]}{more}; begin a new run")
 
 
 def check_layout(saved: dict[str, Any]) -> None:
-    """Raise Damaged where a file with a right checksum is not what `state` returns."""
+    """Raise DamagedCheckpoint if `saved` lacks an entry of `capture_state`, or has one of another type."""
     wrong = [name for name, kind in LAYOUT.items() if not isinstance(saved.get(name), kind)]
     wrong += [name for name, kind in COUNTERS.items()
               if not wrong and not isinstance(saved["counters"].get(name), kind)]
     if wrong:
-        raise DamagedCheckpoint(f"has no right {wrong[0]!r}, so it is no checkpoint that this version of loopctl reads")
+        raise DamagedCheckpoint(f"has no valid {wrong[0]!r}: it is not a checkpoint that this version of loopctl reads")
 
 
 def find_candidates(path: Path) -> list[Path]:
-    """The checkpoints that `path` means, the furthest first."""
+    """Return the checkpoint `path`, or those in the folder `path` or in its subfolders; the latest step first."""
     return [path] if path.is_file() else checkpoints_in(path) or checkpoints_in(path, "*/")
 
 
 def checkpoints_in(folder: Path, below: str = "") -> list[Path]:
-    """The checkpoints in `folder`, the furthest first."""
+    """Return the checkpoints in `folder`, the latest step first. With `below="*/"`, return those in its subfolders."""
     found = [file for file in folder.glob(f"{below}step-*.pt") if step_number(file) >= 0]
     return sorted(found, key=lambda file: (step_number(file), file), reverse=True)
 
 
 def step_number(file: Path) -> int:
-    """The N of step-N.pt, which is how many updates were planned until then; -1 for other files."""
+    """Return the N of step-N.pt, the number of steps made until then, skipped ones included; -1 for other files."""
     digits = re.match(r"step-(\d+)\.pt", file.name)
     return int(digits[1]) if digits else -1

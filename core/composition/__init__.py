@@ -1,1 +1,1 @@
-"""Put the chosen plugins together: find them by name, read their options, check and order them, explain the result."""
+"""Compose plugins: find them by name, parse their options, check and order them, explain the result."""

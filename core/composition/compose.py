@@ -1,4 +1,4 @@
-"""Put the chosen plugins to work: name, order and check them, then reduce each hook to plain calls."""
+"""Compose the plugins of a run: name, order and check them, then compile each hook to plain function calls."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
 SPECS: dict[str, Any] = {name: spec for name, spec in vars(hooks).items() if hasattr(spec, "loopctl_spec")}
 ARGUMENTS = {name: spec.__code__.co_varnames[:spec.__code__.co_argcount] for name, spec in SPECS.items()}
 
-
-# Class attributes of a plugin that the loop reads.
+# The boolean attributes of a plugin that the loop reads.
 FLAGS = ("observer_only", "rank_zero_only", "capturable")
 
 
 class Hooks:
-    """What `run.hook` is: one function per hook, called with the hook's arguments by name."""
+    """The type of `run.hook`: one function per hook, called with the arguments of the hook by name."""
 
-    plugins: dict[str, Any]       # by unique name, in the order they act
-    hookimpls: list[Any]          # pluggy's, of plugins and defaults
-    acting: dict[str, list[str]]  # per hook, the plugins that act there
+    plugins: dict[str, Any]       # by unique name, in the order given
+    hookimpls: list[Any]          # pluggy's HookImpl objects, of plugins and defaults
+    acting: dict[str, list[str]]  # the names of the plugins that implement each hook, in the order in which they act
 
-    if TYPE_CHECKING:             # as in hooks.py; `compose` sets the real ones
+    if TYPE_CHECKING:             # for type checkers; `compose` sets the actual functions on the instance
         setup = staticmethod(hooks.setup)
         param_groups = staticmethod(hooks.param_groups)
         wrap_model = staticmethod(hooks.wrap_model)
@@ -58,36 +57,36 @@ class Hooks:
 
         @staticmethod
         def lr_scale(run: Run, initial_lr: float, group: dict[str, Any]) -> list[float]:
-            """The factors of all plugins that return one."""
+            """Return the factors of all plugins that return one."""
 
 
 def compose(plugins: Iterable[Any], defaults: Iterable[Any] = ()) -> Hooks:
-    """Return the hooks of one run. `plugins`, instances or `name:option=value` text, act in the order given.
+    """Return the hooks of one run. `plugins`, instances or `name:option=value` strings, act in the order given.
 
-    defaults: what implements the hooks that no plugin replaces; without them the plugins are only checked.
+    defaults: objects that implement the hooks that no plugin replaces; without them the plugins are only checked.
 
-    Raises UsageError for whatever cannot work: unknown names and options, hooks that do not exist, two plugins that
-    replace the same hook.
+    Raises UsageError for plugins that cannot work: an unknown name or option, a hook that does not exist, two plugins
+    that replace the same hook.
     """
-    from loopctl.distributed.data_parallel import Parallel  # here, for they import torch
+    from loopctl.distributed.data_parallel import Parallel  # imported here because these modules import torch
     from loopctl.distributed.process_group import rank
 
     chosen = named_plugins(plugins)
-    elsewhere = rank() > 0 and any(isinstance(plugin, Parallel) for plugin in chosen.values())
+    skip_rank_zero_only = rank() > 0 and any(isinstance(plugin, Parallel) for plugin in chosen.values())
     manager = pluggy.PluginManager("loopctl")
     manager.add_hookspecs(hooks)
     for default in defaults:
         manager.register(default)
     for name, plugin in reversed(chosen.items()):         # pluggy calls the last registered first
         check_plugin(name, plugin, manager)
-        if not (elsewhere and getattr(plugin, "rank_zero_only", False)):
+        if not (skip_rank_zero_only and getattr(plugin, "rank_zero_only", False)):
             manager.register(plugin, name)
     manager.check_pending()
 
     composed = Hooks()
     composed.plugins, composed.hookimpls, composed.acting = chosen, [], {}
     for name in SPECS:
-        impls = getattr(manager.hook, name).get_hookimpls()[::-1]        # in the order they act
+        impls = getattr(manager.hook, name).get_hookimpls()[::-1]        # in the order in which they act
         composed.hookimpls += impls
         composed.acting[name] = [impl.plugin_name for impl in impls if impl.plugin_name in chosen]
         setattr(composed, name, compile_hook(name, impls, chosen))
@@ -95,7 +94,7 @@ def compose(plugins: Iterable[Any], defaults: Iterable[Any] = ()) -> Hooks:
 
 
 def named_plugins(plugins: Iterable[Any]) -> dict[str, Any]:
-    """The plugins by unique name: the second `freeze` is `freeze.2`."""
+    """Return the plugins by unique name, built from text where given as text: the second `freeze` is `freeze.2`."""
     chosen: dict[str, Any] = {}
     for item in plugins:
         base, plugin = build_plugin(item) if isinstance(item, str) else (plugin_name(type(item)), item)
@@ -111,15 +110,15 @@ def named_plugins(plugins: Iterable[Any]) -> dict[str, Any]:
 
 
 def check_plugin(name: str, plugin: Any, manager: pluggy.PluginManager) -> None:
-    """Raise UsageError where `plugin` could not work as its author meant it."""
+    """Raise UsageError if `plugin` has wrong options, flags, hooks or hook arguments."""
     if type(plugin).__hash__ is None:
-        raise UsageError(f"{name}: equal instances would be taken for one; write @dataclass(eq=False)")
+        raise UsageError(f"{name}: two equal instances could not be told apart; use @dataclass(eq=False)")
     try:
         check_options(plugin)
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
     if hasattr(plugin, "state_dict") != hasattr(plugin, "load_state_dict"):
-        raise UsageError(f"{name}: has one of state_dict and load_state_dict; write both, or neither")
+        raise UsageError(f"{name}: has only one of state_dict and load_state_dict; define both or neither")
     check_flags(name, plugin)
     marked = {attr for attr in dir(type(plugin)) if hasattr(getattr(type(plugin), attr, None), "loopctl_impl")}
     if not marked:
@@ -127,20 +126,20 @@ def check_plugin(name: str, plugin: Any, manager: pluggy.PluginManager) -> None:
     for attr in sorted(marked - set(SPECS)):
         raise UsageError(f"{name}: no hook is called {attr!r}; {nearest(attr, SPECS)}")
     for attr in sorted(set(SPECS) & set(dir(type(plugin))) - marked):
-        raise UsageError(f"{name}: {attr} is named as a hook but not marked; write @hookimpl above it, or rename it")
+        raise UsageError(f"{name}: {attr} has the name of a hook but no @hookimpl; add it, or rename the method")
     for attr in sorted(marked):
         if manager.parse_hookimpl_opts(plugin, attr) is None:
-            continue                                       # shadowed on the instance: not wanted in this configuration
+            continue       # `self.hook = None` in __post_init__: this configuration of the plugin does not use the hook
         for argument in signature(getattr(plugin, attr)).parameters.values():
             if argument.name not in ARGUMENTS[attr]:
                 has = nearest(argument.name, ARGUMENTS[attr], "it has")
                 raise UsageError(f"{name}: {attr} has no argument {argument.name!r}; {has}")
             if argument.default is not argument.empty:
-                raise UsageError(f"{name}: {attr} gives {argument.name!r} a default; a hook's arguments have none")
+                raise UsageError(f"{name}: {attr} gives {argument.name!r} a default value; remove the default")
 
 
 def check_flags(name: str, plugin: Any) -> None:
-    """Raise UsageError where a flag that the loop reads seems to be misspelt, which would otherwise have no effect."""
+    """Raise UsageError if a boolean attribute is a misspelt flag, which would otherwise be ignored silently."""
     attributes = {attr: value for kind in reversed(type(plugin).__mro__) for attr, value in vars(kind).items()}
     for attr, value in (attributes | getattr(plugin, "__dict__", {})).items():
         if isinstance(value, bool) and attr not in FLAGS and (near := get_close_matches(attr, FLAGS, n=1, cutoff=0.75)):
@@ -148,11 +147,11 @@ def check_flags(name: str, plugin: Any) -> None:
 
 
 def compile_hook(hook: str, impls: list[Any], chosen: dict[str, Any]) -> Callable[..., Any]:
-    """One function that does what pluggy's call of this hook would do, without the general machinery.
+    """Return one function that does what pluggy's call of this hook would do, without pluggy's overhead.
 
-    A hook nobody joins is a function that does nothing; one with a single implementation that takes every argument is
-    that implementation; the rest is generated, as `dataclasses` generates `__init__`. Unlike in pluggy, a replacement
-    that returns None has still replaced the hook.
+    A hook without implementations becomes a function that does nothing. A hook with a single implementation that takes
+    every argument becomes that implementation. Other functions are generated, as `dataclasses` generates `__init__`.
+    Unlike in pluggy, a replacement that returns None has still replaced the hook.
     """
     spec, arguments = SPECS[hook], ", ".join(ARGUMENTS[hook])
     first = spec.loopctl_spec["firstresult"]
@@ -195,7 +194,7 @@ def {hook}({arguments}):
 
 
 def wrap_hook(hook: str, arguments: str, wrapper: Any, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """`inner` inside a generator that yields once: what a `@hookimpl(wrapper=True)` is."""
+    """Return a function that calls `inner` at the `yield` of `wrapper`, a generator function that yields once."""
     source = WRAPPED.format(hook=hook, arguments=arguments, taken=", ".join(wrapper.argnames))
     return define_function(source, {"wrapper": wrapper.function, "inner": inner, "plugin": wrapper.plugin_name,
                                     "start": start_wrapper, "throw": throw_error, "send": send_result})
@@ -205,7 +204,7 @@ def start_wrapper(around: Iterator[Any], plugin: str) -> None:
     try:
         next(around)
     except StopIteration:
-        raise RuntimeError(f"{plugin}: a wrapper must yield once, and did not") from None
+        raise RuntimeError(f"{plugin}: a wrapper must yield exactly once; it did not yield") from None
 
 
 def send_result(around: Any, result: Any, plugin: str) -> Any:
@@ -214,29 +213,30 @@ def send_result(around: Any, result: Any, plugin: str) -> Any:
     except StopIteration as end:
         return end.value
     around.close()
-    raise RuntimeError(f"{plugin}: a wrapper must yield once, and did so twice")
+    raise RuntimeError(f"{plugin}: a wrapper must yield exactly once; it yielded twice")
 
 
 def throw_error(around: Any, error: BaseException, plugin: str) -> Any:
     try:
         around.throw(error)
     except StopIteration as end:
-        return end.value                                   # the wrapper dealt with the error
+        return end.value                                   # the wrapper has handled the error
     around.close()
-    raise RuntimeError(f"{plugin}: a wrapper must yield once, and did so twice") from error
+    raise RuntimeError(f"{plugin}: a wrapper must yield exactly once; it yielded twice") from error
 
 
 def define_function(source: str, scope: dict[str, Any]) -> Callable[..., Any]:
-    """The function that `source` defines; names that are not its arguments are found in `scope`."""
+    """Return the function that `source` defines; its global names are looked up in `scope`."""
     exec(source, scope)
     return scope[source.split("(")[0].split()[-1]]
 
 
 @contextmanager
 def blame_plugin(composed: Hooks) -> Iterator[None]:
-    """Name the plugin and the hook in whatever error one of them raises; the error itself stays what it was.
+    """Add the names of the plugin and the hook to any error that a plugin raises inside the block.
 
-    Costs nothing until there is an error: the culprit is read from the traceback.
+    A UsageError is prefixed with the plugin's name; other errors get a note. It costs nothing until there is an error,
+    because plugin and hook are found from the traceback.
     """
     try:
         yield
@@ -250,7 +250,10 @@ def blame_plugin(composed: Hooks) -> Iterator[None]:
 
 
 def find_culprit(trace: TracebackType | None, composed: Hooks) -> tuple[str, str] | None:
-    """The plugin and hook whose code is deepest in a traceback; None if core, the model or the data came after it."""
+    """Return the names of the plugin and hook whose code is deepest in a traceback.
+
+    None if no plugin is in it, or if the code of the loop or of its default hooks is deeper than the plugin's.
+    """
     core = {impl.function.__code__.co_filename for impl in composed.hookimpls
             if impl.plugin_name not in composed.plugins}
     culprit = None
@@ -260,10 +263,11 @@ def find_culprit(trace: TracebackType | None, composed: Hooks) -> tuple[str, str
             culprit = None
         for impl in composed.hookimpls:
             hook = getattr(impl.function, "__func__", impl.function).__code__
-            # A generator inside a hook, such as one that group_batches returns, is the hook as well.
-            same = f"{code.co_qualname}.<locals>.".startswith(f"{hook.co_qualname}.<locals>.")
-            its_own = trace.tb_frame.f_locals.get("self", impl.plugin) is impl.plugin
-            if same and its_own and code.co_filename == hook.co_filename and impl.plugin_name in composed.plugins:
+            # A function inside the hook counts as the hook, such as the generator that group_batches returns.
+            in_hook = f"{code.co_qualname}.<locals>.".startswith(f"{hook.co_qualname}.<locals>.")
+            same_instance = trace.tb_frame.f_locals.get("self", impl.plugin) is impl.plugin
+            if (in_hook and same_instance and code.co_filename == hook.co_filename
+                    and impl.plugin_name in composed.plugins):
                 culprit = impl.plugin_name, impl.function.__name__
                 break
         trace = trace.tb_next

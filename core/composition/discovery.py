@@ -1,4 +1,4 @@
-"""Find plugins by name without importing them, and make the chosen ones."""
+"""Find the installed plugins through entry points, without importing them, and build the chosen ones from text."""
 from __future__ import annotations
 
 import dataclasses
@@ -16,20 +16,20 @@ from loopctl.errors import UsageError, names, nearest, one_line
 
 
 def available() -> dict[str, EntryPoint]:
-    """The installed plugins by name, from the entry points of group `loopctl`. None is imported."""
+    """Return the installed plugins by name, from the entry points of group `loopctl`, without importing them."""
     return {entry.name: entry for entry in installed_entry_points(tuple(sys.path))}
 
 
 @cache
 def installed_entry_points(path: tuple[str, ...]) -> list[EntryPoint]:
-    """The entry points in `path`, read once: that takes milliseconds, and a run asks several times per plugin."""
+    """Return the entry points found in `path`. Cached, because reading them takes milliseconds."""
     return sorted(entry_points(group="loopctl"), key=lambda entry: entry.name)
 
 
 def load(name: str) -> type:
-    """Import a plugin class: an installed plugin's name, `package.module:Class` or `path/to/file.py:Class`.
+    """Import and return the class of an installed plugin, `package.module:Class` or `path/to/file.py:Class`.
 
-    Raises UsageError where there is none, or where its module does not import.
+    Raises UsageError if it does not exist or cannot be imported.
     """
     try:
         if ".py:" in name:
@@ -42,20 +42,20 @@ def load(name: str) -> type:
 
 
 def load_class(name: str) -> type:
-    """What `load` finds, if it is a class. Raises UsageError."""
+    """Return what `load` returns. Raises UsageError if that is not a class."""
     cls = load(name)
     if not isinstance(cls, type):
-        raise UsageError(f"{name} is a {type(cls).__name__}; name a plugin's class")
+        raise UsageError(f"{name} is a {type(cls).__name__}, not a class; name the class of a plugin")
     return cls
 
 
 def entry_point(name: str) -> EntryPoint:
-    """The entry point of the plugin called `name`."""
+    """Return the entry point of the plugin called `name`. Raises UsageError unless there is exactly one."""
     for _ in range(2):
         found = {entry.value: entry for entry in installed_entry_points(tuple(sys.path)) if entry.name == name}
         if found:
             break
-        installed_entry_points.cache_clear()                   # it may have been installed meanwhile
+        installed_entry_points.cache_clear()                   # it may have been installed since they were read
     else:
         raise UsageError(f"no plugin is called {name!r}; {nearest(name, available(), 'there are')}")
     if len(found) > 1:
@@ -64,31 +64,32 @@ def entry_point(name: str) -> EntryPoint:
 
 
 def from_file(path: str) -> type:
-    """Import `path/to/file.py:Class`."""
+    """Import and return `path/to/file.py:Class`."""
     file, _, name = path.rpartition(":")
     try:
-        there = Path(file).is_file()
-    except OSError as error:                      # a name that no file can have
+        exists = Path(file).is_file()
+    except OSError as error:                      # such as a file name that is too long
         raise ImportError(f"{file} cannot be read: {error.strerror}") from error
-    if not there:
+    if not exists:
         raise ImportError(f"there is no file {file}")
-    # Its path is its name: a second file of this name, or a file called random.py, is another module.
+    # The module is named by its path, so that it cannot hide a file of the same name or a module such as `random`.
     spec = importlib.util.spec_from_file_location(str(Path(file).resolve()), file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module               # where dataclasses and typing look up a class's module
+    sys.modules[spec.name] = module               # dataclasses and typing look up the module of a class here
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:      # a file may raise anything while it is imported
+    except (Exception, SystemExit) as error:      # importing a file may raise any error
         raise ImportError(f"{file} cannot be imported ({type(error).__name__}: {one_line(error)})") from error
     return get_attribute(module, name, file)
 
 
 def build_plugin(spec: str) -> tuple[str, Any]:
-    """Make the plugin that `name:option=value,...` describes; return its name and the plugin.
+    """Build the plugin that `name:option=value,...` describes; return its name and the plugin.
 
-    `name` may also be `package.module:Class` or `path/to/file.py:Class`. Raises UsageError.
+    `name` may also be `package.module:Class` or `path/to/file.py:Class`. Raises UsageError for an unknown plugin, an
+    unknown or missing option, or a wrong value.
     """
     head, rest = split_spec(spec)
     cls = load_class(head)
@@ -103,23 +104,23 @@ def build_plugin(spec: str) -> tuple[str, Any]:
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}: {one_line(error)}") from error
     except Exception as error:
-        error.add_note(f"raised by plugin {name!r} when it was made")
+        error.add_note(f"raised by plugin {name!r} when it was built")
         raise
 
 
 def split_spec(spec: str) -> tuple[str, str]:
-    """A spec's class, as `load` takes it, and its options."""
+    """Split `name:option=value,...` into the name of the class, as `load` takes it, and the text of the options."""
     head, _, rest = spec.partition(":")
     attr, _, more = rest.partition(":")
     if "." in head or "/" in head or (attr.isidentifier() and head not in available()):
         if not attr:
-            raise UsageError(f"{head}: name a class of it, as in {head}:Class")
+            raise UsageError(f"{head}: a class is required, as in {head}:Class")
         head, rest = f"{head}:{attr}", more
     return head, rest
 
 
 def plugin_name(cls: type) -> str:
-    """The name a plugin class is installed under; if it is not, its own name in snake case."""
+    """Return the name under which a plugin class is installed; if it is not, the name of the class in snake case."""
     for name, entry in available().items():
         if entry.value == f"{cls.__module__}:{cls.__qualname__}":
             return name

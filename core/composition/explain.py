@@ -1,4 +1,4 @@
-"""Show what a composition does before it runs: who acts where, and the plan in numbers."""
+"""Explain a run before it is started: which plugins act at each hook, and how many steps at which learning rate."""
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def explain(plugins: Iterable[Any] = (), run: Run | None = None) -> str:
-    """The hook tree with the plugins that act at each hook, in their order; of a prepared `run` the plan too.
+    """Return the hook tree with the plugins that act at each hook, in order; for a prepared `run` also its plan.
 
-    Raises UsageError where the plugins do not go together.
+    Raises UsageError if the plugins cannot be combined.
     """
     composed = run.hook if run else compose(plugins)
     lines = []
@@ -28,20 +28,19 @@ def explain(plugins: Iterable[Any] = (), run: Run | None = None) -> str:
 
 
 def hook_tree() -> list[str]:
-    """The lines of the hook tree: a hook, indented, and what it is for."""
+    """Return the lines of the hook tree: the name of a hook, indented, and what it is for."""
     return [line for line in (hooks.__doc__ or "").splitlines() if line.split()[:1] and line.split()[0] in SPECS]
 
 
 def describe_plan(run: Run) -> list[str]:
-    """What a prepared run is going to do, in numbers: updates, batch sizes, learning rates."""
+    """Return lines with the planned number of updates, batch sizes and learning rates of a prepared run."""
     steps, micro_batches = run.plan()
     size = getattr(run.train, "batch_size", None) or sample_count(next(iter(run.train)))
-    several = run.world_size > 1
     lrs = [lr[0] for _, lr in lr_curve(run)]
     each = f", {micro_batches / steps:.3g} micro-batches each" if micro_batches != steps else ""
     return [
         f"updates          {run.planned_steps:,}: {run.epochs} epochs of {steps:,}{each}",
-        *[f"processes        {run.world_size}, each with batches of {size:,} samples"] * several,
+        *[f"processes        {run.world_size}, each with batches of {size:,} samples"] * (run.world_size > 1),
         f"effective batch  {size * -(-micro_batches // steps) * run.world_size:,} samples",
         f"learning rate    {lrs[0]:.3g} at the start, {max(lrs):.3g} at its peak, {lrs[-1]:.3g} at the end",
     ]

@@ -1,4 +1,4 @@
-"""Values of options: read from text, checked, described and shown, by the type that a field is annotated with."""
+"""Types of options: parse text to a value of a type, check a value, describe a type, and format a value as text."""
 from __future__ import annotations
 
 import importlib
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from loopctl.errors import UsageError, nearest, one_line
-from loopctl.optim.duration import Duration, parse_duration
+from loopctl.optim.duration import EXAMPLES, Duration, parse_duration
 
-Unbounded = Annotated[float, "or inf"]      # a number that may be inf; any other is one that float32 holds
-FLOAT32_MAX = 3.4028234663852886e38             # float32's
+Unbounded = Annotated[float, "or inf"]          # a number that may be inf or nan; a plain float must fit into float32
+FLOAT32_MAX = 3.4028234663852886e38
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -33,7 +33,7 @@ def parse_value(text: str, hint: Any) -> Any:
             try:
                 return parse_value(text, arg)
             except ValueError as error:
-                if str(error).startswith("takes"):       # it is of this type, and wrong
+                if str(error).startswith("takes"):       # the text is of this type, but the value is not allowed
                     raise
         raise ValueError
     if origin is Literal:
@@ -47,7 +47,7 @@ def parse_value(text: str, hint: Any) -> Any:
         for item in text.split(",") if text else []:
             key, _, value = (part.strip() for part in item.rpartition("="))
             if key in found:
-                raise ValueError(f"takes each name once, and {key!r} is given twice")
+                raise ValueError(f"takes each name only once; {key!r} is given twice")
             found[key] = parse_value(value, args[1] if args else Any)
         return found
     if hint in (int, float):
@@ -60,7 +60,7 @@ def parse_value(text: str, hint: Any) -> Any:
 
 
 def plain_number(text: str) -> str:
-    """The text of a number, or ValueError where it is written as only Python writes it, or in another alphabet."""
+    """Return `text`, or raise ValueError for digits with underscores or other than ASCII, which `float` accepts."""
     if "_" in text or not text.isascii():
         raise ValueError
     return text
@@ -87,7 +87,7 @@ def import_function(path: str) -> Any:
         raise ValueError
     found = import_object(path)
     if not callable(found):
-        raise ValueError(f"takes a function, package.module:name, and {path} is a {type(found).__name__}")
+        raise ValueError(f"takes a function as package.module:name; {path} is a {type(found).__name__}")
     return found
 
 
@@ -96,9 +96,9 @@ def parse_fail() -> Any:
 
 
 def guess_value(text: str) -> Any:
-    """Convert `text` to what it looks like: a number, true, false, none, several of them, or else text.
+    """Convert `text` to what it looks like: a number, true, false, none, a tuple of these, or else text.
 
-    Raises ValueError for a number that cannot be computed with.
+    Raises ValueError for a number that is nan, inf or too large.
     """
     if "," in text:
         return tuple(guess_value(item.strip()) for item in text.split(","))
@@ -114,7 +114,7 @@ def guess_value(text: str) -> Any:
 
 
 def fits_type(value: Any, hint: Any) -> bool:
-    """Tell whether `value` is of the type `hint`. What is not understood is let pass."""
+    """Return whether `value` is of the type `hint`; always True for a type that this function does not know."""
     origin, args = get_origin(hint), get_args(hint)
     if hint == Duration:
         return isinstance(value, int | float | str) and bool(parse_duration(value))
@@ -135,14 +135,15 @@ def fits_type(value: Any, hint: Any) -> bool:
 
 
 def takes_mapping(hint: Any) -> bool:
+    """Return whether `hint` is a dict or a union with one."""
     return dict in (hint, get_origin(hint), *map(get_origin, get_args(hint)))
 
 
 def describe_type(hint: Any) -> str:
-    """A type in words."""
+    """Return a type in words, for help and messages."""
     origin, args = get_origin(hint), get_args(hint)
     if hint == Duration:
-        return "a length (30, 5ep, 500st, 10%)"
+        return f"a duration ({', '.join(EXAMPLES)})"
     if hint == Unbounded:
         return "a number"
     if origin in (Union, types.UnionType):
@@ -162,7 +163,7 @@ def describe_type(hint: Any) -> str:
 
 
 def format_value(value: Any) -> str:
-    """The text that reads back as `value`."""
+    """Return the text that `parse_value` parses to `value`. Raises UsageError for a function without a name."""
     if isinstance(value, dict):
         return ",".join(f"{key}={format_value(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
@@ -171,23 +172,23 @@ def format_value(value: Any) -> str:
         return str(value).lower()
     if callable(value):
         if not (getattr(value, "__module__", "") and hasattr(value, "__qualname__")):
-            raise UsageError(f"{value!r} has no name by which a run could be repeated; name a function of a module")
+            raise UsageError(f"{value!r} has no import path, so it cannot be saved; use a function of a module")
         return f"{value.__module__}:{value.__qualname__}"
     return str(value)
 
 
 def import_object(path: str) -> Any:
-    """Import `package.module:name`. Raises ImportError, in one line, where that fails for whatever reason."""
+    """Import and return `package.module:name`. Raises ImportError with a message of one line if that fails."""
     module, _, name = path.partition(":")
     try:
         found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:      # a module may raise anything while it is imported
+    except (Exception, SystemExit) as error:      # importing a module may raise any error
         raise ImportError(f"{module} cannot be imported ({type(error).__name__}: {one_line(error)})") from error
     return get_attribute(found, name, path)
 
 
 def get_attribute(module: types.ModuleType, name: str, path: str) -> Any:
-    """`module.name`, or ImportError with the nearest name."""
+    """Return `module.name`; `name` may have dots. Raises ImportError with the nearest name if it does not exist."""
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):

@@ -1,4 +1,4 @@
-"""Options: the fields of a plugin's dataclass, typed on the command line as `name:option=value,option=value`."""
+"""Options of plugins: the fields of a dataclass, written on the command line as `name:option=value,option=value`."""
 from __future__ import annotations
 
 import dataclasses
@@ -19,24 +19,27 @@ from loopctl.errors import UsageError, nearest, one_line
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One field of a plugin."""
+    """One option of a plugin: a field of its dataclass."""
 
     name: str
     type: Any
-    default: Any      # dataclasses.MISSING where the user must say
+    default: Any      # dataclasses.MISSING if the option is required
     help: str
 
 
-ANY = Option("", Any, None, "")
+UNKNOWN = Option("", Any, None, "")
 
 
 def plugin_options(cls: type) -> dict[str, Option]:
-    """The options of a plugin class by name; its help is the docstring's line `name: help`, and its continuation."""
+    """Return the options of a plugin class by name. The help of each is the line `name: help` of the docstring.
+
+    Lines that are indented further continue the help. Raises UsageError if the type of an option cannot be resolved.
+    """
     if not dataclasses.is_dataclass(cls):
         return {}
     try:
         hints = get_type_hints(cls, include_extras=True)
-    except Exception as error:                # such as a name that is imported for type checkers only
+    except Exception as error:                # such as a name that is imported under TYPE_CHECKING only
         raise UsageError(f"{cls.__name__}: the types of its options cannot be read ({type(error).__name__}: "
                          f"{one_line(error)}); import what they name") from error
     found = {}
@@ -46,26 +49,26 @@ def plugin_options(cls: type) -> dict[str, Option]:
             default = field.default if factory is dataclasses.MISSING else factory()
             line = re.search(rf"^ *{field.name}: (.+(?:\n {{6,}}.+)*)", cls.__doc__ or "", re.MULTILINE)
             text = " ".join(line[1].split()) if line else ""
-            found[field.name] = Option(field.name, widened(hints[field.name], default), default, text)
+            found[field.name] = Option(field.name, option_type(hints[field.name], default), default, text)
     return found
 
 
-def widened(hint: Any, default: Any) -> Any:
-    """The type `hint`, or any number where the default itself is inf or nan."""
+def option_type(hint: Any, default: Any) -> Any:
+    """Return the type `hint`, or `Unbounded` if the default is inf or nan."""
     return Unbounded if isinstance(default, float) and not isfinite(default) else hint
 
 
 def parse_options(name: str, text: str, known: dict[str, Option]) -> dict[str, Any]:
-    """Read `option=value,option=value`. An item that names no option continues the list or mapping before it.
+    """Parse `option=value,option=value` to values by name. An item without an option continues the list before it.
 
-    A plugin with an option called `options`, a dict, collects there those that it does not have itself.
+    If there is an option called `options`, a dict, it collects the items whose names are not in `known`.
     Raises UsageError, which starts with `name`, for an unknown option or a value of the wrong type.
     """
     values: dict[str, str] = {}
     last = ""
     for item in text.split(",") if text else []:
         key, equals, value = (part.strip() for part in item.partition("="))
-        if last and key not in known and (not equals or takes_mapping(known.get(last, ANY).type)):
+        if last and key not in known and (not equals or takes_mapping(known.get(last, UNKNOWN).type)):
             values[last] += f",{item}"
         elif not equals and key in known:
             raise UsageError(f"{name}: {key} has no value; pass {key}=...")
@@ -84,19 +87,19 @@ def parse_options(name: str, text: str, known: dict[str, Option]) -> dict[str, A
     return own | ({"options": own.get("options", {}) | others} if others else {})
 
 
-def read_option(who: str, text: str, hint: Any) -> Any:
-    """Convert `text` to the type `hint`; `who` begins the message of the UsageError where that cannot be done."""
+def read_option(prefix: str, text: str, hint: Any) -> Any:
+    """Convert `text` to the type `hint`. Raises UsageError, which starts with `prefix`, if that fails."""
     try:
         return parse_value(text, hint)
     except ImportError as error:
-        raise UsageError(f"{who}: {error}") from error
+        raise UsageError(f"{prefix}: {error}") from error
     except (ValueError, AttributeError) as error:
-        said = str(error) if str(error).startswith("takes") else f"takes {describe_type(hint)}, not {text!r}"
-        raise UsageError(f"{who} {said}") from error
+        reason = str(error) if str(error).startswith("takes") else f"takes {describe_type(hint)}, not {text!r}"
+        raise UsageError(f"{prefix} {reason}") from error
 
 
 def check_options(plugin: Any) -> None:
-    """Raise ValueError where a field of `plugin`, which Python code may have set to anything, is not of its type."""
+    """Raise ValueError if an option of `plugin` is not of its type; Python code may have set it to anything."""
     for option in plugin_options(type(plugin)).values():
         value = getattr(plugin, option.name)
         try:
@@ -108,7 +111,7 @@ def check_options(plugin: Any) -> None:
 
 
 def to_spec(name: str, plugin: Any) -> str:
-    """The text that builds `plugin` again: its name and every option."""
+    """Return the text from which `build_plugin` builds `plugin` again: its name and every option."""
     values = {key: getattr(plugin, key) for key in plugin_options(type(plugin))}
-    said = {key: format_value(value) for key, value in (values | values.pop("options", {})).items()}
-    return f"{name}:{','.join(f'{key}={value}' for key, value in said.items())}" if said else name
+    texts = {key: format_value(value) for key, value in (values | values.pop("options", {})).items()}
+    return f"{name}:{','.join(f'{key}={text}' for key, text in texts.items())}" if texts else name

@@ -1,1 +1,1 @@
-"""Batches and where they come from: data sets, loaders that resume in the middle of an epoch, sharding."""
+"""Batches and their sources: data sets, loaders that resume in the middle of an epoch, sharding over processes."""

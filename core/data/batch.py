@@ -1,4 +1,4 @@
-"""What the loop does with batches, whatever they are made of."""
+"""Batches of any nesting of tensors: map over them, move them to a device, count their samples, group them."""
 from __future__ import annotations
 
 import dataclasses
@@ -10,9 +10,10 @@ import torch
 
 
 def map_nested(function: Callable[..., Any], *batches: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """The nesting of mappings, sequences and dataclasses that `batches` share, with `function` of their leaves in it.
+    """Return the nesting that `batches` share, with each leaf replaced by `function` of the batches' leaves there.
 
-    is_leaf: whether to go no deeper; what is no such nesting is a leaf in any case.
+    Mappings, sequences and dataclasses are descended into; everything else is a leaf.
+    is_leaf: called with an element of the first batch; true means not to descend into it.
     """
     first = batches[0]
     if is_leaf and is_leaf(first):
@@ -31,9 +32,9 @@ def map_nested(function: Callable[..., Any], *batches: Any, is_leaf: Callable[[A
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """`batch` with every tensor in it on `device`.
+    """Return `batch` with every tensor in it on `device`.
 
-    What has a `to` method moves itself. From pinned memory to a GPU the copy does not wait.
+    An object with a `to` method is moved by that method. A copy from pinned memory to a GPU is asynchronous.
     """
     def move_leaf(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -48,25 +49,25 @@ def has_to_method(batch: Any) -> bool:
 
 
 def batches_to_device(batches: Iterable[Any], device: torch.device) -> Iterable[Any]:
-    """`batches` on `device`. On the CPU they are there already."""
+    """Move each batch to `device` as it is read. For the CPU, `batches` is returned unchanged."""
     return batches if device.type == "cpu" else (to_device(batch, device) for batch in batches)
 
 
 def sample_count(batch: Any) -> int:
-    """How many samples a batch holds: the length of its first tensor. A batch without a tensor counts 1."""
-    first = batch[0] if isinstance(batch, list | tuple) and batch else batch      # (input, target) is found at once
+    """Return the number of samples in a batch: the length of its first tensor, or 1 if it has no tensor."""
+    first = batch[0] if isinstance(batch, list | tuple) and batch else batch      # fast path for (input, target)
     if not isinstance(first, torch.Tensor):
         first = next(iter_tensors(batch), None)
     return 1 if first is None or first.ndim == 0 else first.shape[0]
 
 
 def apply_weight(loss: torch.Tensor, weight: Any) -> torch.Tensor:
-    """`loss` times the weight of its micro-batch in the step, unless that is all of it: then there is nothing to do."""
+    """Multiply `loss` by the weight of its micro-batch in the step. A weight of 1.0 returns `loss` itself."""
     return loss if isinstance(weight, float) and weight == 1 else loss * weight
 
 
 def iter_tensors(batch: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a batch, in order."""
+    """Yield the tensors of a batch, in order."""
     if isinstance(batch, torch.Tensor):
         yield batch
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
@@ -80,7 +81,7 @@ def iter_tensors(batch: Any) -> Iterator[torch.Tensor]:
 
 
 def length_or_none(batches: Any) -> int | None:
-    """How many batches there are, or None: a DataLoader may have a length and refuse to tell it."""
+    """Return `len(batches)`, or None where it raises TypeError, as for a DataLoader over an IterableDataset."""
     try:
         return len(batches)
     except TypeError:
@@ -88,7 +89,7 @@ def length_or_none(batches: Any) -> int | None:
 
 
 def chunked(batches: Iterable[Any], every: int) -> Iterator[list[Any]]:
-    """Lists of `every` batches; the last holds what is left."""
+    """Yield lists of `every` batches; the last list may be shorter."""
     batches = iter(batches)
     while group := list(islice(batches, every)):
         yield group

@@ -1,4 +1,4 @@
-"""A classification data set, and the loaders that give its batches."""
+"""`Data`: a classification data set with training and validation parts, and the DataLoaders over it."""
 from __future__ import annotations
 
 import os
@@ -25,21 +25,21 @@ class Data:
     classes: int
     shape: tuple[int, int, int]      # channels, height, width
 
-    # For data held on the device as a whole, see on_device.py.
+    # Used where the whole data set is held on the device, see on_device.py.
     name: str = ""
     on_device: bool = False
-    pictures: bool = False           # the sets have all pictures as bytes, in .data, and .transform takes many at once
-    still: Dataset[Any] | None = None                        # `train` without what is done to it at random, ...
-    augment: Callable[[Tensor], Tensor] | None = None        # ... and what does that to a whole batch
+    pictures: bool = False           # the sets hold all images as uint8 in .data, and .transform takes a batch of them
+    unaugmented: Dataset[Any] | None = None                  # `train` without its random augmentation
+    augment: Callable[[Tensor], Tensor] | None = None        # that random augmentation, for a whole batch
 
     def loaders(self, batch_size: int, workers: int, device: torch.device) -> tuple[DataLoader[Any], DataLoader[Any]]:
-        """Batches of `train`, shuffled anew each epoch, and of `valid`, in order; in pinned memory for a GPU.
+        """Return DataLoaders over `train`, reshuffled in each epoch, and `valid`, in order. Pinned memory for a GPU.
 
-        Raises UsageError where a batch, or the processes that load it, are more than this machine bears.
+        Raises UsageError where a batch does not fit in memory, or `workers` is far above the number of cores.
         """
-        most = max(64, 4 * (os.cpu_count() or 1))
-        if workers > most:
-            raise UsageError(f"--workers {workers:,} is too many processes for this machine; use {most} or fewer")
+        limit = max(64, 4 * (os.cpu_count() or 1))
+        if workers > limit:
+            raise UsageError(f"--workers {workers:,} is too many processes for this machine; use {limit} or fewer")
         images = min(batch_size, len(self.train))        # type: ignore[arg-type]
         check_memory(f"a batch of {images:,} images of {'x'.join(map(str, self.shape))}", 4 * images * prod(self.shape),
              "use a smaller --batch-size, or smaller images")
@@ -47,7 +47,7 @@ class Data:
             return on_device.loaders(self, batch_size, workers, device)
 
         def loader(part: Dataset[Any], shuffle: bool) -> DataLoader[Any]:
-            # Workers that persist would draw their seed once and not every epoch: other random numbers than those of
-            # the plain DataLoader, and of a run that went on in between.
+            # Not persistent_workers: those draw their base seed once, not in every epoch. Their random numbers would
+            # differ from a plain DataLoader's, and from those of a resumed run.
             return DataLoader(part, batch_size, shuffle, num_workers=workers, pin_memory=device.type == "cuda")
         return loader(self.train, True), loader(self.valid, False)

@@ -1,4 +1,4 @@
-"""Whether data fits in the memory of this machine."""
+"""Check that something fits in the memory of this machine before it is allocated."""
 from __future__ import annotations
 
 import os
@@ -7,10 +7,13 @@ from loopctl.errors import UsageError
 
 
 def check_memory(what: str, size: float, way_out: str) -> None:
-    """Raise UsageError where `size` bytes are more than the machine has, which would die of it and not tell why."""
+    """Raise UsageError where `size` bytes exceed the host's memory; the system would kill the process without a reason.
+
+    what, way_out: the subject of the message, and the advice at its end
+    """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):        # Windows does not tell
+    except (AttributeError, ValueError):        # Windows has no sysconf
         return
     if size > memory:
         raise UsageError(f"{what} would take {size / 1e9:,.0f} GB of memory, and this machine has "

@@ -1,4 +1,4 @@
-"""Data that is held on the device as a whole: `--data cifar10:on_device=true`."""
+"""Keep a whole data set in the memory of the device, as in `--data cifar10:on_device=true`."""
 from __future__ import annotations
 
 import re
@@ -15,11 +15,11 @@ from loopctl.errors import UsageError
 from loopctl.rng import host_rng_state
 
 
-class Held(Dataset[list[Tensor]]):
-    """Samples held on a device, in tensors; a batch is picked out of them there, in one go.
+class OnDeviceDataset(Dataset[list[Tensor]]):
+    """A data set of tensors on one device; a whole batch is selected there by its indices, with `__getitems__`.
 
-    A DataLoader draws the indices as it does for any other data, so that the order of an epoch is the same, and a run
-    can go on in its middle. Its collate_fn has nothing left to do.
+    A DataLoader draws the indices as for any other data set, so the order of an epoch is the same, and a run can
+    resume in the middle of one. Its collate_fn returns the batch unchanged.
     """
 
     def __init__(self, tensors: list[Tensor], augment: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -33,91 +33,93 @@ class Held(Dataset[list[Tensor]]):
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
         device = self.tensors[0].device
-        which = torch.tensor(indices).to(device, non_blocking=device.type == "cuda")
-        images, *others = (tensor.index_select(0, which) for tensor in self.tensors)
+        rows = torch.tensor(indices).to(device, non_blocking=device.type == "cuda")
+        images, *others = (tensor.index_select(0, rows) for tensor in self.tensors)
         return [self.augment(images) if self.augment else images, *others]
 
 
 def loaders(found: Any, batch_size: int, workers: int, device: torch.device) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """What `Data.loaders` returns, for data held on `device`.
+    """Return DataLoaders over the training and validation parts of `found`, a `Data`, copied to `device`.
 
-    Raises UsageError where it does not fit there, or where its images differ with every reading.
+    Raises UsageError where the data does not fit there, or where reading an image draws random numbers.
     """
     if workers:
         raise UsageError(f"--workers {workers:,} would have nothing to load: on_device=true reads the data once; "
                          "leave out one of the two")
     images = len(found.train) + len(found.valid)
-    size, there = 4 * images * prod(found.shape), free(device)
-    if size > there:
+    size, available = 4 * images * prod(found.shape), free_memory(device)
+    if size > available:
         raise UsageError(f"data {found.name}: {images:,} images of {'x'.join(map(str, found.shape))} take "
-                         f"{size / 1e9:,.1f} GB, and {device} has {there / 1e9:,.1f} GB free; leave out on_device, "
+                         f"{size / 1e9:,.1f} GB, and {device} has {available / 1e9:,.1f} GB free; leave out on_device, "
                          "or use smaller images")
-    train = Held(tensors(found, found.still or found.train, device), found.augment)
-    valid = Held(tensors(found, found.valid, device))
-    return (DataLoader(train, batch_size, shuffle=True, collate_fn=as_it_is),
-            DataLoader(valid, batch_size, collate_fn=as_it_is))
+    train = OnDeviceDataset(load_tensors(found, found.unaugmented or found.train, device), found.augment)
+    valid = OnDeviceDataset(load_tensors(found, found.valid, device))
+    return (DataLoader(train, batch_size, shuffle=True, collate_fn=collate_unchanged),
+            DataLoader(valid, batch_size, collate_fn=collate_unchanged))
 
 
-def as_it_is(batch: Any) -> Any:
+def collate_unchanged(batch: Any) -> Any:
     return batch
 
 
-as_it_is.keeps_sample_count = True       # type: ignore[attr-defined]   # as many as there are indices, see Parallel
+# A batch has as many samples as indices, so `Parallel` need not exchange the counts.
+collate_unchanged.keeps_sample_count = True       # type: ignore[attr-defined]
 
 
-def free(device: torch.device) -> float:
-    """The bytes of memory that `device` has free; infinite where it does not tell."""
+def free_memory(device: torch.device) -> float:
+    """Return the free memory of `device` in bytes, or infinity where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try:
-        said = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        match = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
         return inf
-    return 1024 * int(said[1]) if said else inf
+    return 1024 * int(match[1]) if match else inf
 
 
-def tensors(found: Any, part: Any, device: torch.device) -> list[Tensor]:
-    """All samples of `part`, one of the data sets of `found`, as tensors on `device`."""
-    if type(part) is TensorDataset:            # what is derived from it may give its samples otherwise
+def load_tensors(found: Any, part: Any, device: torch.device) -> list[Tensor]:
+    """Read all samples of `part`, one of the data sets of `found`, into tensors on `device`: images, classes."""
+    if type(part) is TensorDataset:            # not a subclass: it may override __getitem__
         return [tensor.to(device) for tensor in part.tensors]
-    held: list[Tensor] = []
+    loaded: list[Tensor] = []
     begin = 0
-    for batch in pictures(part, device) if found.pictures else samples(found, part):
-        held = held or [torch.empty(len(part), *one.shape[1:], dtype=one.dtype, device=device) for one in batch]
-        for whole, one in zip(held, batch, strict=True):
-            whole[begin:begin + len(one)] = one
+    for batch in raw_batches(part, device) if found.pictures else sample_batches(found, part):
+        loaded = loaded or [torch.empty(len(part), *one.shape[1:], dtype=one.dtype, device=device) for one in batch]
+        for target, source in zip(loaded, batch, strict=True):
+            target[begin:begin + len(source)] = source
         begin += len(batch[0])
-    return held
+    return loaded
 
 
-def pictures(part: Any, device: torch.device) -> Iterator[list[Tensor]]:
-    """Batches of a data set that has its pictures as bytes: they are made into floats many at a time, on `device`."""
+def raw_batches(part: Any, device: torch.device) -> Iterator[list[Tensor]]:
+    """Yield batches of a data set that has all images as uint8 in `.data`; they are transformed on `device`."""
     data, targets = torch.as_tensor(part.data), torch.as_tensor(part.targets)
     data = data.unsqueeze(1) if data.dim() == 3 else data.permute(0, 3, 1, 2)
-    for some, classes in zip(data.split(4096), targets.split(4096), strict=True):
-        yield [part.transform(some.to(device)), classes]
+    for images, classes in zip(data.split(4096), targets.split(4096), strict=True):
+        yield [part.transform(images.to(device)), classes]
 
 
-def samples(found: Any, part: Any) -> Iterator[list[Tensor]]:
-    """Batches of whatever gives its samples one by one."""
+def sample_batches(found: Any, part: Any) -> Iterator[list[Tensor]]:
+    """Yield batches of a data set that is read sample by sample. Raises UsageError where reading is random."""
     before = host_rng_state()
-    for batch in DataLoader(part, 256, generator=torch.Generator()):       # its own, to draw no random number
+    # A DataLoader draws a base seed. With a generator of its own, the global random-number generators do not change.
+    for batch in DataLoader(part, 256, generator=torch.Generator()):
         if host_rng_state() != before:
             raise UsageError(f"data {found.name}: its images come out differently at every reading, and on_device=true "
-                             "reads them once; pass augment=false where it has that, or leave out on_device")
+                             "reads them once; pass augment=false where that is an option, or leave out on_device")
         yield batch
 
 
 class CropAndMirror:
-    """Moves each image of a batch by up to `padding` pixels, at random, and mirrors it with a chance of one half.
+    """Pad each image of a batch, crop it at random to its size, and mirror it with probability 0.5.
 
-    It is what torchvision's RandomCrop(size, padding) and RandomHorizontalFlip do to one image at a time.
+    It is torchvision's RandomCrop(size, padding) and RandomHorizontalFlip, for a whole batch (N, C, H, W) at once.
     """
 
     def __init__(self, padding: int, border: Tensor) -> None:
-        self.padding, self.border = padding, border      # border: a pixel of it, channels x 1 x 1
+        self.padding, self.border = padding, border      # border: the value of the padding, channels x 1 x 1
 
     def __call__(self, images: Tensor) -> Tensor:
         count, channels, height, width = images.shape

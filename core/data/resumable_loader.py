@@ -1,4 +1,4 @@
-"""The training data, one epoch after another, each of which can be gone on with in its middle."""
+"""Loaders that can resume in the middle of an epoch: `ResumableLoader` wraps `run.train` and `run.valid`."""
 from __future__ import annotations
 
 import atexit
@@ -30,7 +30,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(s
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Have signals wait, in the processes that are begun meanwhile too, until each of them can heed them."""
+    """Block SIGTERM and SIGUSR1 in this thread. Processes started meanwhile unblock them when they can handle them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -43,261 +43,270 @@ def signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def open_loaders(run: Run) -> Iterator[None]:
-    """Have what gives `run` its batches, and end its workers afterwards, also after an exception."""
+    """Set `run.loaders` for the block; at its end, also after an exception, stop their workers."""
     run.loaders = {name: ResumableLoader(run, name) for name in ("train", "valid")}
     try:
         yield
     finally:
-        for feed in run.loaders.values():
-            feed.close()
+        for loader in run.loaders.values():
+            loader.close()
 
 
 class ResumableLoader:
-    """Gives the batches of `run.train` or `run.valid`, and knows how to begin a pass over them with a later batch.
+    """Iterates over the batches of `run.train` or `run.valid`, and can start a pass in its middle.
 
-    A pass goes on as if it had never ended: in the same order, with the same random numbers in the loader and in its
-    workers. What was consumed is not read again where a DataLoader draws indices: they are drawn again, and those that
-    are left are given out. A loader with a `state_dict`, such as torchdata's StatefulDataLoader, goes on by itself.
-    Anything else is read again up to there, with the random numbers that it began with.
+    A resumed pass has the same batches as one that was not interrupted: in the same order, with the same random numbers
+    in the loader and in its workers. For a DataLoader that draws indices, consumed batches are not read again: the
+    indices are drawn again, and only the remaining ones are used. A loader with a `state_dict`, such as torchdata's
+    StatefulDataLoader, resumes by itself. Anything else is read again from the start of the pass up to there, with the
+    random numbers it started with.
     """
 
     def __init__(self, run: Run, name: str) -> None:
         self.run, self.name = run, name
-        self.passing: Generator[Any] | None = None
-        self.reading: Any = None                # the loader's own iterator
-        self.saved: dict[str, Any] = {}
-        self.take()
-        # Batch size and samples, as far as they are known, of what the run began with.
+        self.current_pass: Generator[Any] | None = None
+        self.iterator: Any = None                       # the one of `loader`
+        self.loaded_state: dict[str, Any] = {}          # from a checkpoint, for the next pass
+        self.set_source()
+        # Batch size and number of samples of what the run started with, None where unknown.
         self.size = [getattr(self.source, "batch_size", None), length_or_none(getattr(self.source, "dataset", None))]
 
-    def take(self) -> None:
-        """Give what the run has now, which a plugin may have replaced."""
+    def set_source(self) -> None:
+        """Use what `run.train` or `run.valid` is now, which a plugin may have replaced."""
         self.source = self.loader = source = getattr(self.run, self.name)
-        self.shard = find_shard(source)           # where there are more processes
-        self.indices: ResumableBatchSampler | None = None
+        self.shard = find_shard(source)           # None in a run of one process
+        self.batch_sampler: ResumableBatchSampler | None = None
         self.workers: WorkerStates | None = None
         self.keeps_own_state = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
         if samples_by_index(source) and not self.keeps_own_state:
-            # A loader of its own, alike but for these; the user's stays as it is.
-            self.loader, self.indices = copy(source), ResumableBatchSampler(source)
-            mine: dict[str, Any] = {"batch_sampler": self.indices, "_iterator": None}
-            if source.num_workers and self.recorded:
+            # Iterate over a changed copy, so that the user's own loader is not changed.
+            self.loader, self.batch_sampler = copy(source), ResumableBatchSampler(source)
+            changes: dict[str, Any] = {"batch_sampler": self.batch_sampler, "_iterator": None}
+            if source.num_workers and self.may_be_saved:
                 self.workers = WorkerStates(source)
-                mine |= {"collate_fn": CollateWithState(source.collate_fn),
-                         "worker_init_fn": WorkerInit(source.worker_init_fn, self.workers)}
-            vars(self.loader).update(mine)
+                changes |= {"collate_fn": CollateWithState(source.collate_fn),
+                            "worker_init_fn": WorkerInit(source.worker_init_fn, self.workers)}
+            vars(self.loader).update(changes)
 
     @property
-    def recorded(self) -> bool:
-        """Whether somebody may save the run: workers say where their random numbers are, and leave signals to it."""
+    def may_be_saved(self) -> bool:
+        """Whether a plugin may save the run. Then workers report their random-number state and ignore signals."""
         return bool(self.run.hook.acting["safe_point"] or self.run.resume)
 
     @property
-    def first(self) -> int:
-        """How many batches of the pass at hand are consumed already."""
+    def consumed(self) -> int:
+        """The number of batches of the current pass that are consumed already."""
         return self.run.seen_in_epoch if self.name == "train" else 0
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches of the pass at hand, from the first that is not consumed."""
+        """Start a pass over the batches, from the first one that is not consumed."""
         if getattr(self.run, self.name) is not self.source:
             self.close()
-            self.take()
-        self.reading = None
-        self.passing = self.rest()
-        return self.passing
+            self.set_source()
+        self.iterator = None
+        self.current_pass = self.remaining_batches()
+        return self.current_pass
 
     def close(self) -> None:
-        """Let go of the loader and its workers now; what an exception holds on to, Python might clean up late."""
+        """End the current pass and its workers now, even where a traceback still holds references to them."""
         if self.workers:
             self.workers.close()
-        if self.passing:
-            self.passing.close()
-        # An error in the data holds on to the iterator, and one that is found by Python's garbage collector cannot tell
-        # its workers any more: it waits five seconds for each. Those that the user's own loader keeps are not ours.
-        kept = self.keeps_own_state or getattr(self.source, "persistent_workers", False)
-        if self.loader is not self.source or not kept:
-            getattr(self.reading, "_shutdown_workers", lambda: None)()
-        self.reading, self.loader = None, self.source
+        if self.current_pass:
+            self.current_pass.close()
+        # The traceback of an error in the data keeps the iterator alive. If Python's garbage collector found it later,
+        # the iterator could no longer signal its workers and would wait five seconds for each of them. Workers that
+        # the user's own loader keeps, because it has persistent workers or a state of its own, are not stopped.
+        keeps_workers = self.keeps_own_state or getattr(self.source, "persistent_workers", False)
+        if self.loader is not self.source or not keeps_workers:
+            getattr(self.iterator, "_shutdown_workers", lambda: None)()
+        self.iterator, self.loader = None, self.source
 
-    def rest(self) -> Generator[Any]:
-        at = self.at = self.first
+    def remaining_batches(self) -> Generator[Any]:
+        index = self.batch_index = self.consumed
         try:
-            for batch in self.begin():
-                self.at = at                            # the batch at hand
+            for batch in self.start_pass():
+                self.batch_index = index                # of the batch that is being processed
                 yield batch
-                at += 1
+                index += 1
         except Exception as error:
             epoch = f", epoch {self.run.epoch + 1}" if self.name == "train" else ""
-            error.add_note(f"raised by {self.name} in batch {at + 1}{epoch}")
+            error.add_note(f"raised by {self.name} in batch {index + 1}{epoch}")
             raise
 
-    def begin(self) -> Iterable[Any]:
+    def start_pass(self) -> Iterable[Any]:
+        """Return the remaining batches, with the random-number generators set as an uninterrupted pass has them."""
         for name in ("sampler", "batch_sampler"):
             sampler: Any = getattr(self.source, name, None)
             if self.name == "train" and hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self.run.epoch)
-        first, saved, self.saved = self.first, self.saved, {}
+        first, saved, self.loaded_state = self.consumed, self.loaded_state, {}
         if self.shard is not None:
-            self.shard.begin(first, saved.get("consumed", 0))
-        here = rng_state(self.source)
+            self.shard.start_pass(first, saved.get("consumed", 0))
+        resume_state = rng_state(self.source)
         if first:
             set_rng_state(saved["began"], self.source)
-        self.began = rng_state(self.source)
+        self.start_state = rng_state(self.source)
         if self.keeps_own_state:
             if saved.get("loader"):
                 self.source.load_state_dict(saved["loader"])
             batches = iter(self.source)
             if saved.get("loader"):
-                # How many seeds it draws to go on is its own affair; a loader that begins a pass draws one.
-                set_rng_state(here, self.source)
+                # A resuming loader may draw any number of seeds. One that starts a new pass draws one: do the same.
+                set_rng_state(resume_state, self.source)
                 torch.empty((), dtype=torch.int64).random_()
-        elif self.indices:
-            drew = saved.get("indices")
+        elif self.batch_sampler:
+            sampler_state = saved.get("indices")
             if saved.get("workers") and not first:
-                drew = here         # new workers draw a seed, which those that persist had not drawn in this pass
-            self.indices.prepare(first, drew)
+                # New workers draw a base seed here, which the persistent workers of the saved run did not.
+                sampler_state = resume_state
+            self.batch_sampler.prepare(first, sampler_state)
             if self.workers:
                 self.workers.prepare(saved)
                 with signals_blocked():
-                    self.reading = iter(self.loader)
-                batches = self.workers.heard(self.reading, self)
+                    self.iterator = iter(self.loader)
+                batches = self.workers.separate_states(self.iterator, self)
             else:
-                batches = self.reading = iter(self.loader)
+                batches = self.iterator = iter(self.loader)
         else:
-            batches = self.reading = iter(self.source)
+            batches = self.iterator = iter(self.source)
             for _ in islice(batches, first):
                 pass
         if first:
-            set_rng_state(here, self.source)
+            set_rng_state(resume_state, self.source)
         return batches
 
     def state_dict(self) -> dict[str, Any]:
-        """What it takes to go on from here."""
-        return self.saved or {
-            "began": self.began if self.first else None,
-            "consumed": self.shard.consumed(self.first) if self.shard is not None and self.first else self.first,
+        """Return what is needed to resume after the batches consumed so far."""
+        return self.loaded_state or {
+            "began": self.start_state if self.consumed else None,
+            "consumed": self.shard.consumed_by_all(self.consumed) if self.shard is not None and self.consumed
+                        else self.consumed,
             "seed": self.shard.seed if self.shard is not None else None,
-            "indices": self.indices.began if self.indices and self.first else None,
-            "workers": self.workers.state_dict(self.first) if self.workers else {},
-            "loader": self.source.state_dict() if self.keeps_own_state and self.passing else None,
+            "indices": self.batch_sampler.start_state if self.batch_sampler and self.consumed else None,
+            "workers": self.workers.state_dict(self.consumed) if self.workers else {},
+            "loader": self.source.state_dict() if self.keeps_own_state and self.current_pass else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.saved = state
+        self.loaded_state = state
         if self.shard is not None and self.shard.seed is not None:
             self.shard.seed = state["seed"]
 
 
 def samples_by_index(source: Any) -> bool:
-    """Whether `source` is a DataLoader that draws batches of indices and has no iteration of its own."""
+    """Return whether `source` is a DataLoader that draws batches of indices and does not override `__iter__`."""
     return (isinstance(source, DataLoader) and type(source).__iter__ is DataLoader.__iter__
             and source.batch_sampler is not None and not isinstance(source.dataset, IterableDataset))
 
 
 class ResumableBatchSampler:
-    """The batches of indices that a loader's sampler draws, from one of them on."""
+    """Draws the batches of indices of a loader's batch sampler, and skips the first ones of a resumed pass."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.loader = loader
         self.sampler: Any = loader.batch_sampler
         self.prepare(0, None)
 
-    def prepare(self, first: int, drew: dict[str, Any] | None) -> None:
-        """Pass over `first` batches. `drew` is where the random numbers were when the sampler drew them."""
-        self.first, self.drew = first, drew
+    def prepare(self, first: int, sampler_state: dict[str, Any] | None) -> None:
+        """Skip `first` batches in the next iteration. `sampler_state`: the random-number state to draw them with."""
+        self.first, self.sampler_state = first, sampler_state
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        # This runs when the first batch is asked for, which is when a sampler draws.
-        here = rng_state(self.loader)
-        if self.drew:
-            set_rng_state(self.drew, self.loader)
-        self.began = rng_state(self.loader)
+        # A generator: this runs when the first batch is asked for, which is when a sampler draws.
+        resume_state = rng_state(self.loader)
+        if self.sampler_state:
+            set_rng_state(self.sampler_state, self.loader)
+        self.start_state = rng_state(self.loader)
         batches = iter(self.sampler)
         for _ in islice(batches, self.first):
             pass
         if self.first:
-            set_rng_state(here, self.loader)
-            # Workers take turns: with empty tasks to begin with, each goes on with the batches that are its own.
+            set_rng_state(resume_state, self.loader)
+            # Workers take turns. Empty batches for the first turns make each worker resume with its own batches.
             yield from [[]] * (self.first % self.loader.num_workers if self.loader.num_workers else 0)
         yield from batches
 
 
 class WorkerStates:
-    """Where the random numbers of a loader's workers are. They take turns, and the first begins each epoch."""
+    """The random-number state of each of a loader's workers, after the last batch of it that was consumed.
+
+    Workers take turns: batch `n` of an epoch comes from worker `n % num_workers`.
+    """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self.count, self.persist = loader.num_workers, loader.persistent_workers
-        self.known: dict[int, dict[str, Any]] = {}                 # by worker
-        self.ahead: deque[tuple[int, dict[str, Any]]] = deque()    # after batches that may not be consumed yet
-        self.closing: Any = RawValue("b", 0)                       # in memory that the workers see
-        atexit.register(self.close)                                # comes before those that are left are terminated
+        self.num_workers, self.persistent = loader.num_workers, loader.persistent_workers
+        self.states: dict[int, dict[str, Any]] = {}                # by worker
+        self.pending: deque[tuple[int, dict[str, Any]]] = deque()  # states after batches that may not be consumed yet
+        self.closing: Any = RawValue("b", 0)                       # in shared memory, so that the workers see it
+        atexit.register(self.close)                                # runs before Python terminates remaining workers
 
     def close(self) -> None:
         self.closing.value = 1
         atexit.unregister(self.close)
 
     def prepare(self, saved: dict[str, Any]) -> None:
-        if not self.persist:
-            self.known.clear()
-        self.known.update(saved.get("workers", {}))
+        if not self.persistent:
+            self.states.clear()
+        self.states.update(saved.get("workers", {}))
 
-    def heard(self, tasks: Iterable[Any], feed: ResumableLoader) -> Iterator[Any]:
-        """The batches, without what the workers say of themselves with each."""
-        first = feed.first
-        self.ahead.clear()
-        for number, (batch, state) in enumerate(tasks, first - first % self.count):
-            if number >= first:                                    # those before are empty
+    def separate_states(self, items: Iterable[Any], loader: ResumableLoader) -> Iterator[Any]:
+        """Yield the batches of `items`, pairs of a batch and its worker's state; keep the states."""
+        first = loader.consumed
+        self.pending.clear()
+        for number, (batch, state) in enumerate(items, first - first % self.num_workers):
+            if number >= first:                                    # the ones before are empty batches
                 if state:
-                    self.ahead.append((number, state))
-                self.follow(feed.first if feed.name == "train" else inf)
+                    self.pending.append((number, state))
+                self.record(loader.consumed if loader.name == "train" else inf)
                 yield batch
 
-    def follow(self, consumed: float) -> None:
-        while self.ahead and self.ahead[0][0] < consumed:
-            number, state = self.ahead.popleft()
-            self.known[number % self.count] = state
+    def record(self, consumed: float) -> None:
+        """Take over the pending states of the batches before number `consumed`."""
+        while self.pending and self.pending[0][0] < consumed:
+            number, state = self.pending.popleft()
+            self.states[number % self.num_workers] = state
 
     def state_dict(self, consumed: int) -> dict[int, dict[str, Any]]:
-        self.follow(consumed or inf)                               # 0: a pass is over, and all of it consumed
-        return dict(self.known) if consumed or self.persist else {}
+        self.record(consumed or inf)                               # 0: a pass ended, so all its batches are consumed
+        return dict(self.states) if consumed or self.persistent else {}
 
 
 @dataclass
 class CollateWithState:
-    """Collates in a worker, and adds where the worker's random numbers are after the batch, if that has changed."""
+    """A collate_fn for workers: returns the batch and the worker's random-number state, None if it did not change."""
 
-    inner: Callable[[Any], Any]
-    last: dict[str, Any] | None = None
+    collate_fn: Callable[[Any], Any]
+    last_state: dict[str, Any] | None = None
 
     def __call__(self, samples: Any) -> Any:
         if isinstance(samples, list) and not samples:
             return None, None
-        batch, before = self.inner(samples), self.last
-        self.last = host_rng_state()
-        return batch, None if self.last == before else self.last
+        batch, before = self.collate_fn(samples), self.last_state
+        self.last_state = host_rng_state()
+        return batch, None if self.last_state == before else self.last_state
 
 
 class WorkerInit:
-    """Starts a worker with the random numbers that it had."""
+    """A worker_init_fn: starts a worker with its saved random-number state, and has it ignore signals until the end."""
 
-    def __init__(self, inner: Callable[[int], None] | None, workers: WorkerStates) -> None:
-        self.inner, self.known, self.closing = inner, workers.known, workers.closing
+    def __init__(self, worker_init_fn: Callable[[int], None] | None, workers: WorkerStates) -> None:
+        self.worker_init_fn, self.states, self.closing = worker_init_fn, workers.states, workers.closing
 
     def __call__(self, worker: int) -> None:
         for number in SIGNALS:
-            signal.signal(number, self.heed)
+            signal.signal(number, self.handle_signal)
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        if self.inner:
-            self.inner(worker)
-        if worker in self.known:
-            set_host_rng_state(self.known[worker])
+        if self.worker_init_fn:
+            self.worker_init_fn(worker)
+        if worker in self.states:
+            set_host_rng_state(self.states[worker])
 
-    def heed(self, number: int, frame: Any) -> None:
-        # What a batch system sends to all processes at once is the main one's to heed, and to get to where it can save
-        # it needs its workers.
+    def handle_signal(self, number: int, frame: Any) -> None:
+        # A batch system sends its signal to all processes. The main process handles it, and needs its workers until
+        # the next safe point, where it can save. So a worker exits only once the loader is closing.
         if self.closing.value:
-            os._exit(0)             # as torch's workers do, for the main process takes any other end for an accident
+            os._exit(0)             # status 0, as torch's own workers: the main process reports any other as a crash

@@ -1,4 +1,4 @@
-"""What one of several processes reads of the data."""
+"""Sharding of the training data: `Shard` gives each process of a data-parallel run its part of every epoch."""
 from __future__ import annotations
 
 import random
@@ -16,129 +16,147 @@ from loopctl.data.batch import chunked, length_or_none, sample_count
 from loopctl.rng import host_rng_state, loader_generators, set_host_rng_state
 
 
-def shard_data(data: Any, rank: int, ranks: int, seed: int) -> tuple[Any, Shard | None]:
-    """`data` as one of `ranks` processes reads it, and the Shard in it; as it is where it was sharded already."""
+def shard_data(data: Any, rank: int, world_size: int, seed: int) -> tuple[Any, Shard | None]:
+    """Return `data` as the process `rank` of `world_size` reads it, and the Shard in it.
+
+    A DataLoader that draws indices is copied, with a Shard of its batch sampler. Any other iterable is wrapped in a
+    Shard. Data with a DistributedSampler is sharded already: it is returned unchanged, with None.
+    """
     if isinstance(getattr(data, "sampler", None), DistributedSampler):
         return data, None
     if not isinstance(data, DataLoader) or data.batch_sampler is None or isinstance(data.dataset, IterableDataset):
-        shard = Shard(data, rank, ranks, sample_count)
+        shard = Shard(data, rank, world_size, sample_count)
         return shard, shard
-    shard = Shard(data.batch_sampler, rank, ranks, len, seed, data)
-    loader = copy(data)                     # the user's stays as it is
+    shard = Shard(data.batch_sampler, rank, world_size, len, seed, data)
+    loader = copy(data)                     # the user's own loader is not changed
     vars(loader).update(batch_sampler=shard, _iterator=None)
     return loader, shard
 
 
 def find_shard(data: Any) -> Shard | None:
-    """What divides `data` among processes, if anything does."""
+    """Return the Shard that divides `data` among processes, or None."""
     return next((part for part in (data, getattr(data, "batch_sampler", None)) if isinstance(part, Shard)), None)
 
 
 class Shard:
-    """Every so many-th of a sequence of batches, of data or of indices.
+    """Every `world_size`-th batch of a sequence of batches, which hold samples or indices.
 
-    The batches go round: each group of as many as there are processes makes one batch for each. All of them are given
-    out, and each once. Where the last group is short, those who would have nothing get its last batch too, as a filler
-    that counts nothing: nobody may be missing where all of them meet.
+    Each group of `world_size` consecutive batches gives one batch to each process, so every batch is used exactly once
+    in an epoch. Where the last group is too short, the remaining processes get its last batch again, as a filler whose
+    weight is 0: every process has to take part in the collectives of every step.
 
-    batches: what a pass goes through; every process goes through all of it, and keeps its own
-    count: how many samples a batch has
-    seed: of the random numbers with which all processes draw batches alike; None for batches that nobody draws
-    loader: whose generators are seeded as well
+    batches: the batches of all processes; each process iterates over all of them and keeps its own
+    count: returns the number of samples in a batch
+    seed: seed for drawing the batches, equal in all processes; None if reading them draws no random numbers
+    loader: the DataLoader whose generators are seeded as well
     """
 
-    def __init__(self, batches: Iterable[Any], rank: int, ranks: int, count: Callable[[Any], int],
+    def __init__(self, batches: Iterable[Any], rank: int, world_size: int, count: Callable[[Any], int],
                  seed: int | None = None, loader: Any = None) -> None:
-        self.batches, self.rank, self.ranks, self.count = batches, rank, ranks, count
+        self.batches, self.rank, self.world_size, self.count = batches, rank, world_size, count
         self.seed, self.loader, self.epoch = seed, loader, 0
-        self.groups: list[tuple[int, bool, int]] = []       # of the run's own pass, see `__iter__`
-        self.began = (0, 0)                                 # where it went on, for this process and for all
-        self.next: tuple[int, int] | None = None
+        # Of the training run's current pass, per batch of this process: the samples in the group, whether all
+        # processes have equally many, and the samples of this process.
+        self.groups: list[tuple[int, bool, int]] = []
+        self.start = (0, 0)                                 # where that pass started: see `start_pass`
+        self.next_start: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        """The batches of each process in a pass. Raises TypeError where that is not known."""
-        return -(-len(self.batches) // self.ranks)      # type: ignore[arg-type]
+        """The number of batches of each process in a pass, fillers included. Raises TypeError where it is unknown."""
+        return -(-len(self.batches) // self.world_size)      # type: ignore[arg-type]
 
     @property
-    def own(self) -> float:
-        """How many batches of this process are no fillers; infinite where that is not known."""
+    def real_batches(self) -> float:
+        """The number of batches of this process in a pass, without a filler; infinity where it is unknown."""
         length = length_or_none(self.batches)
-        return inf if length is None else len(range(self.rank, length, self.ranks))
+        return inf if length is None else len(range(self.rank, length, self.world_size))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def begin(self, first: int, consumed: int) -> None:
-        """The next pass is the run's own. It goes on with this process's batch `first`, `consumed` of all before it."""
-        self.next = first, consumed
+    def start_pass(self, first: int, consumed: int) -> None:
+        """Make the next iteration the training run's own pass, whose sample counts are recorded.
 
-    def consumed(self, first: int) -> int:
-        """How many of all batches come before this process's batch `first`."""
-        return self.began[1] + (first - self.began[0]) * self.ranks
+        It starts at this process's batch `first`. The first `consumed` batches of all processes are skipped.
+        """
+        self.next_start = first, consumed
 
-    def left(self, consumed: int) -> int:
-        """How many batches each process has yet in a pass. Raises TypeError where that is not known."""
-        return max(0, -(-(len(self.batches) - consumed) // self.ranks))     # type: ignore[arg-type]
+    def consumed_by_all(self, first: int) -> int:
+        """Return how many batches of all processes come before this process's batch `first`."""
+        return self.start[1] + (first - self.start[0]) * self.world_size
+
+    def remaining(self, consumed: int) -> int:
+        """Return how many batches each process has left in a pass of which all processes have `consumed` together.
+
+        Raises TypeError where the length is unknown.
+        """
+        return max(0, -(-(len(self.batches) - consumed) // self.world_size))     # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        groups: list[tuple[int, bool, int]] = []        # the samples of all, whether evenly, and of this process
+        groups: list[tuple[int, bool, int]] = []
         first = consumed = 0
-        if self.next:
-            (first, consumed), self.began, self.groups, self.next = self.next, self.next, groups, None
-        for _ in range(first):                  # passed over by whoever goes on in the middle
+        if self.next_start:
+            (first, consumed), self.start, self.groups, self.next_start = self.next_start, self.next_start, groups, None
+        for _ in range(first):                  # placeholders that a resumed pass skips
             groups.append((0, True, 0))
             yield []
-        for group in chunked(islice(self.drawn(), consumed, None), self.ranks):
+        for group in chunked(islice(self.draw_batches(), consumed, None), self.world_size):
             sizes = [self.count(batch) for batch in group]
-            even = len(group) == self.ranks and len(set(sizes)) == 1
+            even = len(group) == self.world_size and len(set(sizes)) == 1
             groups.append((sum(sizes), even, sizes[self.rank] if self.rank < len(group) else 0))
             yield group[min(self.rank, len(group) - 1)]
 
-    def together(self, first: int, number: int) -> tuple[int, bool, int] | None:
-        """Of this process's batches from `first` on: the samples that all processes have in them, whether each has as
-        many, and those of this process. None where they are of no pass of the run."""
+    def sample_counts(self, first: int, number: int) -> tuple[int, bool, int] | None:
+        """Count the samples in the `number` batches of each process from batch `first` of the run's current pass on.
+
+        Returns the samples of all processes, whether each has equally many, and the samples of this process. Returns
+        None where those batches were not drawn in this pass.
+        """
         groups = self.groups[first:first + number]
         if len(groups) < number:
             return None
-        if number == 1:                 # in every step, mostly
+        if number == 1:                 # the usual case, in every step
             return groups[0]
-        return sum(every for every, _, _ in groups), all(even for _, even, _ in groups), sum(own for *_, own in groups)
+        return sum(total for total, _, _ in groups), all(even for _, even, _ in groups), sum(own for *_, own in groups)
 
-    def counts(self, at: int) -> bool:
-        """Whether this process's batch `at` is no filler."""
-        return at >= len(self.groups) or self.groups[at][2] > 0
+    def is_filler(self, index: int) -> bool:
+        """Return whether this process's batch `index` of the run's current pass is a filler."""
+        return index < len(self.groups) and self.groups[index][2] == 0
 
-    def drawn(self) -> Iterator[Any]:
-        """The batches, drawn with random numbers that depend on seed and epoch alone, and none of the run's own."""
+    def draw_batches(self) -> Iterator[Any]:
+        """Yield the batches of all processes, drawn with random numbers that depend only on seed and epoch.
+
+        The state of the global random-number generators, and of the loader's, is the same before and after.
+        """
         if self.seed is None:
             yield from self.batches
             return
-        theirs, batches = None, None
+        sampling_state, batches = None, None
         while True:
-            mine = self.state()
-            if theirs is None:
-                self.sow(self.seed + self.epoch)
+            state_before = self.rng_state()
+            if sampling_state is None:
+                self.seed_generators(self.seed + self.epoch)
             else:
-                self.put(theirs)
+                self.set_rng_state(sampling_state)
             try:
                 batches = batches or iter(self.batches)
-                some = list(islice(batches, 1024))          # there and back takes time, so not for each
-                theirs = self.state()
+                drawn = list(islice(batches, 1024))         # many at once, since switching the state takes time
+                sampling_state = self.rng_state()
             finally:
-                self.put(mine)
-            if not some:
+                self.set_rng_state(state_before)
+            if not drawn:
                 return
-            yield from some
+            yield from drawn
 
-    def state(self) -> tuple[Any, list[Any]]:
-        return host_rng_state(), [one.get_state() for one in loader_generators([self.loader])]
+    def rng_state(self) -> tuple[Any, list[Any]]:
+        return host_rng_state(), [generator.get_state() for generator in loader_generators([self.loader])]
 
-    def put(self, state: tuple[Any, list[Any]]) -> None:
+    def set_rng_state(self, state: tuple[Any, list[Any]]) -> None:
         set_host_rng_state(state[0])
-        for generator, one in zip(loader_generators([self.loader]), state[1], strict=True):
-            generator.set_state(one)
+        for generator, generator_state in zip(loader_generators([self.loader]), state[1], strict=True):
+            generator.set_state(generator_state)
 
-    def sow(self, seed: int) -> None:
+    def seed_generators(self, seed: int) -> None:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         for generator in (torch.default_generator, *loader_generators([self.loader])):

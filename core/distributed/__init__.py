@@ -1,1 +1,1 @@
-"""Training in several processes: the process group and its collectives, and what data-parallel plugins share."""
+"""Data-parallel training: the process group and its collectives, and the base class of the plugins ddp and fsdp."""

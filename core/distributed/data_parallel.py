@@ -1,4 +1,4 @@
-"""What plugins have in common that train in several processes, with one device each."""
+"""`Parallel`: the base class of data-parallel plugins such as ddp and fsdp; one process per device."""
 from __future__ import annotations
 
 from collections.abc import Generator
@@ -34,38 +34,39 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Parallel:
-    """Trains in several processes, each with its part of every step; how their gradients meet is the subclass's.
+    """Train in several processes, each with its part of every step. Subclasses synchronize the gradients.
 
-    The loop stays what it is. A step is over the micro-batches of all processes, and each of these weighs its weight
-    over that of all, so that the update is the one that a single process would make of them. Metrics are weighted in
-    the same way, and are the same in every process; whoever judges them comes to the same result everywhere. What one
-    process notices alone, such as the end of its time in `run.stop`, all of them act on at the same step.
+    The loop itself does not change. A step is over the micro-batches of all processes, and each of them is weighted by
+    its share of the whole step, so that the update is the one that a single process would make. Metrics are weighted in
+    the same way and are equal in all processes, so that plugins make the same decisions in each of them. A reason to
+    stop that only one process has, such as a time limit, takes effect in all processes at the same step.
 
-    shard: give each process its part of the data; false where the data is in parts already, as many batches in each
+    shard: give each process its part of the data; false if the data is sharded already, with equally many batches
     """
 
     shard: bool = True
 
-    alone: ClassVar[bool] = False           # be a process group also where there is one process
+    needs_process_group: ClassVar[bool] = False         # create a process group even for a single process
 
     @hookimpl(wrapper=True)
     def setup(self, run: Run) -> Generator[None, None, None]:
-        self.join(run)                      # before the others' setup, so that they know which process they are in
+        self.set_up_processes(run)          # before the setup of the other plugins, which may need run.rank
         result = yield
-        self.spread(run)                    # after it: they have seen the user's own model
+        self.convert_model(run)             # after it: in their setup, plugins are given the user's own model
         return result
 
-    def join(self, run: Run) -> None:
+    def set_up_processes(self, run: Run) -> None:
+        """Join the process group, agree on folders and seed, and shard the data. Raises UsageError if it cannot."""
         for name, other in run.hook.plugins.items():
             if other is not self and isinstance(other, Parallel):
-                raise UsageError(f"{name} has the processes train together already; choose one")
-        self.begins = join_process_group(run, self.alone)
-        self.stop = ""                      # the reason to end that all processes have agreed on,
-        self.wish = ""                      # and the one that this process has noticed
-        self.together = StopConsensus()
+                raise UsageError(f"{name} trains in several processes already; choose one")
+        self.created_group = join_process_group(run, self.needs_process_group)
+        self.agreed_stop = ""               # the reason to stop that all processes have agreed on
+        self.local_stop = ""                # one that this process has found, until they agree
+        self.consensus = StopConsensus()
         self.evaluating, self.uneven, self.depth = False, False, 0
         run.out, run.resume = broadcast_from_rank0(run, (run.out, run.resume))
-        # Not torch.seed(): a run that goes on draws the same batches.
+        # The initial seed and not a new one, so that a resumed run draws the same batches.
         self.seed = broadcast_from_rank0(run, torch.initial_seed())
         self.shards: dict[str, Shard | None] = {"train": None, "valid": None}
         run.parallel = self
@@ -74,36 +75,39 @@ class Parallel:
         if self.shard and run.valid is not None:
             run.valid, self.shards["valid"] = shard_data(run.valid, run.rank, run.world_size, self.seed)
 
-    def spread(self, run: Run) -> None:
-        """Change the model, when all plugins have had their setup and before there is an optimizer."""
+    def convert_model(self, run: Run) -> None:
+        """Convert the model's layers or parameters: after the setup of all plugins, before the optimizer is made."""
 
-    def release(self, run: Run) -> None:
-        """Let go, after training, of what only training needs."""
+    def unwrap_model(self, run: Run) -> None:
+        """Undo `wrap_model` after training."""
 
     @hookimpl
     def wrap_model(self, run: Run) -> None:
-        # All processes had the same random numbers, to begin with the same model. Their noise is to be their own.
+        # All processes had the same random numbers until here, for the same initial weights. From here on dropout and
+        # augmentation draw different ones in each.
         if run.rank:
             seed_everything((self.seed + run.rank) % 2**63)
 
     @hookimpl
     def train_start(self, run: Run) -> None:
-        # Whether the samples in a step are known to every process without asking.
-        others = [name for name in run.hook.acting["batch_weight"] if run.hook.plugins[name] is not self]
-        collates = run.train.collate_fn if isinstance(run.train, DataLoader) else None
-        counted = not others and (collates in (None, default_collate) or getattr(collates, "keeps_sample_count", False))
-        self.known = counted and self.shards["train"] is not None
-        # In parts that others made, each of the same length, all have as many without asking.
-        length = None
-        if counted and isinstance(run.train, DataLoader) and type(run.train.batch_sampler) is BatchSampler:
-            length = run.train.batch_size, length_or_none(run.train.sampler), run.train.drop_last
-        lengths = all_gather(run, length)
-        self.alike = length is not None and all(one == length for one in lengths)
+        # Whether every process knows how many samples all of them have in a step, without a collective: the Shard
+        # counts them, if a batch weighs as many samples as it has indices.
+        weighing = [name for name in run.hook.acting["batch_weight"] if run.hook.plugins[name] is not self]
+        collate = run.train.collate_fn if isinstance(run.train, DataLoader) else None
+        countable = not weighing and (collate in (None, default_collate)
+                                      or getattr(collate, "keeps_sample_count", False))
+        self.counts_known = countable and self.shards["train"] is not None
+        # Data that the user sharded: with the same batch size and length everywhere, the counts are equal in each step.
+        layout = None
+        if countable and isinstance(run.train, DataLoader) and type(run.train.batch_sampler) is BatchSampler:
+            layout = run.train.batch_size, length_or_none(run.train.sampler), run.train.drop_last
+        layouts = all_gather(run, layout)
+        self.equal_counts = layout is not None and all(each == layout for each in layouts)
         self.single_closure_call = type(run.optimizer) in SINGLE_CLOSURE_CALL
 
     @hookimpl
     def epoch_start(self, run: Run) -> None:
-        self.buffers = list(run.model.buffers())        # to look for them takes longer than to send some
+        self.buffers = list(run.model.buffers())        # once: finding them takes longer than broadcasting a few
 
     @hookimpl(wrapper=True)
     def train(self, run: Run) -> Generator[None, None, None]:
@@ -111,44 +115,48 @@ class Parallel:
             try:
                 return (yield)
             finally:
-                self.release(run)
+                self.unwrap_model(run)
         except BaseException:
-            if self.begins and run.world_size > 1:
-                leave_process_group(seconds=2)      # now, so that nobody waits for this process
+            if self.created_group and run.world_size > 1:
+                leave_process_group(seconds=2)      # now, so that no other process waits for this one
             raise
 
     @hookimpl(wrapper=True)
     def batch_weight(self, run: Run, batch: Any) -> Generator[None, float | Tensor, float | Tensor]:
         weight = yield
-        return weight if self.counts(run, batch) else weight * 0
+        return weight * 0 if self.is_filler(run, batch) else weight
 
-    def counts(self, run: Run, batch: Any) -> bool:
-        """Whether `batch` is no filler. The last one of a pass may be."""
+    def is_filler(self, run: Run, batch: Any) -> bool:
+        """Return whether `batch` is a filler, see `Shard`. Only the last batch of a pass can be one."""
         if self.evaluating:
-            shard, at = self.shards["valid"], run.loaders["valid"].at
+            shard, index = self.shards["valid"], run.loaders["valid"].batch_index
         else:
-            shard, at = self.shards["train"], run.seen_in_epoch + len(run.batches) - 1
+            shard, index = self.shards["train"], run.seen_in_epoch + len(run.batches) - 1
             if not run.batches or batch is not run.batches[-1]:
-                return True
-        return shard is None or shard.counts(at)
+                return False
+        return shard is not None and shard.is_filler(index)
 
-    def mean_weight(self, run: Run, own: Any) -> Any:
-        """The mean over the processes of what a step weighs in each; `own` is its weight in this one.
+    def mean_weight(self, run: Run, weight: Any) -> Any:
+        """Return the mean over all processes of the weight of the current step; `weight` is this process's.
 
-        A process's share of its step is then too large by the number of processes, which the mean of the gradients
-        over the processes takes away again. The reported loss comes out the same way.
+        Dividing by the mean and not by the sum makes the gradients of each process too large by a factor of the world
+        size. Averaging gradients over the processes removes that factor. The same holds for the reported loss.
+
+        Raises UsageError where a batch has more or fewer samples than indices.
         """
-        if run.world_size == 1 or self.alike:
-            return own
+        if run.world_size == 1 or self.equal_counts:
+            return weight
         shard = self.shards["train"]
-        counts = shard.together(run.seen_in_epoch, len(run.batches)) if shard is not None and self.known else None
+        counts = None
+        if shard is not None and self.counts_known:
+            counts = shard.sample_counts(run.seen_in_epoch, len(run.batches))
         if counts:
-            total, even, here = counts
-            if own != here:
-                raise UsageError(f"train gave {own} samples for {here} indices; return what a batch counts from "
-                                 "batch_weight, in a plugin")
+            total, even, indices = counts
+            if weight != indices:
+                raise UsageError(f"train gave {weight} samples for {indices} indices; add a plugin whose batch_weight "
+                                 "returns the weight of a batch")
         else:
-            total, even = all_reduce_sum(run, own), False       # nor is known what the others have
+            total, even = all_reduce_sum(run, weight), False    # whether the weights are equal is not known
         self.uneven = not even
         return total / run.world_size
 
@@ -156,21 +164,21 @@ class Parallel:
     def micro_step(self, run: Run, last: bool) -> Generator[None, Tensor, Tensor]:
         self.depth += 1
         try:
-            with self.meeting(run, last):
+            with self.gradient_sync(run, last):
                 loss = yield
         finally:
             self.depth -= 1
-        if self.depth:                  # a part of a micro-batch, see `split`
+        if self.depth:                  # this was a part of a micro-batch, cut by the plugin `split`
             return loss
         if last and self.buffers:
-            # What looks at the model between two steps, an average or an evaluation, sees the same in every process.
+            # Weight averages and evaluation read the buffers between steps: they must be equal in all processes.
             broadcast_tensors(run, self.buffers)
-        # Where all weigh alike, a process's own loss is as good a report, and it costs no message. An optimizer that
-        # looks at the loss must see the same everywhere.
+        # With equal weights, the process's own loss is as good an estimate, and needs no collective. An optimizer that
+        # reads the loss, and calls the closure several times, needs the same loss in all processes.
         return all_reduce_mean(run, loss) if self.uneven or not self.single_closure_call else loss
 
-    def meeting(self, run: Run, last: bool) -> AbstractContextManager[Any]:
-        """Have the processes' gradients meet in the step's last micro-batch, and not before."""
+    def gradient_sync(self, run: Run, last: bool) -> AbstractContextManager[Any]:
+        """Return the context of one micro-batch. It reduces gradients over the processes only if it is the `last`."""
         return nullcontext()
 
     @hookimpl(wrapper=True)
@@ -181,40 +189,40 @@ class Parallel:
         finally:
             self.evaluating = False
 
-    # A wrapper, so that it comes after those that judge.
+    # A wrapper, so that it runs after the plugins that set run.stop.
     @hookimpl(wrapper=True)
     def after_evaluate(self, run: Run) -> Generator[None, None, None]:
         result = yield
-        self.agree(run, max(all_gather(run, str(run.stop or self.wish))))
+        self.set_agreed_stop(run, max(all_gather(run, str(run.stop or self.local_stop))))
         return result
 
     @hookimpl(wrapper=True)
     def epoch_end(self, run: Run) -> Generator[None, None, None]:
         result = yield
-        self.agree(run, max(all_gather(run, str(run.stop or self.wish))))
+        self.set_agreed_stop(run, max(all_gather(run, str(run.stop or self.local_stop))))
         return result
 
     @hookimpl(wrapper=True)
     def safe_point(self, run: Run) -> Generator[None, None, None]:
-        self.hold(run)
+        self.defer_stop(run)
         result = yield
-        self.hold(run)
-        self.agree(run, self.together(run, self.wish) or self.stop)
+        self.defer_stop(run)
+        self.set_agreed_stop(run, self.consensus(run, self.local_stop) or self.agreed_stop)
         return result
 
-    def hold(self, run: Run) -> None:
-        """What was noticed here, and perhaps nowhere else, waits until all know of it."""
+    def defer_stop(self, run: Run) -> None:
+        """Take back a `run.stop` that other processes may not have, and keep it until all processes agree on it."""
         if isinstance(run.stop, AgreedStop):
-            run.stop = self.stop = str(run.stop)
-        elif run.stop != self.stop:
-            run.stop, self.wish = self.stop, run.stop
+            run.stop = self.agreed_stop = str(run.stop)
+        elif run.stop != self.agreed_stop:
+            run.stop, self.local_stop = self.agreed_stop, run.stop
 
-    def agree(self, run: Run, stop: str) -> None:
-        run.stop = self.stop = stop
-        self.wish = self.wish if not stop else ""
+    def set_agreed_stop(self, run: Run, stop: str) -> None:
+        run.stop = self.agreed_stop = stop
+        self.local_stop = self.local_stop if not stop else ""
 
 
 def step_weight(run: Run, weights: list[Any]) -> Any:
-    """The weight of a step: the sum over its micro-batches; with several processes, the mean of their sums."""
-    own = sum(weights)
-    return own if run.parallel is None else run.parallel.mean_weight(run, own)
+    """Return the weight of a step: the sum over its micro-batches, or with several processes the mean of their sums."""
+    weight = sum(weights)
+    return weight if run.parallel is None else run.parallel.mean_weight(run, weight)

@@ -1,7 +1,7 @@
-"""The processes that train together, each with a loop of its own: which one this is, and what all of them agree on.
+"""The process group of a run, from torch.distributed: join and leave it, rank and world size, collectives, agreement.
 
-They are torch.distributed's. torchrun starts them, or `loopctl run --devices`; a plugin such as ddp has the run join
-them. In a run of one process each function here gives back at once what it is given.
+torchrun or `loopctl run --devices` starts the processes, and a plugin such as ddp makes the run join their process
+group. In a run of one process, each collective here returns its input at once.
 """
 from __future__ import annotations
 
@@ -27,48 +27,49 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# By kind of device. Objects and decisions go between the hosts, so that no device is waited for.
+# By type of device. Python objects are exchanged with gloo, between hosts, which does not synchronize the GPU.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def launched_processes() -> int:
-    """How many processes torchrun has started for what runs here; 1 without it."""
+    """Return how many processes torchrun has started for this run; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def restart_count() -> int:
-    """How often torchrun has started these processes again, after one of them had failed."""
+    """Return how often torchrun has restarted the processes after one of them failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if "RANK" in os.environ else 0
 
 
 def rank() -> int:
-    """Which of the processes this is, from 0; known before they have joined each other."""
+    """Return the rank of this process. It is known from the environment before the process group exists."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ["RANK"]) if launched_processes() > 1 else 0
 
 
 def is_only_planned(run: Run) -> bool:
-    """Whether a run of several processes is only planned: they are not there."""
+    """Return whether the run is only explained for several processes, without a process group of that size."""
     return run.world_size > 1 and not (dist.is_initialized() and dist.get_world_size() == run.world_size)
 
 
 def is_single_process(run: Run) -> bool:
-    """Whether there is nobody to talk to: one process, or a run of more that is planned and not trained."""
+    """Return whether there are no other processes: the world size is 1, or the run is only planned, not trained."""
     return run.world_size == 1 or is_only_planned(run)
 
 
-def join_process_group(run: Run, even_alone: bool = False) -> bool:
-    """Have `run` train together with those in the other processes: sets `run.rank` and `run.world_size`.
+def join_process_group(run: Run, even_single: bool = False) -> bool:
+    """Create the process group where there is none yet, and set `run.rank` and `run.world_size`.
 
-    even_alone: be a process group also where there is one process. A run whose `world_size` is set is only planned.
+    A run whose `world_size` is set already is only planned: no group is created for it.
 
-    Returns whether there was no process group yet.
+    even_single: create a process group even for a single process
 
-    Raises UsageError where two processes have the same device, or where this kind of device cannot join.
+    Returns whether this call created the process group. Raises UsageError where two processes use the same device, or
+    where the type of device is not supported.
     """
-    begins = not dist.is_initialized() and run.world_size == 1 and (launched_processes() > 1 or even_alone)
-    if begins:
+    create = not dist.is_initialized() and run.world_size == 1 and (launched_processes() > 1 or even_single)
+    if create:
         kind = run.device.type
         if kind not in BACKENDS:
             raise UsageError(f"several processes train on cpu or cuda, not on {kind}; pass device cpu")
@@ -77,10 +78,11 @@ def join_process_group(run: Run, even_alone: bool = False) -> bool:
         settings: dict[str, Any] = {}
         if launched_processes() == 1:
             settings = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        elif store := torchrun_store():     # it outlives a restart; the prefix hides the addresses of ended processes
+        elif store := torchrun_store():     # kept over restarts; the prefix hides the addresses of ended processes
             settings = {"store": dist.PrefixStore(f"attempt {restart_count()}", store), "rank": rank(),
                         "world_size": launched_processes()}
-        # Its functions keep for ever the process group that there is when they are imported, which must end: see leave.
+        # When imported, this module keeps a reference to the current process group forever, so import it before there
+        # is one: `leave_process_group` needs the last reference.
         import_module("torch.distributed.nn.functional")
         dist.init_process_group(BACKENDS[kind], **settings)
         atexit.register(leave_process_group)
@@ -91,42 +93,44 @@ def join_process_group(run: Run, even_alone: bool = False) -> bool:
         same = [str(number) for number, device in enumerate(devices) if device == devices[run.rank]]
         if len(same) > 1:
             raise UsageError(f"processes {' and '.join(same)} have the same device, {run.device}; pass device cuda, "
-                             "which gives each its own")
-    return begins
+                             "which gives each process its own")
+    return create
 
 
 def leave_process_group(seconds: float | None = None) -> None:
-    """Leave the other processes. Those that wait for this one get an error.
+    """Destroy the process group. Processes that wait for this one in a collective get an error.
 
-    seconds: wait no longer for messages that are on their way, whose other end may hang; None waits for them
+    seconds: wait at most this long for unfinished collectives, since other processes may hang; None waits until they
+        are finished
     """
     atexit.unregister(leave_process_group)
     if dist.is_initialized():
         group = [dist.group.WORLD]
-        held = weakref.ref(group[0])
+        group_alive = weakref.ref(group[0])
         dist.destroy_process_group()
-        # Its threads end when nobody holds it. One that still lets go of a tensor while Python ends aborts the process.
+        # The group's threads end with the last reference to it. A thread that still frees a tensor while Python exits
+        # aborts the process.
         if seconds is None:
             group.clear()
-            if held():
-                sleep(0.1)      # so that they may be done, where torch's caches hold it, as they do after fsdp
+            if group_alive():
+                sleep(0.1)      # time for the threads to finish: after fsdp, torch's caches keep a reference
         else:
-            clears = Thread(target=group.clear, daemon=True)
-            clears.start()
-            clears.join(seconds)
+            clearing = Thread(target=group.clear, daemon=True)
+            clearing.start()
+            clearing.join(seconds)
 
 
 def broadcast_from_rank0(run: Run, value: T) -> T:
-    """The first process's `value`, in every process."""
+    """Return the `value` of rank 0 in every process. Any object that can be pickled."""
     if is_single_process(run):
         return value
-    box = [value]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
+    objects = [value]
+    dist.broadcast_object_list(objects, 0)
+    return objects[0]
 
 
 def all_gather(run: Run, value: T) -> list[T]:
-    """The `value` of each process, in every process."""
+    """Return the `value` of each process, by rank, in every process. Any object that can be pickled."""
     if is_single_process(run):
         return [value]
     values: list[Any] = [None] * run.world_size
@@ -135,47 +139,47 @@ def all_gather(run: Run, value: T) -> list[T]:
 
 
 def all_reduce_sum(run: Run, value: Any) -> Any:
-    """The sum of what `value` is in each process: a number, or a tensor on the run's device, which stays as it is."""
+    """Return the sum of `value` over all processes. `value`: a number, or a tensor on the run's device, not changed."""
     return value if is_single_process(run) else all_reduce(run, value, dist.ReduceOp.SUM)
 
 
-def all_reduce(run: Run, value: Any, how: Any) -> Any:
+def all_reduce(run: Run, value: Any, operation: Any) -> Any:
     if isinstance(value, Tensor):
         total = value.detach().clone()
     else:
-        host = "cpu" in dist.get_backend_config()           # else the user's own process group, of devices alone
+        host = "cpu" in dist.get_backend_config()           # false for a user's own process group without a CPU backend
         total = torch.tensor(float(value), dtype=torch.float64, device="cpu" if host else run.device)
-    dist.all_reduce(total, how)
+    dist.all_reduce(total, operation)
     return total if isinstance(value, Tensor) else total.item()
 
 
 def all_reduce_mean(run: Run, value: Tensor) -> Tensor:
-    """The mean of the tensors that `value` is in each process."""
+    """Return the mean of the tensor `value` over all processes."""
     return value if is_single_process(run) else all_reduce_sum(run, value) / run.world_size
 
 
 def all_reduce_max(run: Run, value: Any) -> Any:
-    """The largest of what `value` is in each process: a number, or each number of a tensor on the run's device."""
+    """Return the maximum of `value` over all processes; elementwise for a tensor on the run's device."""
     return value if is_single_process(run) else all_reduce(run, value, dist.ReduceOp.MAX)
 
 
 @torch.no_grad()
 def broadcast_tensors(run: Run, tensors: Iterable[Tensor]) -> None:
-    """Copy the first process's `tensors` into everybody's. One message for all that have the same type."""
-    by_type: dict[Any, list[Tensor]] = {}
+    """Copy the `tensors` of rank 0 into those of all processes, in place; one broadcast per dtype."""
+    by_dtype: dict[Any, list[Tensor]] = {}
     for tensor in () if is_single_process(run) else tensors:
-        by_type.setdefault(tensor.dtype, []).append(tensor.detach())
-    sent = [torch.cat([tensor.reshape(-1) for tensor in alike]) for alike in by_type.values()]
-    messages: list[Any] = [dist.broadcast(flat, 0, async_op=True) for flat in sent]
-    for message in messages:
-        message.wait()
-    for flat, alike in zip(sent, by_type.values(), strict=True) if run.rank else ():
-        parts = flat.split([tensor.numel() for tensor in alike])
-        torch._foreach_copy_(alike, [part.view_as(tensor) for part, tensor in zip(parts, alike, strict=True)])
+        by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
+    flattened = [torch.cat([tensor.reshape(-1) for tensor in group]) for group in by_dtype.values()]
+    works: list[Any] = [dist.broadcast(flat, 0, async_op=True) for flat in flattened]
+    for work in works:
+        work.wait()
+    for flat, group in zip(flattened, by_dtype.values(), strict=True) if run.rank else ():
+        parts = flat.split([tensor.numel() for tensor in group])
+        torch._foreach_copy_(group, [part.view_as(tensor) for part, tensor in zip(parts, group, strict=True)])
 
 
 def torchrun_store() -> dist.Store | None:
-    """Where torchrun keeps notes for the processes that it starts; they outlive these."""
+    """Return the key-value store of torchrun, which is kept over restarts; None without torchrun."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -183,67 +187,73 @@ def torchrun_store() -> dist.Store | None:
 
 
 def store_note(note: str, text: str) -> None:
-    """Keep a note for processes that may be started again in place of these."""
+    """Store `text` under the key `note`, for the processes after a restart by torchrun."""
     if store := torchrun_store():
         store.set(note, text)
 
 
 def read_note(note: str) -> str:
-    """What was remembered; empty if nothing was."""
+    """Return the text that `store_note` stored; empty if there is none."""
     store = torchrun_store()
     return store.get(note).decode() if store and store.check([note]) else ""
 
 
-def claim_error_report(waits: bool) -> bool:
-    """Whether this process is the one to say why all of them end. The first that asks is.
+def claim_error_report(wait: bool) -> bool:
+    """Return whether this process should report why the run ends. True in the first process that asks.
 
-    waits: it gives others five seconds to say so first
+    wait: give the other processes five seconds to ask first
     """
     try:
         store = torchrun_store()
         if store is None:
-            return not waits or rank() == 0
+            return not wait or rank() == 0
         note = f"end {restart_count()}"
-        for _ in range(50 if waits else 0):     # a process may be seconds behind, on a busy machine
+        for _ in range(50 if wait else 0):      # on a busy machine a process may be seconds behind
             if store.check([note]):
                 return False
             sleep(0.1)
         return store.add(note, 1) == 1
-    except (dist.DistError, RuntimeError):      # torchrun has gone
+    except (dist.DistError, RuntimeError):      # torchrun, which serves the store, has ended
         return rank() == 0
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether `error` says no more than that another process has ended."""
-    said = str(error).lower()
-    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
-        isinstance(error, RuntimeError) and any(hint in said for hint in ("closed by peer", "reset by peer", "gloo")))
+    """Return whether `error` is only the consequence of another process having ended."""
+    message = str(error).lower()
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        hint in message for hint in ("closed by peer", "reset by peer", "gloo"))
 
 
 class AgreedStop(str):
-    """A reason to stop that all processes have come to at the same step, so that they need not ask each other."""
+    """A reason to stop that all processes have found at the same step, so that they need not exchange it."""
 
 
 class StopConsensus:
-    """Brings what each process notices by itself, such as a signal, to all of them, who then act at the same step.
+    """Share what one process has noticed, such as a signal, with all processes, so that they act at the same step.
 
-    To ask in every step would cost a message each. They ask each other about once a second, and where an epoch ends.
+    An exchange in every step would cost a collective each. The processes exchange about once a second, and at the end
+    of each epoch.
     """
 
     def __init__(self) -> None:
-        self.due = 0                                    # the step, by `run.attempts`, at which they ask
-        self.asked: tuple[int, float] | None = None     # when they last did
+        self.next_exchange = 0                                  # at which `run.attempts`
+        self.last_exchange: tuple[int, float] | None = None     # its `run.attempts`, and its time in seconds
 
     def __call__(self, run: Run, noticed: T) -> T | None:
-        """The largest of what all have noticed; None in steps where nobody asks. Call it in every safe point."""
+        """Return the maximum of `noticed` over all processes, or None in steps without an exchange.
+
+        All processes must call it in every safe point.
+        """
         if is_single_process(run):
             return noticed
-        if run.attempts < self.due and run.seen_in_epoch:
+        if run.attempts < self.next_exchange and run.seen_in_epoch:
             return None
         steps, seconds = 1, 1.0
-        if self.asked:
-            steps, seconds = max(1, run.attempts - self.asked[0]), perf_counter() - self.asked[1]
-        answers = all_gather(run, (noticed, steps / max(seconds, 1e-6)))
-        self.due = run.attempts + max(1, int(answers[0][1]))            # the first process's clock counts for all
-        self.asked = run.attempts, perf_counter()
-        return max(answer for answer, _ in answers)                     # type: ignore[type-var]
+        if self.last_exchange:
+            steps, seconds = max(1, run.attempts - self.last_exchange[0]), perf_counter() - self.last_exchange[1]
+        gathered = all_gather(run, (noticed, steps / max(seconds, 1e-6)))
+        self.next_exchange = run.attempts + max(1, int(gathered[0][1]))     # by the clock of rank 0, in all processes
+        self.last_exchange = run.attempts, perf_counter()
+        return max(value for value, _ in gathered)                          # type: ignore[type-var]

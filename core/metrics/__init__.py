@@ -1,1 +1,1 @@
-"""Means over an epoch that stay on the device, and monitors of the best value."""
+"""Metrics: weighted means kept on the device, asynchronous copies to the host, and monitoring of the best value."""

@@ -1,4 +1,4 @@
-"""Values of tensors on the host, without waiting for the device."""
+"""Asynchronous copies of tensors to the host, so that a step does not wait for the device."""
 from __future__ import annotations
 
 from math import nan
@@ -8,15 +8,14 @@ from torch import Tensor
 
 
 class HostCopy:
-    """A copy of a tensor that travels to the host while the device works on.
+    """A copy of a tensor to the host that does not make the host wait.
 
-    From CUDA the copy is asynchronous. On the CPU it has arrived at once. From other devices it is made when it is
-    waited for.
+    From CUDA the copy is asynchronous. A CPU tensor is copied at once. From other devices, `wait` makes the copy.
     """
 
     def __init__(self, value: Tensor) -> None:
         self.event: torch.cuda.Event | None = None
-        self.value = value.detach().clone()         # the tensor itself may be filled in place
+        self.value = value.detach().clone()         # because the tensor itself may be changed in place
         if value.is_cuda:
             self.value = self.value.to("cpu", non_blocking=True)
             self.event = torch.cuda.Event()
@@ -24,20 +23,20 @@ class HostCopy:
 
     @property
     def arrived(self) -> bool:
-        """Whether the value can be read without waiting."""
+        """Whether `wait` would return at once."""
         return self.event.query() if self.event else self.value.is_cpu
 
     def wait(self) -> Tensor:
-        """The value, on the host; waits for it if it has not arrived."""
+        """Return the value on the host; wait until it has arrived."""
         if self.event:
             self.event.synchronize()
         return self.value.cpu()
 
 
 class LatestValue:
-    """The latest known value of a scalar that is asked for again and again, such as the loss in a progress bar.
+    """The latest known value of a scalar that is read repeatedly, such as the loss in a progress bar.
 
-    On CUDA it may be that of the time before; elsewhere the host waits for the device.
+    On CUDA it may be the value of an earlier update; on other devices the host waits for the current value.
     """
 
     def __init__(self) -> None:
@@ -45,7 +44,7 @@ class LatestValue:
         self.copy: HostCopy | None = None
 
     def update(self, value: Tensor | float) -> float:
-        """Send `value` to the host unless another one is still on its way; return the latest that has arrived."""
+        """Start a copy of `value` to the host unless one is under way; return the latest value that has arrived."""
         if not (isinstance(value, Tensor) and value.is_cuda):
             return float(value)
         if self.copy is None:

@@ -1,4 +1,4 @@
-"""Weighted means that stay on the device: nothing waits for it until somebody asks for the result."""
+"""Weighted means of losses and metrics, kept on the device so that adding a value does not wait for it."""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Mean:
-    """The weighted mean of scalars. Adding one appends to a list; 256 at a time are folded into one tensor."""
+    """The weighted mean of scalars. Values are appended to a list, and 256 at a time are summed into one tensor."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []
@@ -30,7 +30,7 @@ class Mean:
 
     def fold(self) -> None:
         values, weights = as_vector(self.values), as_vector(self.weights)
-        if values.device != weights.device:     # from pinned memory, so that the copy does not wait either
+        if values.device != weights.device:     # from pinned memory, so that the copy does not wait
             weights = (weights.pin_memory() if values.is_cuda else weights).to(values.device, non_blocking=True)
         self.total = self.total + values @ weights
         self.weight = self.weight + weights.sum()
@@ -47,7 +47,7 @@ class Mean:
         return total / weight
 
     def state_dict(self) -> dict[str, Any]:
-        # Not folded: where sums are cut is part of their last digit.
+        # Not folded: the last digit of a sum depends on where it was folded.
         return {"values": list(self.values), "weights": list(self.weights), "total": self.total, "weight": self.weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ class Mean:
 
 
 def as_vector(scalars: list[Any]) -> Tensor:
-    """Scalars as one vector, in float64 where the device has it."""
+    """Scalars as one vector, in float64 unless the device has none (mps)."""
     if not isinstance(scalars[0], Tensor):
         return torch.tensor([float(scalar) for scalar in scalars], dtype=torch.float64)
     vector = torch.stack(scalars).detach()
@@ -82,11 +82,11 @@ class Meters:
 
     @torch.no_grad()
     def observe(self, outputs: Any, batch: Any, weight: Any) -> None:
-        """Take in the outputs of one micro-batch, unless it counts nothing. Called only where there are functions."""
+        """Update the metrics with the outputs of one micro-batch, unless its weight is 0."""
         if isinstance(weight, int | float) and not weight:
             return
         if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise UsageError("metrics take (input, target) batches; for others, replace `evaluate` in a plugin")
+            raise UsageError("metrics take (input, target) batches; for other batches, replace evaluate in a plugin")
         for name, function in self.functions.items():
             if name in self.means:
                 self.means[name].add(function(outputs, batch[1]), weight)
@@ -94,7 +94,7 @@ class Meters:
                 function.update(outputs, batch[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """The means so far, and the state of the objects that collect by themselves."""
+        """The means so far, and the state of torchmetrics objects."""
         states = {name: metric_state(function) for name, function in self.functions.items() if name not in self.means}
         return {"": self.loss.state_dict()} | states | {name: mean.state_dict() for name, mean in self.means.items()}
 
@@ -110,7 +110,10 @@ class Meters:
                 vars(function).update(state[name])
 
     def result(self, run: Run | None = None) -> dict[str, Tensor]:
-        """The means so far by name, on the device; over all processes of `run`, each of which must ask."""
+        """The means so far by name, on the device.
+
+        With a `run` of several processes they are means over all of them, and every process must call this.
+        """
         means = {"loss": self.loss, **self.means}
         if run and run.world_size > 1:
             sums = [torch.as_tensor(part, dtype=torch.float64, device=run.device)
@@ -124,14 +127,14 @@ class Meters:
 
 
 def metric_state(function: Any) -> dict[str, Any]:
-    """What a metric object has collected so far."""
+    """The state of a torchmetrics object."""
     if not hasattr(function, "state_dict"):
         return dict(vars(function))
     if hasattr(function, "persistent"):
-        function.persistent(True)           # else torchmetrics leaves out what it has collected
+        function.persistent(True)           # otherwise torchmetrics leaves its state out of the state dict
     return function.state_dict()
 
 
 def is_stateful_metric(function: Any) -> bool:
-    """Whether a metric is a torchmetrics object, which collects by itself."""
+    """Whether a metric is a torchmetrics object, which keeps its state itself."""
     return all(hasattr(function, method) for method in ("update", "compute", "reset"))

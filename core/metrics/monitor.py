@@ -1,4 +1,4 @@
-"""Judge a metric: is it better than the best so far?"""
+"""Monitor a metric: whether its value is the best so far."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ LARGER = ("accuracy", "acc", "auc", "auroc", "f1", "precision", "recall", "iou",
 
 
 def direction(metric: str) -> str:
-    """Which way a metric is better, from its name: min, max, or "" where that does not tell."""
+    """Whether smaller or larger is better, by the name of a metric: min, max, or "" where the name does not tell."""
     kind = metric.lower().replace("-", "_").rpartition("_")[2]
     return "max" if kind in LARGER else "min" if kind in SMALLER else ""
 
@@ -24,9 +24,9 @@ def direction(metric: str) -> str:
 class Monitor:
     """The best value of a metric so far.
 
-    metric: a name in `run.metrics`; empty is val_loss, or train_loss where nothing is evaluated.
-    mode: min, max, or auto, which knows losses and errors from accuracies by name and asks where it does not.
-    min_delta: what a value must be better by.
+    metric: a name in `run.metrics`; empty is val_loss, or train_loss without validation data
+    mode: min, max, or auto, which tells losses and errors from accuracies by name; an unclear name is refused
+    min_delta: a value must be better than the best by more than this
     """
 
     metric: str = ""
@@ -35,7 +35,7 @@ class Monitor:
     best: float | None = None
 
     def start(self, run: Run) -> None:
-        """Raise UsageError where the run will not have the metric. Call it in `train_start`."""
+        """Raise UsageError if the run does not report the metric. Call it in `train_start`."""
         self.metric = self.metric or ("val_loss" if "val_loss" in run.metrics else "train_loss")
         if self.metric not in run.metrics:
             has = nearest(self.metric, run.metrics, "it has")
@@ -43,11 +43,12 @@ class Monitor:
         if self.mode == "auto":
             mode = direction(self.metric)
             if not mode:
-                raise UsageError(f"monitor={self.metric}: which way is better is unclear; add mode=min or mode=max")
+                raise UsageError(f"monitor={self.metric}: whether higher is better is unclear; pass mode=min or "
+                                 "mode=max")
             self.mode = mode
 
     def improved(self, run: Run) -> bool:
-        """Whether the metric is better than the best so far; if so, it is the best now. NaN is never better."""
+        """Whether the metric is better than the best so far; if so, it becomes the best. NaN is never better."""
         value = run.metrics[self.metric]
         gain = 0 if self.best is None else self.best - value if self.mode == "min" else value - self.best
         if isnan(value) or (self.best is not None and not gain > self.min_delta):
@@ -59,7 +60,7 @@ class Monitor:
         return {"metric": self.metric, "mode": self.mode, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if (was := (state["metric"], state["mode"])) != (now := (self.metric, self.mode)):
+        if (saved := (state["metric"], state["mode"])) != (own := (self.metric, self.mode)):
             raise UsageError("monitor={}, mode={} in the checkpoint and monitor={}, mode={} in this run: their best "
-                             "values cannot be compared".format(*was, *now))
+                             "values cannot be compared; use those of the checkpoint".format(*saved, *own))
         self.best = state["best"]

@@ -1,1 +1,1 @@
-"""Work on a model: a table of its layers, evaluation mode, parameters by pattern, averaged weights."""
+"""Work on models: layer summary, eval mode, selection of parameters by pattern, weight averaging."""

@@ -1,4 +1,4 @@
-"""Training and evaluation mode of a model's parts."""
+"""Switch a model to eval mode for a block of code."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,7 +7,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every part of `model` in evaluation mode, and afterwards each back as it was, frozen BatchNorm included."""
+    """Put `model` in eval mode inside the block, then restore the mode of each module, such as a frozen BatchNorm."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

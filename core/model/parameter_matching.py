@@ -1,4 +1,4 @@
-"""Patterns that name parameters: globs, regular expressions, and names of modules."""
+"""Select parameters of a model by name: globs, regular expressions, and names of modules."""
 from __future__ import annotations
 
 import re
@@ -12,13 +12,13 @@ from loopctl.errors import UsageError, one_line
 
 
 def matching_parameters(model: nn.Module, patterns: Iterable[str]) -> dict[str, list[nn.Parameter]]:
-    """The parameters of `model` that each pattern matches, in the model's order.
+    """Return, by pattern, the parameters of `model` that it matches, in the model's order.
 
-    A pattern is a glob of a parameter's whole name (`conv1.*`), or of a module's, which means everything in it
-    (`layer1`), or a regular expression, found anywhere in the parameter's name (`/^layer[12]\\./`).
-    Raises UsageError for a pattern that matches nothing.
+    A pattern is a glob for the whole name of a parameter (`conv1.*`) or of a module, which matches all its parameters
+    (`layer1`), or a regular expression that is searched for in the parameter's name (`/^layer[12]\\./`).
+    Raises UsageError if a pattern matches no parameter or is not a regular expression.
     """
-    # A parameter that two modules share is found by both of its names.
+    # With duplicates, so that a parameter shared by two modules matches under both names.
     named = list(model.named_parameters(remove_duplicate=False))
     found = {}
     for pattern in patterns:
@@ -31,11 +31,11 @@ def matching_parameters(model: nn.Module, patterns: Iterable[str]) -> dict[str, 
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` means the parameter called `name`."""
+    """Whether `pattern` matches the parameter called `name`."""
     if len(pattern) > 2 and pattern.startswith("/") and pattern.endswith("/"):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")              # of what will mean something else one day
+                warnings.simplefilter("error")              # refuse syntax whose meaning will change in a later Python
                 return re.search(pattern[1:-1], name) is not None
         except (re.error, OverflowError, RecursionError, FutureWarning) as error:
             raise UsageError(f"{pattern!r} is not a regular expression ({one_line(error)})") from error

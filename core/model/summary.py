@@ -1,4 +1,4 @@
-"""The layers of a model, seen in a forward pass: shapes, parameters, multiply-adds and sizes, as a table."""
+"""Model summary: a table of the layers with output shapes, parameters, multiply-adds and sizes, from a forward pass."""
 from __future__ import annotations
 
 import sys
@@ -19,31 +19,33 @@ if TYPE_CHECKING:
 
     from loopctl.run import Run
 
-# Which hold layers, and are none.
+# Modules that only hold layers.
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass
 class Layer:
-    """One module, and what was seen of it. What is shared counts where it comes first, so that sums are true."""
+    """One module and what was recorded of it. Shared modules and tensors count only once, so that sums are correct."""
 
     name: str               # its path in the model; "" is the model itself
     depth: int              # 0 is the model itself
     type: str
-    again: bool = False     # it is in the model under an earlier name too, and counted there
-    shared: str = ""        # the earlier names under which it, or a parameter of it, is in the model
-    parameters: int = 0     # those it holds itself, not those of the layers in it
+    again: bool = False     # the module also has an earlier name, and counts there
+    shared: str = ""        # the earlier names of the module, or of parameters and buffers in it
+    parameters: int = 0     # its own, without those of submodules
     trainable: int = 0      # how many of these
-    size: int = 0           # bytes of parameters and buffers it holds itself
-    calls: int = 0          # times it ran
+    size: int = 0           # bytes of its own parameters and buffers
+    calls: int = 0          # how often its forward ran
     shape: str = "-"        # of the first output
-    inputs: int = 0         # bytes it was given
-    activations: int = 0    # bytes it returned, if no layer in it ran
-    multiply_adds: int = 0  # those it computes itself, in all its calls
-    more: bool = False      # it computes with parameters, and there is no formula for that
+    inputs: int = 0         # bytes of its inputs
+    activations: int = 0    # bytes of its outputs, if no submodule ran
+    multiply_adds: int = 0  # its own, over all calls
+    more: bool = False      # `multiply_adds` lacks computations for which there is no formula
 
 
 class Call(NamedTuple):
+    """One call of a module: the shape of its first output, bytes of inputs and outputs, and multiply-adds."""
+
     shape: str
     inputs: int
     outputs: int
@@ -52,28 +54,29 @@ class Call(NamedTuple):
 
 @contextmanager
 def record_forward(model: nn.Module, when: Callable[[], bool] = lambda: True) -> Iterator[list[Layer]]:
-    """Look on at the forward passes of `model` made inside the block; the list that it gives is filled at its end.
+    """Record the forward passes of `model` inside the block; the list that it yields is filled at the end of the block.
 
-    when: tells whether a module's call that has just returned counts.
+    when: called after each call of a module; a call for which it returns False is not recorded
     """
     calls: dict[nn.Module, list[Call]] = defaultdict(list)
-    watched = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]  # refuses hooks
-    formulas = {module: macs_formula(module) for module in watched}
+    # A ScriptModule accepts no hooks.
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    formulas = {module: macs_formula(module) for module in modules}
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if when():
-            count = formulas[module]
+            formula = formulas[module]
             calls[module].append(Call(shape(output), size([args, kwargs]), size(output),
-                                      count(module, args, kwargs, output) if count else 0))
+                                      formula(module, args, kwargs, output) if formula else 0))
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in watched]
-    found: list[Layer] = []
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
+    recorded: list[Layer] = []
     try:
-        yield found
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
-    found += layers(model, calls)
+    recorded += layers(model, calls)
 
 
 class FirstStepLayers:
@@ -96,66 +99,67 @@ class FirstStepLayers:
         self.stack.close()
 
     def start(self, run: Run) -> None:
-        """Begin to record, in the first step. Call it in `before_step`, when no plugin copies the model any more."""
+        """Start recording if this is the first step. Call it in `before_step`: no plugin copies the model later."""
         if not self.started:
             self.started = self.recording = True
-            before = run.outputs            # every micro-batch sets its own, so the first one ends when they change
+            before = run.outputs            # each micro-batch sets run.outputs, so the first one ends when they change
             self.layers = self.stack.enter_context(record_forward(run.model, lambda: run.outputs is before))
 
     def finish(self) -> bool:
-        """End the recording; tell whether this was the step that was recorded. Call it in `after_step`."""
+        """Stop recording; return whether this step was recorded. Call it in `after_step`."""
         self.stack.close()
         finished, self.recording = self.recording, False
         return finished
 
 
 def layers(model: nn.Module, calls: dict[nn.Module, list[Call]]) -> Iterator[Layer]:
-    """The modules of `model`, each before the modules in it, with what `calls` tells about them."""
-    first: dict[Any, str] = {}                      # where each module, parameter and buffer was met first
+    """Yield a `Layer` for each module of `model`, parents before their submodules, with the numbers from `calls`."""
+    first: dict[Any, str] = {}                      # the name under which each module, parameter or buffer occurs first
     again: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
         if name.startswith(again):
-            continue                                # inside a module that was listed before, so listed with it
-        seen, depth = calls.get(module, []), name.count(".") + bool(name)
-        layer = Layer(name, depth, type(module).__name__, calls=len(seen), shape=seen[0].shape if seen else "-")
+            continue                                # inside a module that is listed under another name
+        recorded, depth = calls.get(module, []), name.count(".") + bool(name)
+        layer = Layer(name, depth, type(module).__name__, calls=len(recorded),
+                      shape=recorded[0].shape if recorded else "-")
         if module in first:
             again += (f"{name}.",)
             yield replace(layer, again=True, shared=first[module])
             continue
         first[module] = name
-        held = [tensor for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-                if not nn.parameter.is_lazy(tensor)]                     # which has no size until it runs
-        own = [tensor for tensor in held if first.setdefault(tensor, name) == name]
-        layer.shared = ", ".join(dict.fromkeys(first[tensor] or "model" for tensor in held if first[tensor] != name))
-        for tensor in own:
+        tensors = [tensor for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+                   if not nn.parameter.is_lazy(tensor)]         # a lazy one has no size before the first forward pass
+        unshared = [tensor for tensor in tensors if first.setdefault(tensor, name) == name]
+        layer.shared = ", ".join(dict.fromkeys(first[tensor] or "model" for tensor in tensors if first[tensor] != name))
+        for tensor in unshared:
             layer.size += size(tensor)
             if isinstance(tensor, nn.Parameter):
                 layer.parameters += tensor.numel()
                 layer.trainable += tensor.numel() * tensor.requires_grad
-        layer.inputs = sum(call.inputs for call in seen)
-        layer.multiply_adds = sum(call.multiply_adds for call in seen)
+        layer.inputs = sum(call.inputs for call in recorded)
+        layer.multiply_adds = sum(call.multiply_adds for call in recorded)
         innermost = not any(part in calls for part in module.modules() if part is not module)
         if innermost:
-            layer.activations = sum(call.outputs for call in seen)
+            layer.activations = sum(call.outputs for call in recorded)
         if not macs_formula(module) and not isinstance(module, NO_MACS):
-            unseen = isinstance(module, torch.jit.ScriptModule) and bool(held)
-            layer.more = unseen or (bool(seen) and innermost and any(True for _ in module.parameters()))
+            scripted = isinstance(module, torch.jit.ScriptModule) and bool(tensors)
+            layer.more = scripted or (bool(recorded) and innermost and any(True for _ in module.parameters()))
         yield layer
 
 
 def size(value: Any) -> int:
-    """The bytes of all tensors in `value`."""
+    """Return the bytes of all tensors in `value`."""
     return sum(tensor.numel() * tensor.element_size() for tensor in iter_tensors(value))
 
 
 def shape(value: Any) -> str:
-    """The shape of the first tensor in `value`, and how many more there are."""
+    """Return the shape of the first tensor in `value` as text, and the number of further tensors."""
     shapes = ["nested" if tensor.is_nested else str([*tensor.shape]) for tensor in iter_tensors(value)]
     return f"{shapes[0]} and {len(shapes) - 1} more" if len(shapes) > 1 else "".join(shapes) or "no tensor"
 
 
 def table(layers: list[Layer], depth: int | None = None) -> Table:
-    """The report: a row per layer down to `depth`, with the sums of what is deeper, and the totals."""
+    """Return the summary as a table: a row per layer down to `depth`, which includes deeper layers, and the totals."""
     from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
@@ -172,9 +176,9 @@ def table(layers: list[Layer], depth: int | None = None) -> Table:
     report = Table("Layer", "Type", "Output shape", "Parameters", "Share", "Mult-adds", "State", box=SIMPLE,
                    pad_edge=False, collapse_padding=True)
     for column in report.columns:
-        column.overflow = "fold"                    # where the terminal is narrow, cut nothing off
+        column.overflow = "fold"                    # wrap in a narrow terminal instead of truncating
     for column in report.columns[3:6]:
-        column.justify, column.no_wrap = "right", column.header != "Mult-adds"          # which is wider than its cells
+        column.justify, column.no_wrap = "right", column.header != "Mult-adds"          # a header wider than its cells
     report.columns[5].min_width = len("45.6 M")
     total, trainable = sum(layer.parameters for layer in layers), sum(layer.trainable for layer in layers)
     for layer in shown:
@@ -199,16 +203,16 @@ def table(layers: list[Layer], depth: int | None = None) -> Table:
 
 
 def state(layer: Layer) -> str:
-    """Whether the layer learns, and how else it is used, in words."""
+    """Return whether the layer is trainable or frozen, shared, or used several times, in words."""
     if layer.again:
         return f"used again: {layer.shared or 'model'}"
-    learns = "trainable" if layer.trainable == layer.parameters else "partly frozen" if layer.trainable else "frozen"
-    notes = [learns] * bool(layer.parameters) + [f"shared: {layer.shared}"] * bool(layer.shared)
+    training = "trainable" if layer.trainable == layer.parameters else "partly frozen" if layer.trainable else "frozen"
+    notes = [training] * bool(layer.parameters) + [f"shared: {layer.shared}"] * bool(layer.shared)
     return ", ".join(notes + [f"used {layer.calls} times"] * (layer.calls > 1))
 
 
 def format_macs(layers: list[Layer]) -> str:
-    """Their sum in three digits, and whether there are more."""
+    """Return the sum of the layers' multiply-adds in three digits, as "at least" if some have no formula."""
     value, units = float(sum(layer.multiply_adds for layer in layers)), ["", " k", " M", " G", " T", " P"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
@@ -217,11 +221,12 @@ def format_macs(layers: list[Layer]) -> str:
 
 
 def megabytes(size: int) -> str:
+    """Return bytes as text in units of 2**20 bytes."""
     return f"{size / 2**20:,.3f} MB"
 
 
 def render(report: Table) -> str:
-    """The report as text, on a terminal as wide as that is, elsewhere as wide as the report is."""
+    """Return the table as text: as wide as the terminal, or as wide as it needs where output is not a terminal."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 1000)
@@ -231,7 +236,7 @@ def render(report: Table) -> str:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules with parts of their own whose class the model has more than once."""
+    """Return the outermost modules that have submodules and whose class occurs more than once in the model."""
     blocks = {name: module for name, module in model.named_modules()
               if name and type(module) not in CONTAINERS and any(True for _ in module.children())}
     count = Counter(map(type, blocks.values()))

@@ -1,25 +1,39 @@
-"""Lengths of schedules: a plain number in the schedule's own unit, or `5ep`, `500st`, `10%` of the run."""
+"""Durations of schedules: a plain number in the schedule's own unit, or `5ep`, `500st`, `10%` of the run.
+
+To add a unit, add it to `UNITS`, to the examples and to `convert`.
+"""
 import re
 from functools import lru_cache
 from typing import Annotated
 
-Duration = Annotated[int | float | str, "length"]   # annotated, so that options of this type are known and checked
+Duration = Annotated[int | float | str, "duration"]     # annotated, so that options of this type are known and checked
 UNITS = {"": "", "ep": "epoch", "st": "step", "%": "%"}
+EXAMPLES = ("30", "5ep", "500st", "10%")                # one of each unit, for messages
 
 
-@lru_cache(typed=True)           # True is 1, and no length
-def parse_duration(length: Duration | None) -> tuple[float, str]:
+@lru_cache(typed=True)           # typed, because True equals 1 and is no duration
+def parse_duration(duration: Duration | None) -> tuple[float, str]:
     """Return the number and its unit: `epoch`, `step`, `%`, or empty for the schedule's own. None is 100 %.
 
-    Raises ValueError where the text is no length or the number is not above 0, or beyond what can be computed with.
+    Raises ValueError for text that is no duration, and for a number that is not above 0 or too large to compute with.
     """
-    if length is None:
+    if duration is None:
         return 100.0, "%"
-    found = re.fullmatch(r"\s*([-+.0-9eE]+?)\s*(ep|st|%|)\s*", str(length))
+    units = "|".join(UNITS)
+    found = re.fullmatch(rf"\s*([-+.0-9eE]+?)\s*({units})\s*", str(duration))
     try:
         number, unit = float(found[1]), UNITS[found[2]]   # type: ignore[index]
     except (TypeError, ValueError):
-        raise ValueError(f"takes a length, not {length!r}: write 30, 5ep, 500st or 10%") from None
+        examples = f"{', '.join(EXAMPLES[:-1])} or {EXAMPLES[-1]}"
+        raise ValueError(f"takes a duration, not {duration!r}: write {examples}") from None
     if not 1e-9 <= number <= 1e15:
-        raise ValueError(f"takes a length {'from 1e-9 to 1e15' if number > 0 else 'above 0'}, not {length!r}")
+        bounds = "from 1e-9 to 1e15" if number > 0 else "above 0"
+        raise ValueError(f"takes a duration {bounds}, not {duration!r}")
     return number, unit
+
+
+def convert(number: float, unit: str, by: str, steps_per_epoch: int, planned_steps: int) -> float:
+    """A duration in epochs (`by="epoch"`) or in steps (`by="step"`). A number without a unit is in that unit."""
+    in_steps = {"": 1 if by == "step" else steps_per_epoch, "step": 1, "epoch": steps_per_epoch}
+    steps = number * planned_steps / 100 if unit == "%" else number * in_steps[unit]
+    return steps if by == "step" else steps / steps_per_epoch

@@ -1,8 +1,7 @@
-"""What torch's optimizers do, without what surrounds it.
+"""Optimizer steps without the wrappers that torch puts around the methods of its optimizers.
 
-Their methods come wrapped in layers for torch.compile and for the profiler. On a small step these cost a fifth of it,
-and the first call of any of them imports torch._dynamo, for a second or two. Here the same arithmetic is reached
-directly, unless somebody has asked for what the layers are there for.
+The wrappers serve torch.compile and the profiler. They take a fifth of a small step, and the first call of one imports
+torch._dynamo, which takes a second or two. Here the same arithmetic is called directly, unless the wrappers are needed.
 """
 from __future__ import annotations
 
@@ -17,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-# They do nothing with a closure but call it once, first.
+# Optimizers whose step does nothing with a closure but call it once, first.
 SINGLE_CLOSURE_CALL = {kind for kind in vars(torch.optim).values() if isinstance(kind, type)} - {LBFGS, Optimizer}
-OPTIMIZER_MODULE = sys.modules[Optimizer.__module__]              # which has the hooks of all optimizers
+OPTIMIZER_MODULE = sys.modules[Optimizer.__module__]        # it holds the hooks of all optimizers
 
 
 def fast_step(optimizer: Optimizer, closure: Callable[[], Tensor]) -> Tensor:
     """Do what `optimizer.step(closure)` does; return the loss.
 
-    As in a plain loop, closure() comes before the step where an optimizer looks at it once. Wrappers that somebody else
-    put around the method are kept, hooks are called, and a profiler sees what it always does.
+    As in a plain loop, the closure is called before the step, unless the optimizer may call it several times. Hooks on
+    the optimizer, other wrappers around its `step` and the profiler work as usual.
     """
     if type(optimizer) not in SINGLE_CLOSURE_CALL:
         return optimizer.step(closure)      # type: ignore[arg-type, return-value]   # a closure returns a tensor
@@ -43,7 +42,7 @@ def fast_step(optimizer: Optimizer, closure: Callable[[], Tensor]) -> Tensor:
 
 
 def zero_grad(optimizer: Optimizer) -> None:
-    """Do what `optimizer.zero_grad()` does, unless it is the optimizer's own."""
+    """Do what `optimizer.zero_grad()` does; call that method where the optimizer's class overrides it."""
     if getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad:
         optimizer.zero_grad()
         return
@@ -54,16 +53,16 @@ def zero_grad(optimizer: Optimizer) -> None:
 
 @cache
 def unwrapped(method: Any) -> Any:
-    """A method without torch's own layers; one that somebody else has wrapped as it is."""
-    layers = {inspect.getfile(Optimizer), inspect.getfile(torch._disable_dynamo)}
-    while hasattr(method, "__wrapped__") and method.__code__.co_filename in layers:
+    """A method without torch's own wrappers; wrappers from elsewhere stay."""
+    wrappers = {inspect.getfile(Optimizer), inspect.getfile(torch._disable_dynamo)}
+    while hasattr(method, "__wrapped__") and method.__code__.co_filename in wrappers:
         method = method.__wrapped__
     return method
 
 
 @contextmanager
 def without_dynamo_wrappers() -> Iterator[None]:
-    """Optimizers are made, saved and loaded in here without importing torch._dynamo."""
+    """Inside this block optimizers are made, saved and loaded without importing torch._dynamo."""
     methods = {name: vars(Optimizer)[name] for name in ("add_param_group", "state_dict", "load_state_dict")}
     for name, method in methods.items():
         setattr(Optimizer, name, unwrapped(method))

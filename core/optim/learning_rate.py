@@ -1,4 +1,4 @@
-"""Learning rates: what the schedules say, and setting it; and the momentum that some of them move."""
+"""Learning rates: compute them from the schedules and set them; and the momentum that some schedules cycle."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -16,25 +16,31 @@ if TYPE_CHECKING:
 
 
 def scheduled_rates(run: Run) -> list[float]:
-    """The learning rate of each parameter group where `run` is now: its initial one times all schedules' factors."""
+    """The learning rate of each parameter group at the current step: its initial rate times all schedules' factors.
+
+    An initial rate of 0 stays 0.
+    """
     return [
-        initial_lr and initial_lr * prod(run.hook.lr_scale(run=run, initial_lr=initial_lr, group=group))    # 0 stays 0
+        initial_lr and initial_lr * prod(run.hook.lr_scale(run=run, initial_lr=initial_lr, group=group))
         for group in run.optimizer.param_groups for initial_lr in [group["initial_lr"]]
     ]
 
 
 def per_group(run: Run, group: dict[str, Any], name: str, value: Any) -> Any:
-    """`value`, or its item for one parameter group where it is a list of several."""
+    """The value of an option for one parameter group: `value` itself, or its item if it is a list with one per group.
+
+    name: of the option, for the message. Raises UsageError where the list has another length.
+    """
     if not isinstance(value, list | tuple):
         return value
-    groups = [id(one) for one in run.optimizer.param_groups]
+    groups = [id(other) for other in run.optimizer.param_groups]
     if len(value) not in (1, len(groups)):
         raise UsageError(f"{name} has {len(value)} values; parameter groups: {len(groups)}")
     return value[groups.index(id(group)) if len(value) > 1 else 0]
 
 
 def apply_schedules(run: Run) -> None:
-    """Set the learning rates to what the schedules say. Without schedules they are the user's own to change."""
+    """Set the learning rates from the schedules. Not called without schedules: then the rates are the user's own."""
     set_learning_rates(run.optimizer, scheduled_rates(run))
 
 
@@ -42,21 +48,21 @@ def set_learning_rates(optimizer: Optimizer, values: list[float]) -> None:
     """Set the learning rate of each parameter group."""
     for group, lr in zip(optimizer.param_groups, values, strict=True):
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)           # in place, so that compiled and captured steps see it
+            group["lr"].fill_(lr)           # in place, for compiled and captured steps
         else:
             group["lr"] = lr
 
 
 def check_momentum_cycling(run: Run, plugin: Any) -> None:
-    """Refuse, with UsageError, a plugin that cycles a momentum which there is not, or which another one cycles too.
+    """Raise UsageError where the optimizer has no momentum to cycle, or where another plugin cycles it too.
 
     A plugin cycles the momentum where its option `cycle_momentum` is true.
     """
     if not {"momentum", "betas"} & set(run.optimizer.param_groups[0]):
-        raise UsageError(f"{type(run.optimizer).__name__} has no momentum to cycle; add cycle_momentum=false")
+        raise UsageError(f"{type(run.optimizer).__name__} has no momentum to cycle; pass cycle_momentum=false")
     for name, other in run.hook.plugins.items():
         if other is not plugin and getattr(other, "cycle_momentum", False):
-            raise UsageError(f"{name} cycles the momentum too; add cycle_momentum=false to one of them")
+            raise UsageError(f"{name} cycles the momentum too; pass cycle_momentum=false to one of them")
 
 
 def set_momentum(run: Run, momentum: float) -> None:
@@ -66,20 +72,20 @@ def set_momentum(run: Run, momentum: float) -> None:
 
 
 def checked_rates(run: Run, step: int) -> list[float]:
-    """The rates where `run` is now. Raises UsageError where one is more than can be computed with."""
+    """The learning rates at the current step. Raises UsageError where one is beyond float32."""
     try:
-        found = scheduled_rates(run)
+        rates = scheduled_rates(run)
     except OverflowError:
-        found = [inf]
-    if not all(abs(rate) <= torch.finfo(torch.float32).max for rate in found):
-        who = names(run.hook.acting["lr_scale"] or ["lr"])
-        raise UsageError(f"{who}: the learning rate is {max(found, key=abs):.3g} at step {step + 1:,}; "
+        rates = [inf]
+    if not all(abs(rate) <= torch.finfo(torch.float32).max for rate in rates):
+        schedules = names(run.hook.acting["lr_scale"] or ["lr"])
+        raise UsageError(f"{schedules}: the learning rate is {max(rates, key=abs):.3g} at step {step + 1:,}; "
                          "choose other numbers")
-    return found
+    return rates
 
 
 def lr_curve(run: Run, points: int = 2000) -> Iterator[tuple[int, list[float]]]:
-    """The step and each group's learning rate, at no more than `points` steps of a prepared run; nothing is trained."""
+    """Yield a step and the learning rate of each group, for about `points` steps of a prepared run. Trains nothing."""
     per_epoch, micro_batches = run.plan()
     every = max(1, run.planned_steps // points)
     for step in sorted({*range(0, run.planned_steps, every), run.planned_steps - 1}):

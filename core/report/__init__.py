@@ -1,1 +1,1 @@
-"""Curves, tables and pages that show a run: text, SVG, HTML and matplotlib pictures. None needs torch."""
+"""Charts, tables and pages that show a run, as text, SVG, HTML and matplotlib figures. Nothing here needs torch."""

@@ -1,4 +1,4 @@
-"""Line charts over epochs as SVG, and what curves say in numbers. It needs neither torch nor the network."""
+"""Line charts of metrics over epochs, as SVG in HTML, with their values as text. Needs neither torch nor a network."""
 from __future__ import annotations
 
 import json
@@ -11,16 +11,16 @@ from loopctl.metrics.monitor import direction
 from loopctl.report.html import escaped, table
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 64, 408, 26, 212         # of the frame that the axes make
-MOST = 400                                          # points drawn of one line
-LARGEST = 1e300                                     # what is beyond is drawn as a gap
+LEFT, RIGHT, TOP, BOTTOM = 64, 408, 26, 212         # edges of the area between the axes
+MAX_POINTS = 400                                    # drawn per line
+LARGEST = 1e300                                     # larger values are drawn as gaps
 
 COLOURS, DASHES = 7, ("", "6 3", "2 3", "9 3 2 3")
 MARKERS = (
     "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0", "M-2.7-2.7h5.4v5.4h-5.4z", "M0-3.8L3.6 2.8H-3.6z", "M0-4L4 0L0 4L-4 0z",
     "M-3-3L3 3M-3 3L3-3",
 )
-PARTS = {"train": "train", "val": "valid"}          # whose metrics share a chart
+PARTS = {"train": "train", "val": "valid"}          # the metrics of these share a chart
 TITLES = {"lr": "learning rate", "grad_norm": "gradient norm", "memory_gb": "memory", "data_wait": "wait for data",
           "mfu": "FLOP utilization"}
 UNITS = {"memory_gb": "GiB", "data_wait": "part of the time", "mfu": "part of the peak"}
@@ -28,7 +28,7 @@ UNITS = {"memory_gb": "GiB", "data_wait": "part of the time", "mfu": "part of th
 
 @dataclass
 class Line:
-    """One curve. A point without a number is a gap."""
+    """One curve, as points of epoch and value. A point whose value is not a finite number is a gap."""
 
     name: str
     points: list[tuple[float, Any]]
@@ -40,7 +40,7 @@ class Line:
 
 @dataclass
 class Scale:
-    """Where a value is on paper: `low` is at `start`, `high` at `end`."""
+    """Maps values to coordinates of the drawing: `low` to `start`, `high` to `end`; of their log10 if `log` is true."""
 
     low: float
     high: float
@@ -49,16 +49,16 @@ class Scale:
     log: bool = False
 
     def at(self, value: float) -> float:
-        place = log10(value) if self.log else value
-        return round(self.start + (place - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+        position = log10(value) if self.log else value
+        return round(self.start + (position - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
 
-# What a history has
+# Curves and values of a history
 
 
 def curves(history: list[dict[str, Any]]) -> dict[str, list[Line]]:
-    """The lines of each chart that `history`, a dict per epoch, gives; training and validation are in one."""
-    found: dict[str, list[Line]] = {}
+    """Return the lines of each chart, by metric, from a dict per epoch. Training and validation share a chart."""
+    charts: dict[str, list[Line]] = {}
     for column in dict.fromkeys(key for row in history for key in row):
         values = [row.get(column) for row in history]
         if column in ("epoch", "step") or not any(type(value) in (int, float) for value in values):
@@ -66,24 +66,25 @@ def curves(history: list[dict[str, Any]]) -> dict[str, list[Line]]:
         part, _, rest = column.partition("_")
         name, line = (rest, PARTS[part]) if part in PARTS and rest else (column, "")
         epochs = [row["epoch"] if number(row.get("epoch")) else index for index, row in enumerate(history, 1)]
-        found.setdefault(name, []).append(Line(line, [*zip(epochs, values, strict=True)]))
-    return found
+        charts.setdefault(name, []).append(Line(line, [*zip(epochs, values, strict=True)]))
+    return charts
 
 
 def number(value: Any) -> bool:
+    """Whether `value` is a finite number."""
     return type(value) in (int, float) and isfinite(value)
 
 
 def best(metric: str, points: Iterable[tuple[float, Any]]) -> tuple[float, float] | None:
-    """The first of the points with the best value; None where the name does not tell which way is better."""
+    """Return the first point with the best value; None if the metric's name does not tell whether higher is better."""
     better, numbers = direction(metric), [(x, y) for x, y in points if number(y)]
-    if not (better and numbers) or metric == "grad_norm":          # which is smaller, not better
+    if not (better and numbers) or metric == "grad_norm":          # a smaller gradient norm is not a better one
         return None
     return (max if better == "max" else min)(numbers, key=lambda point: point[1])
 
 
 def shown(value: Any) -> str:
-    """A value in few characters; nothing for a missing one."""
+    """Return a value as short text; empty for None."""
     if type(value) not in (int, float):
         return "" if value is None else str(value)
     return f"{value:,.0f}" if 1e5 <= abs(value) < 1e9 else f"{value:.5g}"
@@ -93,7 +94,7 @@ def shown(value: Any) -> str:
 
 
 def figure(key: int, metric: str, lines: list[Line]) -> str:
-    """One chart with its legend and its numbers, as HTML. `key` is its own on the page."""
+    """Return a chart with its legend and a table of its values, as HTML. `key` is a number unique on the page."""
     title, unit = titled(metric)
     legend = "".join(entry(index, line.name) for index, line in enumerate(lines) if line.name)
     lines = [Line(line.name, thinned(line.points)) for line in lines]
@@ -107,14 +108,14 @@ def figure(key: int, metric: str, lines: list[Line]) -> str:
 
 
 def entry(index: int, name: str) -> str:
-    """A line of the legend."""
+    """Return the legend's entry for the line called `name`."""
     colour, dash = style(index)
     return (f'<li class="line{colour}"><svg viewBox="0 0 30 10" aria-hidden="true"><polyline points="0,5 30,5" {dash}/>'
             f'{marker(index, 15, 5)}</svg>{escaped(name)}</li>')
 
 
 def titled(metric: str) -> tuple[str, str]:
-    """What a chart is called, and the name and unit of what it shows."""
+    """Return the title of a metric's chart, and the label of its y axis."""
     if metric.endswith("_per_s"):
         return f"{metric[:-6]} per second", f"{metric[:-6]}/s"
     title = TITLES.get(metric, metric)
@@ -122,11 +123,11 @@ def titled(metric: str) -> tuple[str, str]:
 
 
 def svg(key: int, title: str, unit: str, lines: list[Line], epochs: list[float], rows: list[list[str]]) -> str:
-    """The drawing. `rows` has the text of each of `epochs`: the epoch, then every line's value."""
+    """Return the drawing as SVG. `rows` has the text shown at each epoch: the epoch, then the value of each line."""
     across, x_ticks = over_epochs(epochs[0], epochs[-1])
     up, y_ticks = over_values([y for line in lines for _, y in line.drawn])
-    said = ". ".join(f"{line.name or title}: {described(line)}" for line in lines)
-    parts = [f'<title id="t{key}">{escaped(title)} per epoch</title><desc id="d{key}">{escaped(said)}</desc>']
+    description = ". ".join(f"{line.name or title}: {described(line)}" for line in lines)
+    parts = [f'<title id="t{key}">{escaped(title)} per epoch</title><desc id="d{key}">{escaped(description)}</desc>']
     parts += [f'<path class="grid" d="M{LEFT} {y}H{RIGHT}"/><text class="y" x="{LEFT - 6}" y="{y + 4}">{label}</text>'
               for y, label in y_ticks]
     parts += [f'<path class="tick" d="M{x} {BOTTOM}v4"/><text class="x" x="{x}" y="{BOTTOM + 17}">{label}</text>'
@@ -137,13 +138,13 @@ def svg(key: int, title: str, unit: str, lines: list[Line], epochs: list[float],
               f'<path class="cursor" d="M0 {TOP}V{BOTTOM}" visibility="hidden"/>']
     for index, line in enumerate(lines):
         colour, dash = style(index)
-        placed = [[(across.at(x), up.at(y)) for x, y in part] for part in segments(line.points)]
+        parts_drawn = [[(across.at(x), up.at(y)) for x, y in part] for part in segments(line.points)]
         drawn = "".join(f'<polyline points="{" ".join(f"{x},{y}" for x, y in part)}" {dash}/>'
-                        for part in placed if len(part) > 1)
-        alone = {part[0] for part in placed if len(part) == 1}
-        flat = [point for part in placed for point in part]
+                        for part in parts_drawn if len(part) > 1)
+        isolated = {part[0] for part in parts_drawn if len(part) == 1}      # no line would show them
+        flat = [point for part in parts_drawn for point in part]
         marked = flat[index % 3 if len(flat) > 12 else 0::max(1, len(flat) // 8)]
-        drawn += "".join(marker(index, *point) for point in flat if point in alone or point in marked)
+        drawn += "".join(marker(index, *point) for point in flat if point in isolated or point in marked)
         parts.append(f'<g class="line{colour}">{drawn}</g>')
     names = [line.name or title for line in lines]
     texts = ["\n".join([f"epoch {epoch}", *(f"{name} {text}" for name, text in zip(names, cells, strict=True) if text)])
@@ -153,31 +154,33 @@ def svg(key: int, title: str, unit: str, lines: list[Line], epochs: list[float],
             f'data-at="{data}">{"".join(parts)}</svg>')
 
 
-def cut(text: str, most: int = 48) -> str:
-    return text if len(text) <= most else f"{text[:most - 1]}…"
+def cut(text: str, length: int = 48) -> str:
+    """Shorten text to at most `length` characters."""
+    return text if len(text) <= length else f"{text[:length - 1]}…"
 
 
 def style(index: int) -> tuple[int, str]:
-    """The colour and the dashes of a line: no two of the first 28 have both."""
+    """Return the colour number and the dash attribute of a line; the first 28 lines have different pairs."""
     dash = DASHES[index % len(DASHES)]
     return index % COLOURS, f'stroke-dasharray="{dash}"' if dash else ""
 
 
 def marker(index: int, x: float, y: float) -> str:
+    """Return the marker of line `index` at a point, as SVG."""
     return f'<path class="mark" transform="translate({x} {y})" d="{MARKERS[index % len(MARKERS)]}"/>'
 
 
 def described(line: Line) -> str:
-    """A curve in words."""
+    """Return the first, last, lowest and highest value of a line, in words."""
     if not (drawn := line.drawn):
         return "no numbers"
     low, high = (choose(drawn, key=lambda point: point[1]) for choose in (min, max))
-    places = {"first": drawn[0], "last": drawn[-1], "lowest": low, "highest": high}
-    return ", ".join(f"{what} {shown(y)} in epoch {shown(x)}" for what, (x, y) in places.items())
+    points = {"first": drawn[0], "last": drawn[-1], "lowest": low, "highest": high}
+    return ", ".join(f"{kind} {shown(y)} in epoch {shown(x)}" for kind, (x, y) in points.items())
 
 
 def segments(points: list[tuple[float, Any]]) -> Iterator[list[tuple[float, float]]]:
-    """The stretches of points between gaps."""
+    """Yield the runs of consecutive points between gaps."""
     part: list[tuple[float, float]] = []
     for x, y in [*points, (0, None)]:
         if number(y) and abs(y) < LARGEST:
@@ -188,25 +191,25 @@ def segments(points: list[tuple[float, Any]]) -> Iterator[list[tuple[float, floa
 
 
 def thinned(points: list[tuple[float, Any]]) -> list[tuple[float, Any]]:
-    """Of many points the lowest and the highest of every few, and the first gap; so no peak is lost."""
-    size = ceil(len(points) / (MOST // 2))
+    """Reduce many points to the lowest, the highest and the first gap of each group of neighbours, so peaks remain."""
+    size = ceil(len(points) / (MAX_POINTS // 2))
     if size <= 2:
         return points
-    kept = []
+    thin = []
     for start in range(0, len(points), size):
-        few = points[start:start + size]
-        numbers = [point for point in few if number(point[1])]
-        gaps = [point for point in few if not number(point[1])]
+        group = points[start:start + size]
+        numbers = [point for point in group if number(point[1])]
+        gaps = [point for point in group if not number(point[1])]
         chosen = [choose(numbers, key=lambda point: point[1]) for choose in (min, max) if numbers] + gaps[:1]
-        kept += [point for point in few if any(point is one for one in chosen)]
-    return kept if kept[-1] is points[-1] else [*kept, points[-1]]
+        thin += [point for point in group if any(point is other for other in chosen)]
+    return thin if thin[-1] is points[-1] else [*thin, points[-1]]
 
 
 # Axes
 
 
 def over_epochs(low: float, high: float) -> tuple[Scale, list[tuple[float, str]]]:
-    """The scale from the first epoch to the last, and its ticks, at whole epochs."""
+    """Return the scale of the x axis, from the first epoch to the last, and its ticks, which are at whole epochs."""
     if low == high:
         low, high = low - 0.5, high + 0.5
     scale = Scale(low, high, LEFT + 8, RIGHT - 8)
@@ -215,14 +218,17 @@ def over_epochs(low: float, high: float) -> tuple[Scale, list[tuple[float, str]]
 
 
 def over_values(values: list[float]) -> tuple[Scale, list[tuple[float, str]]]:
-    """The scale that holds `values`, and its ticks. Positive ones over three powers of ten or more: logarithmic."""
+    """Return the scale of the y axis for `values`, and its ticks.
+
+    It is logarithmic if all values are positive and span three powers of ten or more.
+    """
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if low > 0 and log10(high) - log10(low) >= 3:
-        least, most = floor(log10(low)), ceil(log10(high))
-        every = ceil((most - least) / 6)
-        powers = range(least, least + every * ceil((most - least) / every) + 1, every)
+        first, last = floor(log10(low)), ceil(log10(high))
+        stride = ceil((last - first) / 6)
+        powers = range(first, first + stride * ceil((last - first) / stride) + 1, stride)
         scale = Scale(powers[0], powers[-1], BOTTOM, TOP, log=True)
-        # In place of 10.0**power, which may be too small for a number.
+        # Not scale.at(10.0**power), because a float may be too small to hold 10.0**power.
         return scale, [(round(BOTTOM + (power - powers[0]) / (powers[-1] - powers[0]) * (TOP - BOTTOM), 1),
                         f"1e{power}" if abs(power) > 4 else f"{10.0**power:g}") for power in powers]
     if high - low <= 1e-9 * max(abs(low), abs(high)):
@@ -233,17 +239,17 @@ def over_values(values: list[float]) -> tuple[Scale, list[tuple[float, str]]]:
     return scale, [(scale.at(tick), label(tick, step, max(map(abs, marks)))) for tick in marks]
 
 
-def ticks(low: float, high: float, most: int = 5) -> tuple[list[float], float]:
-    """Multiples of 1, 2 or 5 times a power of ten, about `most` of them, the outer ones around `low` and `high`."""
-    least = high / most - low / most
+def ticks(low: float, high: float, count: int = 5) -> tuple[list[float], float]:
+    """Return about `count` ticks that enclose `low` and `high`, and their distance: 1, 2 or 5 times a power of ten."""
+    least = high / count - low / count
     power = 10.0 ** floor(log10(least))
-    step = next(times * power for times in (1, 2, 5, 10) if times * power >= least * 0.999)
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * 0.999)
     first, last = floor(low / step + 1e-9), ceil(high / step - 1e-9)
     return [index * step for index in range(first, last + 1)], step
 
 
 def label(tick: float, step: float, largest: float) -> str:
-    """A tick's number, with as many digits as tell it from the next."""
+    """Return the text of a tick, with enough digits to tell it from its neighbours."""
     power = floor(log10(step) + 1e-9)
     if abs(tick) < step / 2:
         return "0"

@@ -1,4 +1,4 @@
-"""A page of HTML, whole in one file: nothing is fetched, all text is escaped, light or dark as its reader has it."""
+"""Self-contained HTML pages: one file that loads nothing, with escaped text, in the reader's light or dark scheme."""
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any
 
 START = '<!DOCTYPE html>\n<html lang="en">\n<!-- written by loopctl -->\n'
 
-# The colours of lines are those of Okabe and Ito, which people who see few colours tell apart; the third is the text's.
+# The lines have the colour-blind-safe colours of Okabe and Ito; the third line has the colour of the text.
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2024; --soft: #5a626b; --rule: #dde1e5; --box: #f6f7f9;
   --c0: #0072b2; --c1: #d55e00; --c2: var(--ink); --c3: #009e73; --c4: #cc79a7; --c5: #e69f00; --c6: #56b4e9 }
@@ -56,7 +56,7 @@ tbody th { font-weight: 500 } .wide td { overflow-wrap: anywhere; min-width: 8re
 @media print { body { max-width: none } figure { break-inside: avoid } }
 """
 
-# A line follows the pointer to the nearest epoch, and a box says what is there; `data-at` has the places and texts.
+# Shows the values of the epoch nearest to the pointer; `data-at` holds the x coordinate and the text of each epoch.
 SCRIPT = """
 for (const plot of document.querySelectorAll(".plot")) {
   const svg = plot.firstChild, cursor = svg.querySelector(".cursor"), readout = plot.lastChild
@@ -80,11 +80,11 @@ for (const plot of document.querySelectorAll(".plot")) {
 }
 """
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"       # a page that asks nobody
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"       # the page may load nothing
 
 
 def page(title: str, subtitle: str, body: Iterable[str]) -> str:
-    """The whole page; `body` is HTML."""
+    """Return a complete page; `body` is HTML."""
     return (f'{START}<head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escaped(title)}</title>'
             f'<style>{STYLE}</style></head>\n<body>\n<h1>{escaped(title)}</h1>\n<p>{escaped(subtitle)}</p>\n'
@@ -92,36 +92,40 @@ def page(title: str, subtitle: str, body: Iterable[str]) -> str:
 
 
 def is_report(file: Path) -> bool:
-    """Whether `file` is a page that `write` wrote."""
+    """Whether `file` is a page that `page` made."""
     with file.open("rb") as stream:
         return stream.read(len(START)) == START.encode()
 
 
 def write(content: str, file: Path) -> None:
-    """Write a page; what no encoding has, half a character, is spelt out."""
+    """Write a page as UTF-8; a surrogate, which UTF-8 cannot encode, is written as an escape."""
     file.write_text(content, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is HTML already and is not escaped again."""
 
 
 def escaped(value: Any) -> str:
+    """Return `value` as text with HTML's special characters escaped."""
     return value if isinstance(value, Markup) else escape(str(value))
 
 
 def breaking(text: str) -> Markup:
-    """Text that may go on in the next line after a comma."""
+    """Return text as HTML in which a line may break after a comma."""
     return Markup(escaped(text).replace(",", ",<wbr>"))
 
 
 def section(title: str, *content: str) -> str:
-    """A part of the page under a heading; `content` is HTML."""
+    """Return a section of the page with a heading; `content` is HTML."""
     return f"<section><h2>{escaped(title)}</h2>\n{''.join(content)}</section>\n"
 
 
 def table(header: Iterable[Any], rows: Iterable[Iterable[Any]], kind: str = "wide") -> str:
-    """Rows of text as a table, the first cell of each as its heading. Kinds: wide, numbers, results, layers."""
+    """Return a table as HTML; the first cell of each row is its heading.
+
+    kind: the class that styles it: wide, numbers, results or layers
+    """
     head = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in header)
     top = f"<thead><tr>{head}</tr></thead>" if head else ""
     body = "".join(f'<tr><th scope="row">{escaped(first)}</th>'
@@ -130,5 +134,5 @@ def table(header: Iterable[Any], rows: Iterable[Iterable[Any]], kind: str = "wid
 
 
 def verbatim(text: str) -> str:
-    """Lines as they are."""
+    """Return preformatted text as HTML."""
     return f'<div class="scroll" tabindex="0"><pre>{escaped(text)}</pre></div>'

@@ -1,4 +1,4 @@
-"""Curves: as text in the terminal, and as pictures that are readable on a light and on a dark page."""
+"""Plots of curves, as text for the terminal and as matplotlib figures readable on a light and on a dark page."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from typing import Any
 from loopctl.errors import UsageError, one_line
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
-# Colours that the colour-blind tell apart, after Okabe and Ito, and grey: each has a contrast of 3 or more with a white
-# page and with a dark one. Where there are more curves than colours, dashes tell them apart; in black and white, too.
+# Colour-blind-safe colours after Okabe and Ito, and grey: each has a contrast ratio of at least 3 with a white page and
+# with a dark one. Dashes distinguish curves when there are more curves than colours, and in black and white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C46BA0")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (8, 2, 2, 2, 2, 2)))
 GREY = "#808080"
 STYLE: Any = {
-    "svg.hashsalt": "loopctl",          # with it and without a date, the same picture has the same bytes
+    "svg.hashsalt": "loopctl",          # with a fixed salt and no date, equal figures have equal bytes
     "svg.fonttype": "none", "savefig.transparent": True, "figure.dpi": 120,
     "text.color": GREY, "axes.edgecolor": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
     "axes.facecolor": "none", "figure.facecolor": "none", "font.size": 10, "lines.linewidth": 1.8,
@@ -26,9 +26,10 @@ STYLE: Any = {
 
 
 def bars(values: list[float], caption: str, width: int | None = None, height: int = 12) -> str:
-    """Values from 0 to their largest as filled columns, with that on the axis and `caption` below.
+    """Return a bar chart of `values` as text, from 0 to the largest value, with `caption` below.
 
-    width: the columns; as many as the terminal has room for if left out, at most 72
+    width: characters across; the terminal's width, but at most 72, if left out
+    height: lines
     """
     width = width or max(8, min(72, get_terminal_size((84, 24)).columns - 12))
     columns = [values[index * len(values) // width] for index in range(width)]
@@ -42,11 +43,11 @@ def bars(values: list[float], caption: str, width: int | None = None, height: in
 
 @contextmanager
 def picture(out: Path, width: float = 7.0, height: float = 3.6) -> Iterator[Any]:
-    """Give a matplotlib figure to draw on, then write it to `out`, as the kind that its ending says.
+    """Yield a matplotlib figure to draw on, then write it to `out`, in the format that its suffix names.
 
     width, height: in inches
 
-    Raises UsageError where there is no matplotlib, and where it cannot be written; then nothing is left.
+    Raises UsageError if matplotlib is not installed or the file cannot be written.
     """
     try:
         from matplotlib import rc_context
@@ -56,16 +57,16 @@ def picture(out: Path, width: float = 7.0, height: float = 3.6) -> Iterator[Any]
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        drawing = BytesIO()                 # so that of one that fails nothing is left
-        kind = out.suffix[1:].lower()
-        undated = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
+        drawing = BytesIO()                 # so that a failure leaves no partial file
+        extension = out.suffix[1:].lower()
+        no_date = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
         try:
-            figure.savefig(drawing, format=kind, metadata=undated.get(kind))
+            figure.savefig(drawing, format=extension, metadata=no_date.get(extension))
             out.write_bytes(drawing.getvalue())
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(f"{out} cannot be written: {one_line(error)}") from error
 
 
 def stroke(number: int) -> dict[str, Any]:
-    """Colour and dashes of curve `number`, from 0: no two of the first twenty have both in common."""
+    """Return the colour and dashes of curve `number`, from 0; the first twenty curves have different pairs."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}

@@ -1,4 +1,4 @@
-"""For tests of plugins: run one in a line, see what a run calls, check what can be expected of any plugin."""
+"""Tools for testing plugins: a tiny training run, a trace of the hooks that are called, and checks for any plugin."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,7 +17,7 @@ __all__ = ["Trace", "check_plugin", "plugin_checks", "tiny_run"]
 
 
 class Trace:
-    """A plugin that writes down every hook that is called, indented by what it is called from, in `lines`."""
+    """A plugin that records the name of every hook that is called in `lines`, indented by the depth of the call."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -25,15 +25,15 @@ class Trace:
 
 
 def trace_hook(hook: str) -> Any:
-    """A wrapper of one hook that notes its name."""
-    def around(self: Trace) -> Iterator[None]:
+    """Return a wrapper hook that records the name of `hook`."""
+    def record(self: Trace) -> Iterator[None]:
         self.lines.append("  " * self.depth + hook)
         self.depth += 1
         try:
             return (yield)
         finally:
             self.depth -= 1
-    return hookimpl(wrapper=True)(around)
+    return hookimpl(wrapper=True)(record)
 
 
 for name in SPECS:
@@ -50,22 +50,22 @@ def plugin_checks(
     skip: Mapping[str, str] | None = None,
     **fit_arguments: Any,
 ) -> list[Callable[[], None]]:
-    """The checks of a plugin, for `@pytest.mark.parametrize("check", plugin_checks(MyPlugin))`; each is called bare.
+    """Return the checks of a plugin, for `@pytest.mark.parametrize("check", plugin_checks(MyPlugin))`.
 
-    A check's `__name__`, which pytest takes as its id, says what holds if it passes; its docstring, how it is tried.
-    One raises AssertionError, or what the plugin itself raised; and unittest.SkipTest, which pytest shows as skipped,
-    where it cannot mean anything because another fails or `skip` says so.
+    Each check is called without arguments. Its `__name__`, which pytest uses as the test's id, says what holds if it
+    passes; its docstring says how this is tested. A check that fails raises AssertionError, or what the plugin raised.
+    It raises unittest.SkipTest, which pytest shows as skipped, if `skip` names it or a check that it relies on fails.
 
-    plugin: a class, whatever else returns a new instance, or text as on the command line, "clip:max_norm=1"
-    options: what a class is called with; some plugins do nothing without
-    draws_random: it needs random numbers, Python's, NumPy's or torch's global ones
-    waits: it needs the value of a tensor in each step
-    measured: metrics that no two runs share, such as seconds
-    skip: names of checks to leave out, and why
-    fit_arguments: those of `fit`, where the plugin needs another model or other data than `tiny_run` has; each run has
-        copies
+    plugin: a class, a function that returns a new instance, or text as on the command line, "clip:max_norm=1"
+    options: the arguments that the class is called with; some plugins do nothing without options
+    draws_random: the plugin draws from the global random number generators of Python, NumPy or torch
+    waits: the plugin reads the value of a tensor in each step
+    measured: metrics that differ between any two runs, such as seconds
+    skip: by the name of a check to leave out, the reason
+    fit_arguments: arguments of `fit`, for a plugin that needs another model or other data than `tiny_run` has; each
+        run gets copies
 
-    Raises UsageError where `skip` names a check that does not exist.
+    Raises UsageError if `skip` names a check that does not exist.
     """
     subject = Subject(plugin, options or {}, draws_random, waits, measured, skip or {}, fit_arguments)
     for name in subject.skip:
@@ -75,7 +75,7 @@ def plugin_checks(
 
 
 def bind_check(subject: Subject, check: Callable[[Subject], None]) -> Callable[[], None]:
-    """A check of one subject, to be called without arguments."""
+    """Return `check` of `subject` as a function without arguments."""
     def call() -> None:
         run_check(subject, check)
     call.__name__, call.__doc__, call.subject = check.__name__, check.__doc__, subject  # type: ignore[attr-defined]
@@ -83,22 +83,23 @@ def bind_check(subject: Subject, check: Callable[[Subject], None]) -> Callable[[
 
 
 def check_plugin(plugin: Any, options: Mapping[str, Any] | None = None, **others: Any) -> str:
-    """Make all checks of a plugin; return a report of them and of what the plugin costs.
+    """Run all checks of a plugin; return a report of their outcomes and of the time that the plugin costs.
 
-    The arguments are those of `plugin_checks`. The cost is measured on tiny batches, of which a whole step takes some
-    hundred microseconds; it says nothing about a GPU, and fails no check.
+    The arguments are those of `plugin_checks`. The cost is measured on a CPU, on tiny batches, where a step takes a
+    few hundred microseconds; it is only reported, not checked.
 
     Raises AssertionError, which names the checks that fail.
     """
     checks = plugin_checks(plugin, options, **others)
     subject = checks[0].subject                         # type: ignore[attr-defined]
-    found = {check: check_outcome(subject, check) for check in CHECKS}
+    outcomes = {check: check_outcome(subject, check) for check in CHECKS}
     lines = [f"{check.__name__:<24}" + ("ok" if error is None else describe_failure(error))
-             for check, error in found.items()]
+             for check, error in outcomes.items()]
     title = plugin if isinstance(plugin, str) else plugin_name(subject.cls)
-    faults = [error for error in found.values() if error and not isinstance(error, SkipTest)]
-    if faults:
-        raise AssertionError("\n".join([f"{title}: {len(faults)} of {len(CHECKS)} checks fail", *lines])) from faults[0]
+    failures = [error for error in outcomes.values() if error and not isinstance(error, SkipTest)]
+    if failures:
+        summary = f"{title}: {len(failures)} of {len(CHECKS)} checks fail"
+        raise AssertionError("\n".join([summary, *lines])) from failures[0]
     return "\n".join([title, *lines, f"{'costs':<24}{cost(subject):.1f} us per batch"])
 
 
@@ -109,13 +110,13 @@ def describe_failure(error: Exception) -> str:
 
 
 def cost(subject: Subject) -> float:
-    """The microseconds by which a run with the plugin takes longer, per batch; the least of three tries."""
+    """Return the microseconds per batch that the plugin adds to a run: the value closest to 0 of three measurements."""
     arguments = subject.arguments()
-    more = {"train": [*arguments["train"]] * 20, "valid": None, "epochs": 1}
-    found = []
+    longer = {"train": [*arguments["train"]] * 20, "valid": None, "epochs": 1}
+    added = []
     for _ in range(3):
-        clocks = StepTimer(), StepTimer()
-        subject.run(clocks[0], **more)
-        subject.run(subject.make(), clocks[1], **more)
-        found.append(clocks[1].median() - clocks[0].median())
-    return min(found, key=abs) * 1e6
+        without, with_plugin = StepTimer(), StepTimer()
+        subject.run(without, **longer)
+        subject.run(subject.make(), with_plugin, **longer)
+        added.append(with_plugin.median() - without.median())
+    return min(added, key=abs) * 1e6

@@ -1,7 +1,7 @@
-"""What can be expected of any plugin, as checks that its author runs on it.
+"""Conformance checks for plugins: what is expected of any plugin, as functions that its author runs in tests.
 
-Each check is a function of this module whose name says what holds if it passes; its docstring says how it is tried.
-They train `tiny_run`s, and put back whatever a faulty plugin may leave behind.
+The name of a check says what holds if it passes; its docstring says how this is tested. The checks train `tiny_run`s,
+and restore global state that a faulty plugin changes.
 """
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from loopctl.testing.probes import (
 )
 from loopctl.testing.tiny import default_arguments, scratch_folder, tiny_run
 
-# How a built-in is tried beside a plugin, where its defaults will not do.
+# Options for the built-ins that `composes` cannot run with their defaults.
 EXAMPLES = {
     "compile": "backend=eager", "cosine_restarts": "t_0=1", "cyclic": "base_lr=0.01,max_lr=0.1,step_size_up=3",
     "exponential": "gamma=0.9", "freeze": "patterns=0", "lambda": "lr_lambda=math:exp", "layerwise_lr": "decay=0.5",
@@ -53,14 +53,14 @@ EXAMPLES = {
     "trapezoidal": "max_lr=0.2,step_size=25%",
 }
 
-# The hooks of a step, in which the host is not to wait for the device.
+# The hooks of a step. In these the host must not wait for the device.
 IN_STEPS = ("group_batches", "lr_scale", "batch_weight", "before_step", "optimizer_step", "micro_step", "compute_loss",
             "backward", "after_backward", "grads_ready", "after_step", "safe_point")
 
 
 @dataclass(eq=False)
 class Subject:
-    """The plugin that is checked, and what it is run with."""
+    """The plugin to check, the arguments of `plugin_checks`, and the outcomes so far."""
 
     plugin: Any
     options: Mapping[str, Any]
@@ -69,13 +69,14 @@ class Subject:
     measured: Collection[str]
     skip: Mapping[str, str]
     fit_arguments: Mapping[str, Any]
-    results: dict[str, Exception | None] = field(default_factory=dict)      # by check: what it raised, if anything
+    results: dict[str, Exception | None] = field(default_factory=dict)      # by check: what it raised, or None
 
     def make(self) -> Any:
-        """A new instance."""
+        """Return a new instance of the plugin."""
         if not isinstance(self.plugin, str):
             return self.plugin(**self.options)
-        # Not by build, which reads a file anew each time: instances would have nothing in common that they could share.
+        # `build_plugin` loads a file anew on each call, so that each instance would have a class of its own, and
+        # `shares_nothing` could not find state that instances share.
         text = split_spec(self.plugin)[1]
         return self.cls(**parse_options(plugin_name(self.cls), text, plugin_options(self.cls)) | dict(self.options))
 
@@ -87,55 +88,56 @@ class Subject:
         return self.plugin if isinstance(self.plugin, type) else type(self.make())
 
     def arguments(self) -> dict[str, Any]:
-        """What `fit` is called with: copies, so that no run finds what another one changed."""
+        """Return the arguments for `fit`, copied so that runs do not affect each other."""
         return default_arguments() | {"epochs": 3} | deepcopy(dict(self.fit_arguments))
 
     def run(self, *plugins: Any, **others: Any) -> Run:
-        """A run with `plugins`; `others` replace arguments of `fit`."""
+        """Train with `plugins` and return the run; `others` replace arguments of `fit`."""
         with isolated():
             return tiny_run(*plugins, **self.arguments() | others)
 
     def alone(self) -> Run:
-        """A run with a new instance."""
+        """Train with a new instance of the plugin only."""
         return self.run(self.make())
 
 
 class CheckFailed(AssertionError):
-    """The plugin is not what can be expected."""
+    """The plugin does not do what a check expects."""
 
 
-# The checks, in the order in which they are made.
+# The checks, in the order in which they run.
 
 
 def options_are_documented(subject: Subject) -> None:
-    """Every option has a type, a default of that type or none, and a line of help in the docstring.
+    """Every option has a type and a line of help in the docstring; a default, if it has one, is of that type.
 
-    What the command line would write for an instance reads back as the same options.
+    An instance's options, written as command-line text and parsed again, are the same.
     """
     cls = subject.cls
     if not dataclasses.is_dataclass(cls):
         if given := [*inspect.signature(cls).parameters]:
-            raise CheckFailed(f"is no dataclass, so {names(given)} cannot be an option; write @dataclass(eq=False)")
+            raise CheckFailed(f"is not a dataclass, so {names(given)} cannot be an option; write @dataclass(eq=False)")
         return
-    if not cls.__doc__ or cls.__doc__.startswith(f"{cls.__name__}("):       # the latter is what dataclass writes
-        raise CheckFailed("has no docstring, which is its help")
+    if not cls.__doc__ or cls.__doc__.startswith(f"{cls.__name__}("):       # what dataclass generates
+        raise CheckFailed("has no docstring; write one, it is the help of the plugin")
     if untyped := list(untyped_fields(cls)):
-        raise CheckFailed(f"{untyped[0]} has no type, so it is no option; write {untyped[0]}: float = ..., or ClassVar")
+        raise CheckFailed(f"{untyped[0]} has no type, so it is not an option; write {untyped[0]}: float = ..., or "
+                          "ClassVar")
     known = plugin_options(cls)
     for option in known.values():
         hint = get_args(option.type)[0] if get_origin(option.type) is Annotated else option.type
         if describe_type(hint) == "a value":
-            raise CheckFailed(f"{option.name} has the type {option.type}, which no text can be checked against; use "
-                        "int, float, bool, str, Path, Literal, Length, or list or dict of them")
+            raise CheckFailed(f"{option.name} has the type {option.type}, against which text cannot be checked; use "
+                              "int, float, bool, str, Path, Literal, Duration, or list or dict of them")
         if option.default is not dataclasses.MISSING and not fits_type(option.default, option.type):
             raise CheckFailed(f"{option.name} takes {describe_type(hint)}, and its default is {option.default!r}")
         if not option.help:
             raise CheckFailed(f"{option.name} has no help; add a line '{option.name}: what it means' to the docstring")
-    check_round_trip(cls, subject.make(), known)
+    check_round_trip(subject.make(), known)
 
 
 def untyped_fields(cls: type) -> Iterator[str]:
-    """The public data of a class that has no annotation and is not what loopctl itself reads."""
+    """Yield the names of a class's public data attributes without an annotation, except those that loopctl reads."""
     typed = {name for kind in cls.__mro__ for name in inspect.get_annotations(kind)} | {*FLAGS}
     for kind in cls.__mro__[:-1]:
         for name, value in vars(kind).items():
@@ -144,10 +146,11 @@ def untyped_fields(cls: type) -> Iterator[str]:
                 yield name
 
 
-def check_round_trip(cls: type, plugin: Any, known: dict[str, Option]) -> None:
+def check_round_trip(plugin: Any, known: dict[str, Option]) -> None:
+    """Check that the options of `plugin` read back from command-line text as they are."""
     try:
         text = to_spec("it", plugin).partition(":")[2]
-    except UsageError:                      # an option that has no text, such as a function within a function
+    except UsageError:                      # an option that text cannot express, such as a nested function
         return
     read = parse_options("it", text, known)
     for name in known:
@@ -157,26 +160,26 @@ def check_round_trip(cls: type, plugin: Any, known: dict[str, Option]) -> None:
 
 
 def hooks_exist(subject: Subject) -> None:
-    """Each hook that it joins exists, with the arguments that it takes; whatever else `fit` asks of a plugin holds."""
+    """Each hook that the plugin implements exists and has the arguments that it declares; `fit` accepts the plugin."""
     compose([subject.make()])
 
 
 def trains(subject: Subject) -> None:
-    """A run with it ends as a run ends, with an update at least."""
+    """A run with the plugin reaches its end and makes at least one update."""
     if not subject.alone().step:
         raise CheckFailed("made no update in the whole run")
 
 
 def repeats(subject: Subject) -> None:
-    """Two runs with the same seed, and an instance each, are the same to the last bit."""
-    if what := runs_differ(subject, subject.alone(), subject.alone()):
-        raise CheckFailed(f"two runs with the same seed differ: {what}")
+    """Two runs with the same seed, each with a new instance, are the same to the last bit."""
+    if difference := runs_differ(subject, subject.alone(), subject.alone()):
+        raise CheckFailed(f"two runs with the same seed differ: {difference}")
 
 
 def composes(subject: Subject) -> None:
-    """With each built-in, before it and after it, it trains, or one of the two refuses in one line, by UsageError.
+    """It trains before and after each built-in, or one of the two raises UsageError with a message of one line.
 
-    But for fsdp: whether pieces of weights suit what a plugin computes with them is torch's affair more than its own.
+    fsdp is left out: whether a computation works on sharded tensors depends on torch more than on the plugin.
     """
     for name, entry in available().items():
         if not entry.value.startswith("loopctl.plugins.") or name == "fsdp":
@@ -195,10 +198,11 @@ def composes(subject: Subject) -> None:
 
 
 def cleans_up(subject: Subject) -> None:
-    """After an error in forward or in a loader, and after none, all is as it was, and what trains is in training mode.
+    """After a run, and after an error in forward or in a loader, global state and training mode are as they were.
 
-    That is autocast, grad mode, default dtype and device, torch's deterministic switches, signal handlers and the like.
-    The error comes in training and in validation, in the first epoch and later, and must come out of the run.
+    Global state is autocast, grad mode, default dtype and device, torch's deterministic settings, signal handlers and
+    so on. Training mode is that of every module with parameters that train. The error is raised in training and in
+    validation, in the first epoch and later, and `fit` must raise it too.
     """
     per_epoch = length_or_none(subject.arguments()["train"]) or 3
     forward, loader = "an error in forward", "an error in the loader"
@@ -211,8 +215,8 @@ def cleans_up(subject: Subject) -> None:
         model = arguments["model"]
         if part and not arguments[part]:
             continue
-        if part == "loss_fn":       # which is called where forward is, also where the model is compiled
-            arguments[part] = wire.around(arguments[part], model, training)
+        if part == "loss_fn":       # called right after forward, and also if the model is compiled
+            arguments[part] = wire.guard(arguments[part], model, training)
         elif part:
             arguments[part] = FailingLoader(arguments[part], wire)
         with isolated():
@@ -222,45 +226,46 @@ def cleans_up(subject: Subject) -> None:
             except PlantedError:
                 pass
             else:
-                if wire.sprung:
-                    raise CheckFailed(f"{what} does not come out of the run: a hook swallows it")
+                if wire.raised:
+                    raise CheckFailed(f"{what} is not raised by fit: a hook suppresses it; raise it again")
             for name, value in read_switches().items():
                 if value != before[name]:
-                    raise CheckFailed(f"after {what}, the {name} is {value}, and was {before[name]}; undo it in a "
+                    raise CheckFailed(f"after {what}, the {name} is {value}, and was {before[name]}; restore it in a "
                                       "wrapper, with try: yield, finally: ...")
-        if left := modes.left(model):
-            raise CheckFailed(f"after {what}, {left[0] or 'the model'} is left in evaluation mode, and has parameters "
-                              "that train; undo it with try ... finally")
+        if in_eval := modes.in_eval(model):
+            raise CheckFailed(f"after {what}, {in_eval[0] or 'the model'} is left in eval mode, and has parameters "
+                              "that train; restore it with try: yield, finally: ...")
 
 
 def draws_nothing(subject: Subject) -> None:
-    """Neither making it nor any of its hooks draws from the random numbers of Python, NumPy or torch.
+    """Neither creating the plugin nor its hooks draw from the global generators of Python, NumPy or torch.
 
-    Those hooks are not judged that read data or call the model, unless it wraps them, up to its yield and after.
+    At hooks that read data or call the model, only wrapper hooks are checked: the code before and after their `yield`.
     """
     if subject.draws_random:
         raise SkipTest("draws_random=True")
     before = host_rng_state()
     plugin = subject.make()
-    way_out = "give it a generator of its own, or pass draws_random=True"
+    advice = "give it a generator of its own, or pass draws_random=True"
     if kind := changed_generators(before, host_rng_state()):
-        raise CheckFailed(f"making it draws random numbers of {kind}; {way_out}")
+        raise CheckFailed(f"creating it draws random numbers from {kind}; {advice}")
     frames: list[list[Any]] = []
     drawn: list[str] = []
     subject.run(OuterRandomProbe(frames, drawn), plugin, InnerRandomProbe(frames, drawn))
     if drawn:
-        raise CheckFailed(f"{drawn[0]}; {way_out}")
+        raise CheckFailed(f"{drawn[0]}; {advice}")
 
 
 def resumes(subject: Subject) -> None:
-    """A run that is killed, within epochs and between them, and goes on with a new instance, ends as one that was not.
+    """A run that is killed and resumed with a new instance gives the result of an uninterrupted run.
 
-    Weights, the optimizer's state and the history are the same to the last bit.
+    It is killed at the end of an epoch and within two others. Weights, the state of the optimizer and the history
+    are compared to the last bit.
     """
-    points = SaveAndKill(at=0)
-    whole = subject.run(subject.make(), points)
-    for part in (2, 3, 5):                  # sixths of three epochs: at the end of the first, within both others
-        at = max(1, points.passed * part // 6)
+    counter = SaveAndKill(at=0)
+    uninterrupted = subject.run(subject.make(), counter)
+    for part in (2, 3, 5):                  # sixths of three epochs: the end of the first, within the two others
+        at = max(1, counter.passed * part // 6)
         plugin, out = subject.make(), Path(mkdtemp(dir=scratch_folder()))
         killer = SaveAndKill(at, plugin, out / "killed.pt")
         try:
@@ -269,49 +274,52 @@ def resumes(subject: Subject) -> None:
             pass
         except UsageError as error:
             raise CheckFailed(f"cannot be saved: {error}") from error
-        again = subject.make()
-        back = RestoredStateProbe(again, killer.state)
+        restored = subject.make()
+        probe = RestoredStateProbe(restored, killer.state)
         where = f"killed after step {killer.step} and resumed"
         try:
-            resumed = subject.run(back, again, resume=killer.file, out=out)
+            resumed = subject.run(probe, restored, resume=killer.file, out=out)
         except UsageError as error:
             raise CheckFailed(f"{where}: {error}") from error
-        if back.lost:
-            raise CheckFailed(f"{where}, load_state_dict does not bring back what state_dict gave: {back.lost}")
-        if what := runs_differ(subject, whole, resumed):
-            missing = "" if hasattr(plugin, "state_dict") else "; write state_dict and load_state_dict for it"
-            raise CheckFailed(f"{where}, the run ends otherwise: {what}{missing}")
+        if probe.difference:
+            raise CheckFailed(f"{where}, load_state_dict does not restore what state_dict returned: {probe.difference}")
+        if difference := runs_differ(subject, uninterrupted, resumed):
+            advice = "" if hasattr(plugin, "state_dict") else "; write state_dict and load_state_dict"
+            raise CheckFailed(f"{where}, the run has another result: {difference}{advice}")
 
 
 def runs_twice(subject: Subject) -> None:
-    """A second run with the same instance is the first again: it finds nothing on the instance that changes it."""
+    """A second run with the same instance gives the same result: state of the first run does not affect it."""
     plugin = subject.make()
-    if what := runs_differ(subject, subject.run(plugin), subject.run(plugin)):
-        raise CheckFailed(f"a second run with the same instance differs from its first: {what}; begin anew in setup")
+    if difference := runs_differ(subject, subject.run(plugin), subject.run(plugin)):
+        raise CheckFailed(f"a second run with the same instance differs from the first: {difference}; reset its state "
+                          "in setup")
 
 
 def shares_nothing(subject: Subject) -> None:
-    """Runs change nothing on the class or in its module; a run within a run, with other instances, disturbs neither."""
+    """A run changes no data of the class or its module; nested runs with an instance each do not affect each other."""
     cls = subject.cls
     before = class_data(cls)
-    for epochs in (1, 2):                   # not alike, so that the second one has something to change, too
-        with suppress(UsageError):          # a run may be too short for it
+    for epochs in (1, 2):                   # of different lengths, so that the second run changes shared data again
+        with suppress(UsageError):          # the plugin may refuse such a short run
             subject.run(subject.make(), epochs=epochs)
         after = class_data(cls)
         for name in before:
-            if what := first_difference(before[name], after.get(name), name):
-                raise CheckFailed(f"a run changes what all instances share: {what}; set it on the instance, in setup")
+            if difference := first_difference(before[name], after.get(name), name):
+                raise CheckFailed(f"a run changes what all instances share: {difference}; set it on the instance, in "
+                                  "setup")
     if check_outcome(subject, repeats):
-        return                          # no two runs are the same in any case
+        return                          # no two runs are the same, nested or not
     alone, nested = subject.alone(), Nested(subject)
     outer = subject.run(subject.make(), nested)
     for run, which in ((outer, "around another"), (nested.inner, "within another")):
-        if run and (what := runs_differ(subject, alone, run)):
-            raise CheckFailed(f"a run {which}, with instances of their own, differs from one alone: {what}")
+        if run and (difference := runs_differ(subject, alone, run)):
+            raise CheckFailed(f"a run {which}, each with its own instance, differs from a run alone: {difference}; "
+                              "keep state on the instance")
 
 
 class Nested:
-    """A plugin that makes a whole run in the middle of the second epoch of another."""
+    """A plugin that trains a complete inner run during the second epoch of the outer run."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -324,56 +332,57 @@ class Nested:
 
 
 def never_waits(subject: Subject) -> None:
-    """In a step, nothing reads the value of a tensor, for which the host would wait.
+    """No hook of a step reads the value of a tensor, which would make the host wait for the device.
 
-    It trains on the meta device, where tensors have no values, so that reading one is an error.
+    The run trains on the meta device, where tensors have no values, so that reading one raises an error.
     """
     if subject.waits:
         raise SkipTest("waits=True")
     arguments = subject.arguments()
     batches = [*arguments["train"]]
     arguments |= {"model": arguments["model"].to("meta"), "train": batches * -(-30 // len(batches)), "valid": None}
-    enough = StopEarly()
+    stopper = StopEarly()
     try:
-        subject.run(subject.make(), enough, **arguments | {"device": None})
+        subject.run(subject.make(), stopper, **arguments | {"device": None})
     except Killed:
         return
     except UsageError as error:
         raise SkipTest(one_line(error)) from error
     except Exception as error:
-        culprit = find_culprit(error.__traceback__, enough.run.hook)
+        culprit = find_culprit(error.__traceback__, stopper.run.hook)
         if not culprit or culprit[1] not in IN_STEPS:
-            raise SkipTest(f"outside of steps, {type(error).__name__}: {one_line(error)}") from error
-        raise CheckFailed(f"{culprit[1]} reads a tensor in each step, or does what the meta device cannot: "
-                    f"{type(error).__name__}: {one_line(error)}; where it must, pass waits=True") from error
+            raise SkipTest(f"outside of a step, {type(error).__name__}: {one_line(error)}") from error
+        raise CheckFailed(f"{culprit[1]} reads a tensor in each step, or does what the meta device does not support: "
+                          f"{type(error).__name__}: {one_line(error)}; if it must, pass waits=True") from error
 
 
 CHECKS = (options_are_documented, hooks_exist, trains, repeats, composes, cleans_up, draws_nothing, resumes, runs_twice,
           shares_nothing, never_waits)
-# What must have passed, for the check to mean anything; for others it is that it trains.
-NEEDED: dict[Any, tuple[Callable[[Subject], None], ...]] = {
+# By check, those that must pass for its outcome to mean anything. For a check not listed it is `trains`.
+PREREQUISITES: dict[Any, tuple[Callable[[Subject], None], ...]] = {
     options_are_documented: (), hooks_exist: (), trains: (hooks_exist,), resumes: (trains, repeats),
     runs_twice: (trains, repeats),
 }
 
 
 def runs_differ(subject: Subject, one: Run, other: Run) -> str:
-    """Where two runs have ended differently, in words."""
+    """Describe the first difference between the results of two runs; empty if there is none."""
     return first_difference(run_result(one, subject.measured), run_result(other, subject.measured))
 
 
 def run_check(subject: Subject, check: Callable[[Subject], None]) -> None:
+    """Run one check; raise SkipTest if it is to be left out or if one of its prerequisites does not pass."""
     if check.__name__ in subject.skip:
         raise SkipTest(subject.skip[check.__name__])
-    for needed in NEEDED.get(check, (trains,)):
-        if check_outcome(subject, needed):
-            raise SkipTest(f"means nothing where {needed.__name__} does not pass")
+    for prerequisite in PREREQUISITES.get(check, (trains,)):
+        if check_outcome(subject, prerequisite):
+            raise SkipTest(f"needs {prerequisite.__name__}, which does not pass")
     with isolated():
         check(subject)
 
 
 def check_outcome(subject: Subject, check: Callable[[Subject], None]) -> Exception | None:
-    """What a check raised, if anything; it is made once."""
+    """Return what a check raised, or None if it passed; each check runs once."""
     if check.__name__ not in subject.results:
         try:
             run_check(subject, check)

@@ -1,4 +1,4 @@
-"""What a process has one of, so that whoever changes it must put it back: torch's switches, signal handlers."""
+"""Read and restore the global state of the process: torch's settings, signal handlers, random number generators."""
 from __future__ import annotations
 
 import io
@@ -13,7 +13,7 @@ import torch
 
 from loopctl.rng import rng_state, set_rng_state
 
-# By the name that a message gives it: how to read each one, and how to set it.
+# By the name used in messages: a function that reads the setting, and one that sets it.
 SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "anomaly mode": (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
@@ -23,7 +23,7 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "debug mode of deterministic algorithms": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     "precision of float32 matrix products": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "number of threads": (torch.get_num_threads, torch.set_num_threads),
-    "folder it works in": (os.getcwd, os.chdir),
+    "working directory": (os.getcwd, os.chdir),
 }
 
 
@@ -40,15 +40,16 @@ def handler(number: int) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
 
 
 def nesting() -> int:
-    """How many autocast contexts are open."""
+    """Return the number of open autocast contexts."""
     torch.autocast_increment_nesting()
     return torch.autocast_decrement_nesting()
 
 
 def set_nesting(depth: int) -> None:
+    """Leave autocast contexts until `depth` are open."""
     while nesting() > depth:
         torch.autocast_decrement_nesting()
-    torch.clear_autocast_cache()            # which a context empties when it is the last to end
+    torch.clear_autocast_cache()            # as autocast does when its outermost context ends
 
 
 for name in ("deterministic", "benchmark"):
@@ -56,19 +57,19 @@ for name in ("deterministic", "benchmark"):
 for name in ("cpu", "cuda", "mps"):
     SWITCHES[f"autocast for {name}"] = autocast(name)
 SWITCHES["number of open autocast contexts"] = nesting, set_nesting
-if threading.current_thread() is threading.main_thread():       # no other may set them
+if threading.current_thread() is threading.main_thread():       # only the main thread may set handlers
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if number := getattr(signal, name, None):
             SWITCHES[f"handler of {name}"] = handler(number)
 
 
 def read_switches() -> dict[str, Any]:
-    """The value of each switch."""
+    """Return the value of each setting, by name."""
     return {name: read() for name, (read, _) in SWITCHES.items()}
 
 
 def restore_switches(before: dict[str, Any]) -> None:
-    """Set the switches that differ from `before`."""
+    """Set the settings whose values differ from `before` back to those."""
     for name, (read, write) in SWITCHES.items():
         if read() != before[name]:
             write(before[name])
@@ -76,7 +77,7 @@ def restore_switches(before: dict[str, Any]) -> None:
 
 @contextmanager
 def isolated() -> Iterator[io.StringIO]:
-    """Whatever happens within, switches and random numbers are put back and nothing is printed: it goes to a text."""
+    """Restore settings and random-number-generator states at the end of the block, and capture what it prints."""
     before, random = read_switches(), rng_state()
     try:
         with redirect_stdout(io.StringIO()) as printed:

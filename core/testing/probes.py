@@ -1,4 +1,4 @@
-"""What checks of a plugin put into a run beside it: data that fails, and plugins that watch, note or end the run."""
+"""Helpers of the checks: loss functions and loaders that raise, and plugins that record or end a run."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -20,41 +20,41 @@ from loopctl.rng import host_rng_state
 from loopctl.run import Run
 from loopctl.testing.comparison import first_difference
 
-# The hooks in which data is read or the model called, which may draw random numbers: not the plugin's doing.
+# At these hooks data is read or the model is called, which may draw random numbers without the plugin's doing.
 BUSY = ("train", "group_batches", "optimizer_step", "micro_step", "compute_loss", "backward", "evaluate")
 
 
 class PlantedError(Exception):
-    """An error that a check has raised on purpose."""
+    """An error that a check raises on purpose."""
 
 
 class Killed(Exception):
-    """The run was ended where a check wanted it."""
+    """Raised to end a run at the point that a check has chosen."""
 
 
 class Tripwire:
-    """Raises an error when it is touched for the `at`-th time."""
+    """Raises PlantedError at the `at`-th call of `touch`; `raised` tells whether it has."""
 
     def __init__(self, at: int) -> None:
-        self.left, self.sprung = at, False
+        self.remaining, self.raised = at, False
 
     def touch(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.sprung = True
+        self.remaining -= 1
+        if self.remaining == 0:
+            self.raised = True
             raise PlantedError("planted by a check")
 
-    def around(self, function: Callable[..., Any], model: nn.Module, training: bool) -> Callable[..., Any]:
-        """`function` that touches it first, while `model` trains or while it does not."""
-        def touching(*arguments: Any) -> Any:
+    def guard(self, function: Callable[..., Any], model: nn.Module, training: bool) -> Callable[..., Any]:
+        """Return `function`, which first calls `touch` if `model.training` equals `training`."""
+        def guarded(*arguments: Any) -> Any:
             if model.training == training:
                 self.touch()
             return function(*arguments)
-        return touching
+        return guarded
 
 
 class FailingLoader:
-    """A loader that touches a tripwire before each batch."""
+    """A loader that calls `touch` of a tripwire before each batch."""
 
     def __init__(self, batches: Any, wire: Tripwire) -> None:
         self.batches, self.wire = batches, wire
@@ -69,7 +69,7 @@ class FailingLoader:
 
 
 class TrainingModeProbe:
-    """A plugin, the first, that notes which parts the loop has put in training mode."""
+    """Records which modules are in training mode when an epoch starts. Add it first, before plugins change the mode."""
 
     def __init__(self) -> None:
         self.training: set[nn.Module] = set()
@@ -78,58 +78,62 @@ class TrainingModeProbe:
     def epoch_start(self, run: Run) -> None:
         self.training = {module for module in run.model.modules() if module.training}
 
-    def left(self, model: nn.Module) -> list[str]:
-        """The names of parts that are no longer in training mode, but for those that are frozen whole."""
-        resting = [part for part in model.modules() if (parameters := [*part.parameters()])
-                   and not any(parameter.requires_grad for parameter in parameters)]
-        frozen = {inner for part in resting for inner in part.modules()}
+    def in_eval(self, model: nn.Module) -> list[str]:
+        """Return the names of the modules that are no longer in training mode, except those that are wholly frozen."""
+        without_grad = [module for module in model.modules() if (parameters := [*module.parameters()])
+                        and not any(parameter.requires_grad for parameter in parameters)]
+        frozen = {inner for module in without_grad for inner in module.modules()}
         return [name for name, module in model.named_modules()
                 if module in self.training and not module.training and module not in frozen]
 
 
 def changed_generators(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Whose random numbers have moved, if any."""
+    """Return the names of the generators whose state has changed; empty if none has."""
     return names(kinds) if (kinds := [kind for kind in before if before[kind] != after[kind]]) else ""
 
 
 class OuterRandomProbe:
-    """A plugin, the first, whose wrappers are around everybody's; notes in `drawn` who draws random numbers."""
+    """Records in `drawn` at which hooks random numbers are drawn. Add it first, so that its wrappers are the outermost.
+
+    At a hook in BUSY it records only what other wrappers draw after their `yield`.
+    """
 
     def __init__(self, frames: list[list[Any]], drawn: list[str]) -> None:
         self.frames, self.drawn = frames, drawn
 
-    def around(self, hook: str) -> Iterator[None]:
+    def compare(self, hook: str) -> Iterator[None]:
         self.frames.append([host_rng_state()])
         result = yield
         before, inside = self.frames.pop()
         if kind := changed_generators(before if hook not in BUSY else inside, host_rng_state()):
-            self.drawn.append(f"{hook} draws random numbers of {kind}")
+            self.drawn.append(f"{hook} draws random numbers from {kind}")
         return result
 
 
 class InnerRandomProbe(OuterRandomProbe):
-    """A plugin, the last, whose wrappers are within everybody's: what is between the two is the wrapper of another."""
+    """Records what other wrappers draw before their `yield`. Add it last, so that its wrappers are the innermost."""
 
-    def around(self, hook: str) -> Iterator[None]:
+    def compare(self, hook: str) -> Iterator[None]:
         if kind := changed_generators(self.frames[-1][0], host_rng_state()):
-            self.drawn.append(f"{hook} draws random numbers of {kind}")
+            self.drawn.append(f"{hook} draws random numbers from {kind}")
         result = yield
         self.frames[-1].append(host_rng_state())
         return result
 
 
-def watch_hook(hook: str) -> Any:
-    def around(self: OuterRandomProbe) -> Iterator[None]:
-        return (yield from self.around(hook))
-    return hookimpl(wrapper=True)(around)
+def probe_hook(hook: str) -> Any:
+    """Return a wrapper hook that calls `compare` of the probe."""
+    def wrapper(self: OuterRandomProbe) -> Iterator[None]:
+        return (yield from self.compare(hook))
+    return hookimpl(wrapper=True)(wrapper)
 
 
 for hook in SPECS:
-    setattr(OuterRandomProbe, hook, watch_hook(hook))
+    setattr(OuterRandomProbe, hook, probe_hook(hook))
 
 
 class SaveAndKill:
-    """A plugin that saves the run at the `at`-th safe point and kills it; without, it counts them."""
+    """Saves a checkpoint at the `at`-th safe point and raises Killed; with `at=0` it only counts the safe points."""
 
     def __init__(self, at: int, plugin: Any = None, file: Path = Path()) -> None:
         self.at, self.plugin, self.file, self.passed = at, plugin, file, 0
@@ -145,25 +149,25 @@ class SaveAndKill:
 
 
 class RestoredStateProbe:
-    """A plugin, the first, that compares what `plugin` was given back with what was saved, before it is used."""
+    """Compares the restored state of `plugin` with the saved one before training resumes. Add it first."""
 
     def __init__(self, plugin: Any, state: Any) -> None:
-        self.plugin, self.state, self.lost = plugin, state, ""
-        self.looked = False
+        self.plugin, self.state, self.difference = plugin, state, ""
+        self.compared = False
 
     @hookimpl
     def epoch_start(self) -> None:
-        if not self.looked:
-            self.lost, self.looked = first_difference(self.state, state_copy(self.plugin)), True
+        if not self.compared:
+            self.difference, self.compared = first_difference(self.state, state_copy(self.plugin)), True
 
 
 def state_copy(plugin: Any) -> Any:
-    """A copy of the state of a plugin; None where it keeps none."""
+    """Return a copy of the state dict of a plugin; None if it has none."""
     return deepcopy(plugin.state_dict()) if hasattr(plugin, "state_dict") else None
 
 
 class StopEarly:
-    """A plugin that ends a run before its first evaluation, which may wait."""
+    """Ends a run after a few steps, before the first evaluation, in which the host may wait for the device."""
 
     @hookimpl
     def setup(self, run: Run) -> None:
@@ -176,7 +180,7 @@ class StopEarly:
 
 
 class StepTimer:
-    """A plugin that notes the time after each step."""
+    """Records the time after each step."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, int]] = []
@@ -186,6 +190,7 @@ class StepTimer:
         self.times.append((perf_counter(), run.seen))
 
     def median(self) -> float:
-        """Seconds per batch, in the median of the steps."""
-        steps = [(time - before, seen - was) for (before, was), (time, seen) in pairwise(self.times)]
-        return median(seconds / batches for seconds, batches in steps if batches)       # none at an epoch's end
+        """Return the median over the steps of the seconds per batch."""
+        steps = [(after - before, seen - seen_before) for (before, seen_before), (after, seen) in pairwise(self.times)]
+        # The second safe point of an epoch's end follows no batch.
+        return median(seconds / batches for seconds, batches in steps if batches)

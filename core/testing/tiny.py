@@ -1,4 +1,4 @@
-"""A whole run in milliseconds, small in everything and simple in nothing: what tests of plugins train."""
+"""A complete training run that takes milliseconds, for tests of plugins."""
 from __future__ import annotations
 
 import atexit
@@ -17,11 +17,11 @@ from loopctl.run import Run
 def tiny_run(*plugins: Any, **fit_arguments: Any) -> Run:
     """Train a small model with `plugins` and return the run.
 
-    The model has BatchNorm and Dropout, so that a wrong mode or a random number too many shows. There are five batches,
-    the last one shorter, and two for validation; SGD with momentum; two epochs; seed 0. What plugins write is in
-    `run.out`, a new folder that is deleted when Python exits.
+    The model has BatchNorm and Dropout, so that a wrong mode or an extra random number changes the result. There are
+    five training batches, the last one shorter, and two for validation; SGD with momentum; two epochs; seed 0. Plugins
+    write to `run.out`, a new folder that is deleted when Python exits.
 
-    fit_arguments: those of `fit`, in place of these.
+    fit_arguments: arguments of `fit` that replace these.
 
     Raises what `fit` raises.
     """
@@ -30,7 +30,7 @@ def tiny_run(*plugins: Any, **fit_arguments: Any) -> Run:
 
 
 def default_arguments() -> dict[str, Any]:
-    """The arguments of `fit` for a tiny run, new ones each time."""
+    """Return the arguments of `fit` for a tiny run, newly created at each call."""
     return {
         "model": tiny_model(),
         "loss_fn": nn.CrossEntropyLoss(),
@@ -44,21 +44,21 @@ def default_arguments() -> dict[str, Any]:
 
 
 def tiny_model() -> nn.Module:
-    """Six numbers in, three classes out; the same weights each time, and no random number of the caller's is used."""
+    """Return a model of 6 inputs and 3 classes, always with the same weights; draw nothing from global generators."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
 
 
 def tiny_batches(*sizes: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Batches of so many samples for `tiny_model`, the same each time."""
+    """Return batches of `sizes` samples for `tiny_model`: inputs (size, 6) and classes (size,), the same each time."""
     random = torch.Generator().manual_seed(seed)
     return [(torch.randn(size, 6, generator=random), torch.randint(0, 3, (size,), generator=random)) for size in sizes]
 
 
 @cache
 def scratch_folder() -> str:
-    """Where the folders of this process's runs are."""
-    made = mkdtemp(prefix="loopctl-")
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return made
+    """Return the folder that holds the folders of this process's tiny runs."""
+    folder = mkdtemp(prefix="loopctl-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -1,4 +1,4 @@
-"""Data sets on disk: a few pictures of each, in the format its own files have."""
+"""Fixtures that write tiny data sets to disk, each in its original file format."""
 import gzip
 import hashlib
 import io
@@ -10,33 +10,33 @@ import pytest
 from PIL import Image
 
 
-def pixels(count, *shape):
+def random_pixels(count, *shape):
     return np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
 def idx(array):
-    """An idx file: two zeros, the type (8, bytes), the number of dimensions, their sizes, then the values."""
+    """The content of an idx file: two zeros, the type (8 is uint8), the number of dimensions, their sizes, the values."""
     return bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
 
 
 @pytest.fixture(params=[("mnist", "MNIST", 0.1307, 0.3081), ("fashionmnist", "FashionMNIST", 0.2860, 0.3530)],
                 ids=lambda param: param[0])
 def grey(request, tmp_path):
-    """One of the two sets with 12 and 4 pictures: its name, mean and deviation, and the pictures."""
+    """MNIST or FashionMNIST with 12 training and 4 test images: its name, mean, standard deviation and the images."""
     name, folder, mean, std = request.param
     raw = tmp_path / folder / "raw"
     raw.mkdir(parents=True)
-    pictures = {"train": pixels(12, 28, 28), "t10k": pixels(4, 28, 28)[::-1].copy()}
-    for part, found in pictures.items():
-        targets = np.arange(len(found), dtype=np.uint8) % 10
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(found))
+    images = {"train": random_pixels(12, 28, 28), "t10k": random_pixels(4, 28, 28)[::-1].copy()}
+    for part, array in images.items():
+        targets = np.arange(len(array), dtype=np.uint8) % 10
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(array))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(targets))
-    return name, mean, std, pictures
+    return name, mean, std, images
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])
 def cifar(request, tmp_path, monkeypatch):
-    """One of the two sets with a few pictures; torchvision checks the sums of the files, so it is told theirs."""
+    """CIFAR-10 or CIFAR-100 with 10 training and 2 test images. torchvision's checksums are replaced by those of the files."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     name = request.param
@@ -52,34 +52,32 @@ def cifar(request, tmp_path, monkeypatch):
         (folder / file).write_bytes(packed)
         return [file, hashlib.md5(packed).hexdigest()]
 
-    flat, sums = pixels(12, 3072), []                    # the rows of the files: red, then green, then blue
-    pictures = flat.reshape(12, 3, 32, 32).transpose(0, 2, 3, 1)
+    flat, checksums = random_pixels(12, 3072), []        # each row: all red, then all green, then all blue values
+    images = flat.reshape(12, 3, 32, 32).transpose(0, 2, 3, 1)
     split = np.array_split(np.arange(10), len(parts[0]))
     for files, rows in ((parts[0], split), (parts[1], [np.arange(10, 12)])):
-        sums.append([write(file, {"data": flat[row], key: (row % classes).tolist()})
-                     for file, row in zip(files, rows, strict=True)])
+        checksums.append([write(file, {"data": flat[row], key: (row % classes).tolist()})
+                          for file, row in zip(files, rows, strict=True)])
     meta = write(cls.meta["filename"], {cls.meta["key"]: [f"class {number}" for number in range(classes)]})
-    monkeypatch.setattr(cls, "train_list", sums[0])
-    monkeypatch.setattr(cls, "test_list", sums[1])
+    monkeypatch.setattr(cls, "train_list", checksums[0])
+    monkeypatch.setattr(cls, "test_list", checksums[1])
     monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": meta[1]})
-    return name, classes, pictures
+    return name, classes, images
 
 
-def add(archive, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
-
-
-def packed(files, mode="w"):
+def tar(files):
+    """The content of a tar archive of `files`, a dict of contents by name."""
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode=mode) as archive:
+    with tarfile.open(fileobj=stream, mode="w") as archive:
         for name, content in files.items():
-            add(archive, name, content)
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
     return stream.getvalue()
 
 
 def jpeg(value):
+    """The content of a JPEG file of 24x24 pixels that all have this grey value."""
     stream = io.BytesIO()
     Image.new("RGB", (24, 24), (value, value, value)).save(stream, "JPEG", quality=100, subsampling=0)
     return stream.getvalue()
@@ -87,7 +85,7 @@ def jpeg(value):
 
 @pytest.fixture
 def imagenet(tmp_path, monkeypatch):
-    """Two of the thousand classes, in the three archives that are given out; torchvision is told their sums."""
+    """ImageNet with two of its classes, in three archives; torchvision's checksums are replaced by theirs."""
     from scipy.io import savemat
     from torchvision.datasets import imagenet
 
@@ -100,13 +98,13 @@ def imagenet(tmp_path, monkeypatch):
     meta = io.BytesIO()
     savemat(meta, {"synsets": np.array(synsets, dtype=[(name, object) for name in fields]).reshape(-1, 1)})
     files = {
-        "ILSVRC2012_devkit_t12.tar.gz": gzip.compress(packed({
+        "ILSVRC2012_devkit_t12.tar.gz": gzip.compress(tar({
             "ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
             "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": b"2\n1\n"})),
-        "ILSVRC2012_img_train.tar": packed({
-            f"{wnid}.tar": packed({f"{wnid}_{number}.JPEG": jpeg(100 * label + number) for number in range(3)})
+        "ILSVRC2012_img_train.tar": tar({
+            f"{wnid}.tar": tar({f"{wnid}_{number}.JPEG": jpeg(100 * label + number) for number in range(3)})
             for label, wnid in enumerate(wnids)}),
-        "ILSVRC2012_img_val.tar": packed({
+        "ILSVRC2012_img_val.tar": tar({
             f"ILSVRC2012_val_0000000{number}.JPEG": jpeg(200 + number) for number in (1, 2)}),
     }
     for name, content in files.items():

@@ -1,4 +1,4 @@
-"""Learning rates drawn without training, and a model's layers shown without a run."""
+"""`loopctl lr`, which draws the learning rate, `loopctl summary`, and the commands of docs/gallery.md."""
 import math
 import os
 import re
@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from loopctl import Run, available, load
 from loopctl.cli import main
-from loopctl.cli.curve import chart, phases, said
+from loopctl.cli.curve import active_spans, chart, schedule_factors
 from loopctl.composition.compose import compose
 from loopctl.loop import DEFAULTS
 from loopctl.optim.learning_rate import lr_curve
@@ -34,34 +34,34 @@ def run(tmp_path, monkeypatch):
     return call
 
 
-def test_a_chart_has_a_column_per_value_filled_to_its_height():
+def test_a_chart_has_a_column_of_matching_height_per_value():
     rows = chart([0, 1, 2, 4], "all", width=4, height=2).splitlines()
     assert rows == ["        4 │   █", "        0 │ ▄██", "          └────", "           start 0, end 4; all"]
 
 
-def test_the_rate_of_a_composition_in_the_terminal(run, tmp_path):
+def test_the_learning_rate_of_several_schedules_is_drawn_in_the_terminal(run, tmp_path):
     text = run("lr", "--plugin", "warmup:length=10%,start_factor=0.1", "--plugin", "cosine:by=step", "--lr", "0.1", "--epochs", "10").stdout
     rows = text.splitlines()
     assert rows[-1].strip() == "start 0.01, end 4.66e-06; 10 epochs, 230 steps"
     highest = rows[0].split("│")[1]
-    assert 6 <= len(highest) - len(highest.lstrip()) <= 9            # the peak is a tenth of the way
-    assert list(tmp_path.iterdir()) == []                            # nothing was trained
+    assert 6 <= len(highest) - len(highest.lstrip()) <= 9            # the peak is at a tenth of the run
+    assert list(tmp_path.iterdir()) == []                            # no run folder was made
 
 
-def test_row_24_the_rate_over_a_hundred_epochs_drawn(run):
-    """By hand: torch's schedule stepped a hundred times without training, its rates listed."""
+def test_row_24_the_learning_rate_over_a_hundred_epochs_is_drawn(run):
+    """The chart equals one of the rates of torch's scheduler, stepped a hundred times without training."""
     weight = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=0.1)
     schedule, rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50), []
     for _ in range(100):
-        rates += [optimizer.param_groups[0]["lr"]] * 23              # steps of an epoch
+        rates += [optimizer.param_groups[0]["lr"]] * 23              # 23 steps per epoch
         optimizer.step()
         schedule.step()
     drawn = run("lr", "--epochs", "100", "--optimizer", "sgd", "--lr", "0.1", "--plugin", "cosine:t_max=50").stdout
     assert drawn.rstrip("\n") == chart(rates, "100 epochs, 2,300 steps")
 
 
-def test_the_picture_is_what_its_name_says(run, tmp_path):
+def test_the_image_format_is_that_of_the_file_extension(run, tmp_path):
     run("lr", "--plugin", "cosine", "--out", "lr.png")
     assert (tmp_path / "lr.png").read_bytes()[:4] == b"\x89PNG"
     run("lr", "--plugin", "cosine", "--out", "lr.svg")
@@ -70,13 +70,13 @@ def test_the_picture_is_what_its_name_says(run, tmp_path):
     assert "error: --out nowhere/lr.png cannot be written" in run("lr", "--out", "nowhere/lr.png", status=2).stderr
 
 
-def test_without_matplotlib_it_says_how_to_get_it(run, monkeypatch):
+def test_without_matplotlib_the_error_says_how_to_install_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run("lr", "--out", "lr.png", status=2).stderr == (
         "error: --out needs matplotlib; install it with: pip install 'loopctl[plot]'\n")
 
 
-def test_the_same_picture_has_the_same_bytes(run, tmp_path):
+def test_the_same_curve_gives_the_same_bytes(run, tmp_path):
     for kind in ("svg", "png", "pdf"):
         for name in ("one", "two"):
             run("lr", "--plugin", "cosine", "--out", f"{name}.{kind}")
@@ -85,19 +85,19 @@ def test_the_same_picture_has_the_same_bytes(run, tmp_path):
 
 
 def labels(file):
-    """The words in a picture."""
+    """The texts in an SVG image."""
     return re.findall(r">([^<>\n]+)</text>", file.read_text())
 
 
-def test_the_axes_have_units_and_the_schedules_their_bars(run, tmp_path):
+def test_the_axes_and_the_bars_of_the_schedules_are_labelled(run, tmp_path):
     run("lr", "--plugin", "warmup", "--plugin", "cosine", "--plugin", "plateau", "--out", "lr.svg")
     words = labels(tmp_path / "lr.svg")
     assert {"epoch", "step", "learning rate", "warmup", "cosine"} < {*words}
-    assert "plateau" not in words                               # which moves nothing before there is a metric
+    assert "plateau" not in words                               # without a metric it does not change the rate
     assert not [word for word in words if word.startswith("group")]
 
 
-def test_every_parameter_group_has_its_curve_and_alike_ones_share_it(run, tmp_path):
+def test_parameter_groups_have_a_curve_each_and_share_equal_ones(run, tmp_path):
     run("lr", "--model", "mlp", "--optimizer", "sgd", "--lr", "0.1", "--plugin", "layerwise_lr:decay=0.5,no_decay=true", "--out", "lr.svg")
     words = [word for word in labels(tmp_path / "lr.svg") if word.startswith("group")]
     assert len(words) >= 2
@@ -113,16 +113,16 @@ def test_every_parameter_group_has_its_curve_and_alike_ones_share_it(run, tmp_pa
     (["warmup:length=50%", "step:step_size=3"], {"warmup": (0, 15), "step": (8, 27)}),
     (["swa:start=50%,swa_lr=0.01,anneal_epochs=2", "warmup:length=1ep"], {"swa": (17, 21), "warmup": (0, 3)}),
 ], ids=str)
-def test_when_which_schedule_moves_the_rate(plugins, expected):
-    """Ten epochs of three steps; a span begins with the last step before the first move."""
+def test_the_steps_at_which_each_schedule_changes_the_rate(plugins, expected):
+    """Ten epochs of three steps. A span begins with the last step before the rate changes."""
     batches = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.long))] * 3
     hooks = compose(plugins, DEFAULTS)
-    one = Run(torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss(), lambda groups: torch.optim.SGD(groups, lr=0.1), batches, epochs=10, hook=hooks)
-    prepare(one, {}, None, None)
-    points = [(step, said(one), lr) for step, lr in lr_curve(one)]
-    assert phases([step for step, _, _ in points], [factors for _, factors, _ in points]) == expected
-    for _, factors, lr in points:                               # together they are the rate
-        assert lr[0] == pytest.approx(0.1 * math.prod(factors.values()))
+    run = Run(torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss(), lambda groups: torch.optim.SGD(groups, lr=0.1), batches, epochs=10, hook=hooks)
+    prepare(run, {}, None, None)
+    points = [(step, schedule_factors(run), lrs) for step, lrs in lr_curve(run)]
+    assert active_spans([step for step, _, _ in points], [factors for _, factors, _ in points]) == expected
+    for _, factors, lrs in points:
+        assert lrs[0] == pytest.approx(0.1 * math.prod(factors.values()))
 
 
 def test_the_chart_fits_the_terminal(monkeypatch):
@@ -133,8 +133,8 @@ def test_the_chart_fits_the_terminal(monkeypatch):
         assert columns < 20 or len(rows[0]) <= columns
 
 
-def test_the_colours_are_seen_on_a_light_and_on_a_dark_page():
-    """A contrast of 3 at least, as WCAG 2.1 asks of graphics, with white and with GitHub's dark page."""
+def test_the_colours_have_enough_contrast_on_light_and_dark_pages():
+    """The contrast is at least 3, as WCAG 2.1 requires for graphics, with white and with GitHub's dark background."""
     def luminance(colour):
         parts = [int(colour[at:at + 2], 16) / 255 for at in (1, 3, 5)]
         return sum(weight * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
@@ -150,7 +150,7 @@ def test_the_colours_are_seen_on_a_light_and_on_a_dark_page():
 # docs/gallery.md
 
 
-SHOWN = {  # what is written in each picture: step, learning rate, epoch, and the schedules
+SHOWN = {  # the texts in each image: the ticks of step, learning rate and epoch, and the schedules
     name: ("0 100 200 300 400", "0.00 0.02 0.04 0.06 0.08 0.10", "0 5 10 15 20", [name])
     for name in ("constant", "cosine_restarts", "cyclic", "exponential", "linear", "multistep", "onecycle", "polynomial", "step", "trapezoidal", "warmup")}
 USUAL = SHOWN["step"][:3]
@@ -176,14 +176,14 @@ def test_the_gallery_shows_every_schedule():
 
 
 @pytest.mark.parametrize("command", GALLERY, ids=lambda command: command.split("/")[-1])
-def test_a_command_of_the_gallery_is_valid(run, tmp_path, command):
+def test_a_command_of_the_gallery_draws_its_image(run, tmp_path, command):
     (tmp_path / "docs" / "gallery").mkdir(parents=True)
     words = command.split()
     run(*words[1:])
     drawn = tmp_path / words[-1]
     steps, rates, epochs, rest = SHOWN[drawn.stem]
     expected = [*steps.split(), "step", *rates.split(), "learning rate", *epochs.split(), "epoch", *rest]
-    assert labels(drawn) == expected                # other versions of matplotlib draw other paths
+    assert labels(drawn) == expected                # the paths depend on matplotlib's version
     assert "<svg" in drawn.read_text()
 
 
@@ -205,7 +205,7 @@ def test_the_gallery_is_drawn_where_it_is_missing_or_older_than_the_page(tmp_pat
         gallery.draw(tmp_path)
 
 
-def test_the_layers_of_a_model(run, tmp_path):
+def test_summary_shows_the_layers_of_a_model(run, tmp_path):
     text = run("summary", "--model", "mlp:width=16", "--batch-size", "8").stdout
     assert re.search(r"Linear +\[8, 16\] +1,040 +70\.2% +8\.19 k +trainable", text)
     assert re.search(r"Parameters +1,482", text)

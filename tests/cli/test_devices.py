@@ -1,4 +1,4 @@
-"""`loopctl run --devices 0,1`, and torchrun: processes as users start them."""
+"""Several processes as users start them: `loopctl run --devices 0,1`, and torchrun."""
 import os
 import subprocess
 import sys
@@ -12,14 +12,14 @@ from loopctl.cli import main
 
 SETTINGS = ["--model", "linear", "--epochs", "6", "--batch-size", "32", "--plugin", "checkpoint:every_steps=5", "--plugin", "cosine"]
 
-# Ends one of the processes in the first attempt, in one way or another.
-ENDS = '''
+# A plugin that makes the process of rank 1 fail in the first attempt: it is killed, or an exception is raised.
+FAIL = '''
 import os
 from dataclasses import dataclass
 from loopctl import hookimpl
 
 @dataclass(eq=False)
-class Ends:
+class Fail:
     how: str = ""
     observer_only = True
 
@@ -42,13 +42,14 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    place = tmp_path_factory.mktemp("undisturbed")
-    return place / "a", loopctl("run", "--devices", "0,1", *SETTINGS, "--out", "a", cwd=place)
+def uninterrupted(tmp_path_factory):
+    """The folder and the result of a run in two processes that no failure interrupts."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder / "a", loopctl("run", "--devices", "0,1", *SETTINGS, "--out", "a", cwd=folder)
 
 
-def test_one_command_trains_in_two_processes_and_one_of_them_speaks(undisturbed):
-    out, done = undisturbed
+def test_devices_trains_in_two_processes_of_which_only_rank_0_prints(uninterrupted):
+    out, done = uninterrupted
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout.count("epoch 6/6") == 1
@@ -57,41 +58,41 @@ def test_one_command_trains_in_two_processes_and_one_of_them_speaks(undisturbed)
     resolved = tomllib.loads((out / "run.toml").read_text())
     assert resolved["devices"] == "0,1"
     assert resolved["device"] == "cpu"
-    assert resolved["plugin"][0].startswith("ddp:")         # which nobody named
+    assert resolved["plugin"][0].startswith("ddp:")         # added by --devices
     assert "effective batch  64 samples" in (out / "explain.txt").read_text()
 
 
-def test_killed_and_started_again_by_torchrun_it_ends_with_the_same_bits(undisturbed, tmp_path):
-    (tmp_path / "ends.py").write_text(ENDS)
-    done = loopctl("run", "--plugin", "ddp", *SETTINGS, "--plugin", "ends.py:Ends:how=killed", cwd=tmp_path,
+def test_a_run_killed_and_restarted_by_torchrun_ends_with_the_same_bits(uninterrupted, tmp_path):
+    (tmp_path / "fail.py").write_text(FAIL)
+    done = loopctl("run", "--plugin", "ddp", *SETTINGS, "--plugin", "fail.py:Fail:how=killed", cwd=tmp_path,
                    launcher=(*TORCHRUN, "--max-restarts", "1", "-m", "loopctl"))
     assert done.returncode == 0, done.stderr
-    (out,) = (tmp_path / "runs").iterdir()                  # the second attempt has found the folder of the first
-    assert (out / "metrics.csv").read_bytes() == (undisturbed[0] / "metrics.csv").read_bytes()
-    there, here = (load_file(run / "weights.safetensors") for run in (undisturbed[0], out))
-    assert all(bool((there[name] == here[name]).all()) for name in there)
+    (out,) = (tmp_path / "runs").iterdir()                  # the second attempt continues in the folder of the first
+    assert (out / "metrics.csv").read_bytes() == (uninterrupted[0] / "metrics.csv").read_bytes()
+    expected, restarted = (load_file(run / "weights.safetensors") for run in (uninterrupted[0], out))
+    assert all(bool((expected[name] == restarted[name]).all()) for name in expected)
 
 
 @pytest.mark.parametrize(("how", "status", "line"), [
-    ("killed", 137, "error: process 1 was ended by SIGKILL, and the others with it"),
-    ("raises", 1, "error: process 1: ValueError: the disk is full of holes, raised by plugin 'ends' in its hook after_step; --traceback shows where"),
+    ("killed", 137, "error: process 1 was ended by SIGKILL; the other processes were stopped"),
+    ("raises", 1, "error: process 1: ValueError: the disk is full of holes, raised by plugin 'fail' in its hook after_step; --traceback shows where"),
 ])
-def test_where_one_fails_all_end_soon_and_say_so_once(tmp_path, how, status, line):
-    (tmp_path / "ends.py").write_text(ENDS)
-    began = time.monotonic()
-    done = loopctl("run", "--devices", "0,1", *SETTINGS, "--plugin", f"ends.py:Ends:how={how}", "--out", "a", cwd=tmp_path)
+def test_if_one_process_fails_all_end_soon_with_one_error_message(tmp_path, how, status, line):
+    (tmp_path / "fail.py").write_text(FAIL)
+    start = time.monotonic()
+    done = loopctl("run", "--devices", "0,1", *SETTINGS, "--plugin", f"fail.py:Fail:how={how}", "--out", "a", cwd=tmp_path)
     assert done.returncode == status
     assert done.stderr.strip() == line
-    assert time.monotonic() - began < 60            # a process that waits for another one waits for half an hour
+    assert time.monotonic() - start < 60            # a collective operation times out only after half an hour
 
 
-# Says, after all else, which threads a process still has when Python ends.
+# Prints, last of all exit handlers, the threads that the process still has when Python ends.
 THREADS = '''
 import atexit, os, sys
 
 @atexit.register
 def threads():
-    names = [open(f"/proc/self/task/{one}/comm").read().strip() for one in os.listdir("/proc/self/task")]
+    names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
     sys.stdout.write(f"threads: {sorted(names)}\\n")
 
 '''
@@ -108,20 +109,20 @@ run = fit(torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy, partial(torc
 '''
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="tells threads by Linux's /proc")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="reads the threads from Linux's /proc")
 @pytest.mark.parametrize("text", [COMMAND, SCRIPT], ids=["command", "script"])
-def test_no_thread_of_the_process_group_outlives_it(tmp_path, text):
-    """One that lets go of a tensor while Python ends would end the process by SIGABRT, now and then."""
+def test_no_thread_of_the_process_group_is_left_when_python_ends(tmp_path, text):
+    """A thread that frees a tensor while Python ends can abort the process with SIGABRT."""
     (tmp_path / "trains.py").write_text(THREADS + text)
     done = loopctl("trains.py", cwd=tmp_path, launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stdout.splitlines() if line.startswith("threads: ")]
-    assert len(said) == 2
-    assert not [line for line in said if "gloo" in line]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("threads: ")]
+    assert len(lines) == 2
+    assert not [line for line in lines if "gloo" in line]
 
 
-# One process fails while its gradients are on their way, and the other does not come to meet them.
-MEETS_NOBODY = '''
+# Rank 1 fails within its backward pass, when ddp has already started an all_reduce. Rank 0 never joins that all_reduce.
+PENDING_ALL_REDUCE = '''
 import signal, time
 from dataclasses import dataclass
 import torch
@@ -159,38 +160,38 @@ class Parts:
 '''
 
 
-def test_a_failure_is_said_though_nobody_meets_its_gradients(tmp_path):
-    (tmp_path / "parts.py").write_text(MEETS_NOBODY)
-    began = time.monotonic()
+def test_a_failure_during_an_all_reduce_that_rank_0_never_joins_is_reported(tmp_path):
+    (tmp_path / "parts.py").write_text(PENDING_ALL_REDUCE)
+    start = time.monotonic()
     done = loopctl("run", "--devices", "0,1", "--model", "parts.py:Net", "--plugin", "ddp:bucket_cap_mb=1", "--plugin", "parts.py:Parts",
                    "--out", "a", cwd=tmp_path)
     assert done.returncode == 1
     assert "error: process 1: ValueError: half of a backward pass" in done.stderr
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - start < 60
 
 
-def test_processes_that_nobody_joins_are_refused(tmp_path):
+def test_processes_of_torchrun_without_ddp_are_refused(tmp_path):
     done = loopctl("run", *SETTINGS, "--out", "a", cwd=tmp_path, launcher=(*TORCHRUN, "-m", "loopctl"))
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert said == ["error: torchrun has started 2 processes, and no plugin has them train together; add ddp"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: torchrun has started 2 processes, but no plugin makes them train together; add ddp or fsdp"]
     assert not (tmp_path / "a").exists()
 
 
-def explained(capsys, *arguments):
+def explain(capsys, *arguments):
     with pytest.raises(SystemExit):
         main(["explain", *arguments])
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("plugin", ["ddp", "fsdp"])
-def test_explain_plans_processes_that_are_not_there(capsys, plugin):
-    said = explained(capsys, "--devices", "0,1,2", "--plugin", plugin, "--plugin", "accumulate:every=2", "--device", "cpu")
-    assert "updates          80: 20 epochs of 4, 2 micro-batches each" in said      # 23 batches, 8 for each
-    assert "processes        3, each with batches of 64 samples" in said
-    assert "effective batch  384 samples" in said
+def test_explain_shows_the_plan_of_several_processes_without_starting_them(capsys, plugin):
+    text = explain(capsys, "--devices", "0,1,2", "--plugin", plugin, "--plugin", "accumulate:every=2", "--device", "cpu")
+    assert "updates          80: 20 epochs of 4, 2 micro-batches each" in text      # 23 batches, 8 for each process
+    assert "processes        3, each with batches of 64 samples" in text
+    assert "effective batch  384 samples" in text
 
 
 def test_one_device_is_one_process(capsys):
-    said = explained(capsys, "--devices", "0", "--device", "cpu")
-    assert "processes" not in said
-    assert "ddp" not in said
+    text = explain(capsys, "--devices", "0", "--device", "cpu")
+    assert "processes" not in text
+    assert "ddp" not in text

@@ -1,7 +1,7 @@
-"""What nobody would think of typing: every plugin's own options with values of all kinds, and settings likewise.
+"""Fuzz tests of the command line: options of plugins and of commands with random values, right and wrong.
 
-Whatever it is, it is taken or it is refused in one line, before anything is trained and with nothing left behind. The
-examples are the same every time.
+Each command line must be accepted, or refused with a one-line error before anything is trained, without leaving a file.
+hypothesis runs with `derandomize`, so the examples are the same in every run.
 """
 import json
 import math
@@ -37,81 +37,81 @@ COUNT, NUMBER = st.integers(1, 9).map(str), st.floats(0, 2).map(str)
 ANYTHING = st.sampled_from(ODD) | st.text(max_size=12) | st.floats().map(str) | st.integers().map(str) | NUMBER
 RIGHT = {"whole number": COUNT, "number": NUMBER, "true|false": st.sampled_from(["true", "no"]),
          "import path": st.sampled_from(["math:cos", "math:pi", "builtins:int.bit_length"]),
-         "length": st.builds("{}{}".format, COUNT, st.sampled_from(["", "ep", "st", "%"]))}
+         "duration": st.builds("{}{}".format, COUNT, st.sampled_from(["", "ep", "st", "%"]))}
 MORE = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-# What an option that must be said takes, so that another one can be tried.
+# Values of the required options, with which the other options of the plugin can be tried.
 REQUIRED = {"t_0": "1", "base_lr": "0.01", "max_lr": "0.1", "gamma": "0.9", "lr_lambda": "math:cos", "milestones": "1",
             "step_size": "1", "cls": "torch.optim.lr_scheduler:ExponentialLR"}
 
 
 def either(*strategies):
-    """Values of one of several strategies, each as likely, which `|` is not where one has many parts."""
+    """Values of one of several strategies, all equally likely. With `|`, a strategy of several parts is likelier."""
     return st.integers(0, len(strategies) - 1).flatmap(strategies.__getitem__)
 
 
 def mostly(right):
-    """Values of a strategy in most cases, else numbers that are wrong, or anything."""
+    """Values of the strategy `right` in most cases, otherwise wrong numbers or any text."""
     return either(right, right, right, WRONG, ANYTHING)
 
 
-def right(option):
-    """Values of the type of an option: of the first that it takes."""
+def valid_values(option):
+    """Values of an option's type, or of the first of its types."""
     kind = describe_type(option.type)
     if "|" in kind and kind not in RIGHT:
         return st.sampled_from(kind.split(" or ")[-1].split("|"))
-    return next((found for word, found in RIGHT.items() if word in kind), st.sampled_from(["1", "val_loss", "a,b"]))
+    return next((values for word, values in RIGHT.items() if word in kind), st.sampled_from(["1", "val_loss", "a,b"]))
 
 
 @cache
-def choices():
-    """Every option of every installed plugin, with what must be said beside it."""
-    found = []
+def plugin_cases():
+    """Every option of every installed plugin, with its values and the required options of the plugin."""
+    cases = []
     for name in available():
         known = plugin_options(load(name))
-        required = [option.name for option in known.values() if option.default is MISSING]
-        must = {key: REQUIRED[key] for key in required} | ({"gamma": "0.9"} if name == "torch_scheduler" else {})
-        found += [(name, must, key, mostly(right(option))) for key, option in known.items()]
-        found += [(name, must, "gamma", ANYTHING), (name, must, "qqq", ANYTHING)]
-    return found
+        missing = [option.name for option in known.values() if option.default is MISSING]
+        required = {key: REQUIRED[key] for key in missing} | ({"gamma": "0.9"} if name == "torch_scheduler" else {})
+        cases += [(name, required, key, mostly(valid_values(option))) for key, option in known.items()]
+        cases += [(name, required, "gamma", ANYTHING), (name, required, "qqq", ANYTHING)]
+    return cases
 
 
 @st.composite
 def plugin_specs(draw):
-    """A plugin with one option, sometimes two, of any value."""
-    name, must, option, values = draw(st.sampled_from(choices()))
-    said = must | {option: draw(values)}
+    """A plugin with its required options and one more, sometimes two, of any value."""
+    name, required, option, values = draw(st.sampled_from(plugin_cases()))
+    options = required | {option: draw(values)}
     if draw(st.integers(0, 3)) == 0:
-        _, _, other, values = draw(st.sampled_from([row for row in choices() if row[0] == name]))
-        said |= {other: draw(values)}
+        _, _, other, values = draw(st.sampled_from([case for case in plugin_cases() if case[0] == name]))
+        options |= {other: draw(values)}
     comma = ",," if draw(st.integers(0, 9)) == 0 else ","
-    return f"{name}:{comma.join(f'{key}={value}' for key, value in said.items())}"
+    return f"{name}:{comma.join(f'{key}={value}' for key, value in options.items())}"
 
 
 @pytest.fixture(scope="module")
 def call(tmp_path_factory):
-    """Run a command in a folder of its own, and check that it keeps to the rule."""
-    place = tmp_path_factory.mktemp("place")
-    (place / "file").write_text("x")
-    (place / "full").mkdir()
-    (place / "full" / "thesis.txt").write_text("the only copy")
-    before = contents(place)
+    """Run a command. Assert that it succeeds, or prints an error of one line, and leaves the folder unchanged."""
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "file").write_text("x")
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.txt").write_text("the only copy")
+    before = contents(folder)
 
     def call(*words, failing=(2,)):
-        with chdir(place):
+        with chdir(folder):
             result = CliRunner().invoke(main, list(words))
-        said = shlex.join(words)
-        assert result.exception is None or isinstance(result.exception, SystemExit), said
-        assert result.exit_code in (0, *failing), said
-        assert "Traceback" not in result.output, said
+        command = shlex.join(words)
+        assert result.exception is None or isinstance(result.exception, SystemExit), command
+        assert result.exit_code in (0, *failing), command
+        assert "Traceback" not in result.output, command
         if result.exit_code:
-            assert result.stderr.startswith("error: "), said
-            assert result.stderr.endswith("\n"), said
-            assert result.stderr[:-1].isprintable(), said
-            assert len(result.stderr) < 500, said
-            assert result.stdout == "", said
+            assert result.stderr.startswith("error: "), command
+            assert result.stderr.endswith("\n"), command
+            assert result.stderr[:-1].isprintable(), command
+            assert len(result.stderr) < 500, command
+            assert result.stdout == "", command
         else:
-            assert result.stderr == "", said
-        assert contents(place) == before, said
+            assert result.stderr == "", command
+        assert contents(folder) == before, command
     return call
 
 
@@ -127,7 +127,7 @@ MAY_BE_INFINITE = [("clip", "max_norm"), ("clip", "norm_type")]
 
 @given(text=plugin_specs())
 @settings(MORE, max_examples=300)
-def test_a_plugin_is_refused_in_one_line_or_can_be_written_down_and_made_again(text):
+def test_a_plugin_is_refused_or_built_again_from_its_own_spec(text):
     try:
         name, plugin = build_plugin(text)
     except UsageError:
@@ -135,15 +135,15 @@ def test_a_plugin_is_refused_in_one_line_or_can_be_written_down_and_made_again(t
     values = {key: getattr(plugin, key) for key in plugin_options(type(plugin))}
     for key, value in values.items():
         if isinstance(value, int | float):
-            most = 2**63 - 1 if isinstance(value, int) else FLOAT32_MAX
-            assert abs(value) <= most or (value == math.inf and (name, key) in MAY_BE_INFINITE), text
+            limit = 2**63 - 1 if isinstance(value, int) else FLOAT32_MAX
+            assert abs(value) <= limit or (value == math.inf and (name, key) in MAY_BE_INFINITE), text
     try:
         compose([plugin])
-        again = to_spec(name, plugin)
+        spec = to_spec(name, plugin)
     except UsageError:
         return
-    _, twin = build_plugin(again)
-    assert {key: getattr(twin, key) for key in values} == values, text
+    _, rebuilt = build_plugin(spec)
+    assert {key: getattr(rebuilt, key) for key in values} == values, text
 
 
 @given(text=plugin_specs(), command=st.sampled_from(["explain", "lr"]))
@@ -162,8 +162,8 @@ def test_the_page_of_a_plugin_is_shown_or_refused(call, text):
     call("plugins", text)
 
 
-def bearable(value):
-    """Not so large that it would be accepted and then take this machine's memory, or its time."""
+def small_or_absurd(value):
+    """Whether a value is small, or so large that it is refused. Values in between would take much memory or time."""
     try:
         return not 64 < abs(float(value)) < 1e8
     except ValueError:
@@ -184,13 +184,13 @@ OPTIMIZERS = {"sgd": {"lr": NUMBER, "momentum": NUMBER, "nesterov": WORDS, "fore
 
 @given(kind=st.sampled_from([("model", MODELS), ("data", DATA), ("optimizer", OPTIMIZERS)]), data=st.data())
 @settings(MORE, max_examples=150)
-def test_a_model_data_or_an_optimizer_is_taken_or_refused(call, kind, data):
+def test_a_model_a_data_set_or_an_optimizer_is_accepted_or_refused(call, kind, data):
     flag, known = kind
     name = data.draw(st.sampled_from(sorted(known)))
     option = data.draw(st.sampled_from([*known[name], "qqq"]))
-    value = data.draw(mostly(known[name].get(option, NUMBER)).filter(bearable))
-    beside = () if flag == "model" else ("--model", "linear")
-    call("explain", *beside, f"--{flag}", f"{name}:{option}={value}")
+    value = data.draw(mostly(known[name].get(option, NUMBER)).filter(small_or_absurd))
+    others = () if flag == "model" else ("--model", "linear")
+    call("explain", *others, f"--{flag}", f"{name}:{option}={value}")
 
 
 COUNTS = mostly(COUNT)
@@ -202,11 +202,11 @@ FLAGS = {"--epochs": COUNTS, "--max-steps": COUNTS, "--eval-every": COUNTS, "--b
          "--plugin": mostly(st.sampled_from(["warmup", "csv", "freeze:patterns=1"])), "--qqq": ANYTHING}
 
 
-@given(said=st.dictionaries(st.sampled_from(sorted(FLAGS)), st.data(), min_size=1, max_size=3))
+@given(values=st.dictionaries(st.sampled_from(sorted(FLAGS)), st.data(), min_size=1, max_size=3))
 @settings(MORE, max_examples=150)
-def test_settings_are_taken_or_refused(call, said):
-    words = [word for flag, data in said.items() for word in (flag, data.draw(FLAGS[flag]))]
-    call("explain", *(() if "--model" in said else ("--model", "linear")), *words)
+def test_command_line_options_are_accepted_or_refused(call, values):
+    words = [word for flag, data in values.items() for word in (flag, data.draw(FLAGS[flag]))]
+    call("explain", *(() if "--model" in values else ("--model", "linear")), *words)
 
 
 ATOMS = st.booleans() | st.integers() | st.floats() | ANYTHING | st.none()
@@ -218,7 +218,7 @@ ROW = either(*[ROWS] * 9, st.tuples(st.sampled_from(["out", "qqq"]) | st.text(),
 
 
 def toml(value):
-    """`value` in TOML, as far as it has it."""
+    """`value` as TOML, which has no null: None is a date."""
     if isinstance(value, list):
         return f"[{', '.join(map(toml, value))}]"
     if isinstance(value, float) and not math.isfinite(value):
@@ -231,32 +231,32 @@ FILES = st.lists(ROW, max_size=4).map(lambda rows: "\r\n".join(f"{json.dumps(key
 
 @given(content=either(FILES.map(str.encode), FILES.map(str.encode), st.text(max_size=60).map(str.encode), st.binary(max_size=60)))
 @settings(MORE, max_examples=200)
-def test_a_configuration_is_taken_or_refused(call, tmp_path_factory, content):
+def test_a_configuration_file_is_accepted_or_refused(call, tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "any.toml"
     file.write_bytes(content)
     call("explain", "--config", str(file), "--model", "linear", "--optimizer", "sgd", "--epochs", "2", "--device", "cpu")
 
 
-# With training, of one step where it is right
+# With training, of one step if the command line is accepted
 
 
 NAMES = st.sampled_from(["a b", "é", "💥", "-x", "--", "#", "'", '"', "\\", "[/x]", "a\nb", "a\nlr = 9", "a\0b", "a\x7fb", "\ud800", "x" * 300])
 
 
-@given(where=either(NAMES, ANYTHING.filter(lambda name: name.strip() and "/" not in name)), flag=st.sampled_from(["--out", "--out", "--resume"]))
+@given(folder=either(NAMES, ANYTHING.filter(lambda name: name.strip() and "/" not in name)), flag=st.sampled_from(["--out", "--out", "--resume"]))
 @settings(MORE, max_examples=40)
-def test_a_folder_of_any_name_is_taken_or_refused(tmp_path_factory, where, flag):
-    place = tmp_path_factory.mktemp("out")
-    with chdir(place):
+def test_a_folder_of_any_name_is_accepted_or_refused(tmp_path_factory, folder, flag):
+    parent = tmp_path_factory.mktemp("out")
+    with chdir(parent):
         result = CliRunner().invoke(main, ["run", "--model", "linear", "--max-steps", "1", "--batch-size", "2000",
-                                           "--without", "checkpoint", "--plugin", "progress", flag, where])
+                                           "--without", "checkpoint", "--plugin", "progress", flag, folder])
     assert "Traceback" not in result.output
     if result.exit_code:
         assert result.exit_code in (1, 2)
         assert result.stderr[:-1].isprintable()
         assert len(result.stderr) < 500
-        assert not list(place.iterdir())
+        assert not list(parent.iterdir())
     else:
-        with chdir(place):
-            again = CliRunner().invoke(main, ["explain", "--config", f"{where}/run.toml"])
+        with chdir(parent):
+            again = CliRunner().invoke(main, ["explain", "--config", f"{folder}/run.toml"])
         assert again.exit_code == 0, again.stderr

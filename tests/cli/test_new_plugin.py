@@ -1,4 +1,4 @@
-"""`loopctl new-plugin`: what it writes installs, passes its own tests and trains as it is; what is wrong leaves nothing."""
+"""`loopctl new-plugin`: the package it writes installs, passes its tests and trains; a wrong call leaves no files."""
 import errno
 import os
 import re
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from loopctl.cli import main, scaffold
 
 ROOT = Path(__file__).parents[2]
+VERSION = version("loopctl")
 KINDS = ["schedule", "observer", "wrapper", "replacer"]
 
 
@@ -28,10 +30,10 @@ def invoke(*arguments, status=0):
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     """A folder with a package of each kind."""
-    place = tmp_path_factory.mktemp("packages")
+    folder = tmp_path_factory.mktemp("packages")
     for kind in KINDS:
-        invoke("new-plugin", f"my-own-{kind}", "--kind", kind, "--out", place / f"loopctl-my-own-{kind}")
-    return place
+        invoke("new-plugin", f"my-own-{kind}", "--kind", kind, "--out", folder / f"loopctl-my-own-{kind}")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +49,11 @@ def _installed(site, monkeypatch):
         sys.modules.pop(f"loopctl_my_own_{kind}", None)
 
 
-# What it writes
+# The packages
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_package_of_four_files_that_knows_its_name(packages, kind):
+def test_a_package_has_four_files_with_the_plugins_name(packages, kind):
     folder, plugin = packages / f"loopctl-my-own-{kind}", f"my_own_{kind}"
     assert {path.name for path in folder.iterdir()} == {
         "pyproject.toml", "README.md", f"loopctl_{plugin}.py", f"test_{plugin}.py"}
@@ -61,21 +63,21 @@ def test_a_package_of_four_files_that_knows_its_name(packages, kind):
     for path in folder.iterdir():
         assert not re.search("my.plugin|myplugin", path.read_text(), re.IGNORECASE)
     source = (folder / f"loopctl_{plugin}.py").read_text()
-    assert len(source.splitlines()) < 40, "it is read in a minute"
+    assert len(source.splitlines()) < 40, "a template should stay short"
 
 
-def test_their_own_tests_pass(packages, site):
+def test_the_tests_of_the_packages_pass(packages, site):
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "not composes", "-p", "no:cacheprovider", *sorted(packages.iterdir())], cwd=packages,
                           env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    # What their authors see, but for composing with each built-in. The wrapper draws random numbers, and says so.
+    # All but the checks that compose the plugin with each built-in one. One is skipped because the wrapper draws random numbers.
     assert "48 passed, 1 skipped, 4 deselected" in done.stdout
     assert not [path for path in packages.rglob("*") if path.name.endswith(("egg-info", "build"))]
 
 
 @pytest.mark.usefixtures("_installed")
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_listed_shown_and_trains(kind, tmp_path, monkeypatch):
+def test_a_new_plugin_is_listed_described_and_trains(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = f"my_own_{kind}"
     lines = [line for line in invoke("plugins").stdout.splitlines() if line.startswith(name)]
@@ -93,8 +95,8 @@ def test_it_is_listed_shown_and_trains(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("_installed")
-def test_all_four_at_once_and_again_from_where_it_stopped(tmp_path, monkeypatch):
-    """The observer's average is part of what a checkpoint holds."""
+def test_a_run_with_all_four_plugins_can_be_resumed(tmp_path, monkeypatch):
+    """The observer's moving average is restored from the checkpoint."""
     monkeypatch.chdir(tmp_path)
     plugins = [word for kind in KINDS for word in ("--plugin", f"my_own_{kind}")]
     common = ["run", *plugins, "--model", "linear", "--without", "progress"]
@@ -104,7 +106,7 @@ def test_all_four_at_once_and_again_from_where_it_stopped(tmp_path, monkeypatch)
     assert (tmp_path / "cut/metrics.csv").read_text() == (tmp_path / "whole/metrics.csv").read_text()
 
 
-def test_it_says_what_it_has_written_and_what_to_type_next(tmp_path, monkeypatch):
+def test_the_output_lists_the_files_and_the_next_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert invoke("new-plugin", "grad-noise").stdout == """written:
   loopctl-grad-noise/pyproject.toml
@@ -116,19 +118,19 @@ next:
   python -m pytest loopctl-grad-noise
   loopctl run --plugin grad_noise
 """
-    said = invoke("new-plugin", "grad_noise", "--out", "new/with a space").stdout
-    assert "pip install -e 'new/with a space[test]'\n  python -m pytest 'new/with a space'\n" in said
+    output = invoke("new-plugin", "grad_noise", "--out", "new/with a space").stdout
+    assert "pip install -e 'new/with a space[test]'\n  python -m pytest 'new/with a space'\n" in output
     assert (tmp_path / "new" / "with a space" / "loopctl_grad_noise.py").is_file()
 
 
-def test_what_is_written_passes_the_linter(packages):
+def test_the_packages_pass_the_linter(packages):
     pytest.importorskip("ruff")
     for options in ([], ["--config", ROOT / "pyproject.toml"]):
         done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", *options, packages], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
 
-def test_a_wheel_has_the_templates(tmp_path, copy_of_the_source):
+def test_a_wheel_of_loopctl_has_the_templates(tmp_path, copy_of_the_source):
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps",
                     "--no-build-isolation", "--wheel-dir", tmp_path, copy_of_the_source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -148,7 +150,7 @@ def copy_of_the_source(tmp_path):
     return copied
 
 
-def test_it_imports_no_torch(tmp_path):
+def test_writing_a_package_does_not_import_torch(tmp_path):
     code = ("import sys; from loopctl.cli import main\n"
             "try: main(['new-plugin', 'quick'])\n"
             "except SystemExit as end: assert not end.code, end.code\n"
@@ -160,13 +162,13 @@ def test_it_imports_no_torch(tmp_path):
 
 def test_the_shell_completes_the_kinds():
     def completed(start):
-        found = BashComplete(main, {}, "loopctl", "_LOOPCTL_COMPLETE").get_completions(["new-plugin", "x", "--kind"], start)
-        return [item.value for item in found]
+        items = BashComplete(main, {}, "loopctl", "_LOOPCTL_COMPLETE").get_completions(["new-plugin", "x", "--kind"], start)
+        return [item.value for item in items]
     assert completed("") == KINDS
     assert completed("s") == ["schedule"]
 
 
-# What it refuses
+# Errors
 
 
 def contents(folder):
@@ -174,7 +176,7 @@ def contents(folder):
 
 
 def refused(folder, *arguments):
-    """The one line that the command says; nothing in `folder` is another after it."""
+    """Run a command that must fail. Return its one-line error; assert that `folder` is unchanged."""
     before = contents(folder)
     result = invoke("new-plugin", *arguments, status=2)
     assert contents(folder) == before
@@ -183,7 +185,7 @@ def refused(folder, *arguments):
     return result.stderr
 
 
-def test_nothing_is_overwritten(tmp_path, monkeypatch):
+def test_an_existing_folder_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     invoke("new-plugin", "mine")
     (tmp_path / "loopctl-mine" / "loopctl_mine.py").write_text("precious")
@@ -191,54 +193,54 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
     assert "loopctl-mine exists" in refused(tmp_path, "mine", "--kind", "wrapper")
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
-    for there in ("loopctl-mine/README.md", "empty", "link", "."):
-        assert f"{there} exists and is not overwritten" in refused(tmp_path, "mine", "--out", there)
+    for path in ("loopctl-mine/README.md", "empty", "link", "."):
+        assert f"{path} exists and is not overwritten" in refused(tmp_path, "mine", "--out", path)
 
 
-NO_NAME = "is no name of a plugin, which has lower-case letters, digits and underscores and begins with a letter"
+INVALID = "is not a valid plugin name, which has lower-case letters, digits and underscores and begins with a letter"
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("GradNoise", [f"'GradNoise' {NO_NAME}; use grad_noise"]),
-    ("grad noise", ["say grad_noise"]),
-    ("grad.noise", ["say grad_noise"]),
-    ("grad__noise", ["say grad_noise"]),
-    ("_noise", ["say noise"]),
-    ("noise_", ["say noise"]),
-    ("../noise", ["say noise"]),
-    ("noise:std=1", ["say noise_std_1"]),
-    ("2nd", [f"'2nd' {NO_NAME}; choose another"]),
-    ("é", [f"'é' {NO_NAME}; choose another"]),
+    ("GradNoise", [f"'GradNoise' {INVALID}; use grad_noise"]),
+    ("grad noise", ["use grad_noise"]),
+    ("grad.noise", ["use grad_noise"]),
+    ("grad__noise", ["use grad_noise"]),
+    ("_noise", ["use noise"]),
+    ("noise_", ["use noise"]),
+    ("../noise", ["use noise"]),
+    ("noise:std=1", ["use noise_std_1"]),
+    ("2nd", [f"'2nd' {INVALID}; choose another"]),
+    ("é", [f"'é' {INVALID}; choose another"]),
     ("٣", ["choose another"]),
-    ("", [f"'' {NO_NAME}; choose another"]),
+    ("", [f"'' {INVALID}; choose another"]),
     ("...", ["choose another"]),
-    ("none", ["none: its class would be called None, a word of Python; choose another name"]),
-    ("loopctl-noise", ["the package is called loopctl-... by itself; use noise"]),
-    ("clip", ["clip: loopctl 0.1.0 has a plugin of this name; choose another"]),
-    ("early-stopping", ["early_stopping: loopctl 0.1.0 has a plugin of this name"]),
+    ("none", ["none: its class would be called None, a keyword of Python; choose another name"]),
+    ("loopctl-noise", ["the prefix loopctl is added to the package's name anyway; use noise"]),
+    ("clip", [f"clip: loopctl {VERSION} already has a plugin of this name; choose another"]),
+    ("early-stopping", [f"early_stopping: loopctl {VERSION} already has a plugin of this name"]),
     ("a\nb", ["control character '\\n'"]),
     ("n" * 300, ["cannot be written: File name too long"]),
 ])
-def test_a_name_that_cannot_be(name, words, tmp_path, monkeypatch):
+def test_an_invalid_name_is_refused(name, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = refused(tmp_path, "--", name) if name else refused(tmp_path, name)
+    error = refused(tmp_path, "--", name) if name else refused(tmp_path, name)
     for word in words:
-        assert word in said
+        assert word in error
 
 
 @pytest.mark.usefixtures("_installed")
-def test_a_name_that_another_package_has(tmp_path, monkeypatch):
+def test_the_name_of_an_installed_plugin_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = refused(tmp_path, "my-own-wrapper")
-    assert "my_own_wrapper: loopctl-my-own-wrapper 0.1.0 has a plugin of this name" in said
+    error = refused(tmp_path, "my-own-wrapper")
+    assert "my_own_wrapper: loopctl-my-own-wrapper 0.1.0 already has a plugin of this name" in error
 
 
-def test_a_kind_that_there_is_not(tmp_path, monkeypatch):
+def test_an_unknown_kind_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "'metric' is not one of 'schedule', 'observer', 'wrapper', 'replacer'" in refused(tmp_path, "mine", "--kind", "metric")
 
 
-def test_a_folder_that_cannot_be(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a folder")
     assert "file/below cannot be written: Not a directory; choose another folder with --out" in refused(tmp_path, "mine", "--out", "file/below")
@@ -247,13 +249,13 @@ def test_a_folder_that_cannot_be(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("out", ["mine", "new/and/deep"])
-def test_a_disk_that_is_full_leaves_no_half_package(tmp_path, monkeypatch, out):
+def test_nothing_is_left_of_a_package_when_the_disk_is_full(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
-    usual = Path.write_text
+    original = Path.write_text
 
-    def fill(path, text, **settings):
-        usual(path, text[:3], **settings)
+    def write_text(path, text, **settings):
+        original(path, text[:3], **settings)
         if path.name.startswith("loopctl_"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(Path, "write_text", fill)
+    monkeypatch.setattr(Path, "write_text", write_text)
     assert f"{out} cannot be written: No space left on device" in refused(tmp_path, "mine", "--out", out)

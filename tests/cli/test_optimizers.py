@@ -1,4 +1,4 @@
-"""Optimizers by name: torch's own classes, and one's own by import path."""
+"""Optimizers by name: the classes of torch.optim, and others by import path."""
 import subprocess
 import sys
 
@@ -17,7 +17,7 @@ def groups():
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
-def test_each_class_of_torch_is_found_by_its_name(name):
+def test_each_class_of_torch_is_built_by_its_name(name):
     factory, lr = optimizers.make(name, None)
     made = factory(groups())
     assert type(made) is CLASSES[name]
@@ -38,41 +38,41 @@ def test_the_factory_takes_parameter_groups_as_torch_does():
     ("adamw:foreach=false,fused=none", {"foreach": False, "fused": None}),
     ("lbfgs:max_iter=5,line_search_fn=strong_wolfe", {"max_iter": 5, "line_search_fn": "strong_wolfe"}),
 ])
-def test_options_are_of_the_type_their_argument_has(spec, expected):
+def test_options_have_the_types_of_the_arguments(spec, expected):
     defaults = optimizers.make(spec, None)[0](groups()).defaults
     assert {name: defaults[name] for name in expected} == expected
     assert [type(defaults[name]) for name in expected] == [type(value) for value in expected.values()]
 
 
-def test_the_command_lines_lr_wins_over_the_classs_own():
+def test_the_lr_of_the_command_line_overrides_the_default_of_the_class():
     factory, lr = optimizers.make("adamw", 0.25)
     assert lr == 0.25
     assert factory(groups()).param_groups[0]["lr"] == 0.25
 
 
-def test_without_lr_the_classs_own_is_used_and_reported():
+def test_without_lr_the_default_of_the_class_is_used_and_returned():
     factory, lr = optimizers.make("adamw", None)
     assert lr == factory(groups()).param_groups[0]["lr"] == torch.optim.AdamW(groups()).defaults["lr"]
 
 
-def test_an_lr_among_the_options_is_used_and_not_said_a_second_time():
+def test_an_lr_among_the_options_is_used_and_not_returned():
     factory, lr = optimizers.make("sgd:lr=0.5", None)
     assert lr is None
     assert factory(groups()).param_groups[0]["lr"] == 0.5
 
 
-def test_zero_is_a_learning_rate():
+def test_a_learning_rate_of_zero_is_accepted():
     assert optimizers.make("sgd", 0.0)[0](groups()).param_groups[0]["lr"] == 0
 
 
-def test_a_class_by_import_path():
+def test_an_optimizer_by_import_path():
     factory, lr = optimizers.make("torch.optim:SGD:momentum=0.9", 0.1)
     made = factory(groups())
     assert type(made) is torch.optim.SGD
     assert (made.defaults["momentum"], made.defaults["lr"], lr) == (0.9, 0.1, 0.1)
 
 
-def test_a_class_in_a_file(tmp_path):
+def test_an_optimizer_in_a_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import torch\nclass Slow(torch.optim.SGD):\n    pass\n")
     made = optimizers.make(f"{file}:Slow:momentum=0.5", 0.1)[0](groups())
@@ -89,32 +89,32 @@ def test_a_class_in_a_file(tmp_path):
     ("adamw:betas=0.9,2", None, "optimizer adamw: Invalid beta parameter at index 1"),
     ("lbfgs:max_iter=2.5", None, "optimizer lbfgs: max_iter takes a whole number, not '2.5'"),
     ("sgd:lr=0.1", 0.2, "lr is given twice"),
-    ("sgd", float("nan"), "lr is nan; a learning rate is a number from 0"),
-    ("torch.nn:Flatten", None, "optimizer torch.nn:Flatten made a Flatten, not a torch.optim.Optimizer"),
-    ("torch.optim", None, "name a class or function of it, as in torch.optim:name"),
+    ("sgd", float("nan"), "lr is nan; use a number from 0 to 3.4e38"),
+    ("torch.nn:Flatten", None, "optimizer torch.nn:Flatten returned a Flatten, not a torch.optim.Optimizer"),
+    ("torch.optim", None, "name a class or function in it, as in torch.optim:name"),
 ])
-def test_what_cannot_be_made_is_refused_at_once(spec, lr, words):
+def test_a_wrong_optimizer_or_option_is_refused_immediately(spec, lr, words):
     with pytest.raises(UsageError, match=words.replace("?", r"\?")):
         optimizers.make(spec, lr)
 
 
-def test_parameters_that_the_class_does_not_take_are_refused_by_name():
+def test_the_error_for_unsuitable_parameters_names_the_optimizer():
     factory, _ = optimizers.make("muon", None)
     with pytest.raises(UsageError, match=r"optimizer muon: .*2D"):
         factory([{"params": [torch.zeros(3, requires_grad=True)]}])
 
 
-def test_the_names_for_completion_are_the_real_classes_found_without_importing_torch():
+def test_shell_completion_has_all_optimizers_without_importing_torch():
     code = ("import sys; from loopctl.cli import optimizer_names; print(*optimizer_names()); "
             "assert 'torch' not in sys.modules")
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert found == sorted(CLASSES)
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert names == sorted(CLASSES)
 
 
 @pytest.mark.parametrize(("spec", "device", "fused"), [
     ("adamw", "cuda", True), ("sgd:momentum=0.9", "cuda", True), ("adamw", "cpu", None), ("adamw:foreach=true", "cuda", None),
     ("adam:fused=false", "cuda", False), ("rmsprop", "cuda", "missing"), ("lbfgs", "cuda", "missing"),
 ])
-def test_on_a_gpu_the_update_is_fused_where_torch_has_that(spec, device, fused):
+def test_the_update_is_fused_on_a_gpu_if_torch_supports_it(spec, device, fused):
     factory, _ = optimizers.make(spec, 0.1, device)
     assert factory([torch.zeros(2, 2, requires_grad=True)]).defaults.get("fused", "missing") == fused

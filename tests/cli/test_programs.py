@@ -1,7 +1,6 @@
-"""The three complete programs of docs/programs.md against the scripts they stand for, on a few pictures of each set.
+"""The three commands of docs/programs.md, compared with the same programs in plain PyTorch, on a few images of each set.
 
-The scripts are written here in plain PyTorch and torchvision, and read the data set's own format on disk. The weights
-at the end are equal to the last bit.
+The plain programs read the same files with torchvision. The final weights are equal to the last bit.
 """
 import copy
 import math
@@ -28,7 +27,7 @@ PROGRAMS = re.findall(r"^\$ (loopctl run .*)$", PAGE, re.MULTILINE)
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Run one of the programs on the data in the folder, with what makes it small said after it: weights and epochs."""
+    """Run one of the commands, with `smaller` options after its own. Return the final weights and the rows of metrics.csv."""
     monkeypatch.chdir(tmp_path)
 
     def call(number, *smaller, replace=("", "")):
@@ -42,13 +41,13 @@ def run(tmp_path, monkeypatch):
     return call
 
 
-def tensor(mean, std, *first):
+def image_transform(mean, std, *first):
     return v2.Compose([*first, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
-def script(model, train, valid, batch_size, optimizer, epochs, schedule, metric_steps=False, half=False,
+def train_by_hand(model, train, valid, batch_size, optimizer, epochs, schedule, metric_steps=False, half=False,
            patience=None, best_kept=True):
-    """The script people write. Returns the weights at the end and a row per epoch."""
+    """The plain training loop. Returns the final (or best) weights and a row of metrics per epoch."""
     train, valid = DataLoader(train, batch_size, shuffle=True), DataLoader(valid, batch_size)
     criterion, best, waited, rows = nn.CrossEntropyLoss(), (-1.0, None), 0, []
     torch.manual_seed(0)
@@ -83,14 +82,14 @@ def script(model, train, valid, batch_size, optimizer, epochs, schedule, metric_
     return best[1] if patience and best_kept else model.state_dict(), rows
 
 
-def same(weights, rows, expected, expected_rows):
+def assert_same(weights, rows, expected, expected_rows):
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(weights[name], value), name
     assert len(rows) == len(expected_rows)
-    for row, other in zip(rows, expected_rows, strict=True):
-        # The means are summed in another order; torch's schedules compute each rate from the one before.
-        assert {key: row[key] for key in other} == pytest.approx(other, rel=1e-6)
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        # Not exact: the means are summed in another order, and torch computes each rate from the one before.
+        assert {key: row[key] for key in expected_row} == pytest.approx(expected_row, rel=1e-6)
 
 
 @pytest.mark.usefixtures("imagenet")
@@ -99,38 +98,38 @@ def test_row_28_resnet50_on_imagenet(run, tmp_path):
     weights, rows = run(0, "--epochs", "2", "--batch-size", "3", replace=("augment=false", "augment=false,size=64"))
     assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"} <= set(rows[0])
 
-    to_tensor = tensor((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), v2.Resize(64 * 256 // 224), v2.CenterCrop(64))
+    to_tensor = image_transform((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), v2.Resize(64 * 256 // 224), v2.CenterCrop(64))
     train, valid = (datasets.ImageNet(tmp_path, split, transform=to_tensor) for split in ("train", "val"))
     torch.manual_seed(0)
     model = torchvision.models.resnet50(weights=None, num_classes=1000)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     schedule = lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
-    same(weights, rows, *script(model, train, valid, 3, optimizer, 2, ("epoch", schedule), half=True))
+    assert_same(weights, rows, *train_by_hand(model, train, valid, 3, optimizer, 2, ("epoch", schedule), half=True))
 
 
 def test_row_29_a_linear_model_on_mnist(run, tmp_path, grey):
     name, mean, std, _ = grey
     weights, rows = run(1, "--epochs", "30", replace=("mnist", name) if name != "mnist" else ("", ""))
 
-    cls, to_tensor = {"mnist": datasets.MNIST, "fashionmnist": datasets.FashionMNIST}[name], tensor([mean], [std])
+    cls, to_tensor = {"mnist": datasets.MNIST, "fashionmnist": datasets.FashionMNIST}[name], image_transform([mean], [std])
     train, valid = (cls(tmp_path, train=part, transform=to_tensor) for part in (True, False))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = lr_scheduler.ReduceLROnPlateau(optimizer)
-    same(weights, rows, *script(model, train, valid, 64, optimizer, 30, ("epoch", schedule), metric_steps=True, patience=10))
+    assert_same(weights, rows, *train_by_hand(model, train, valid, 64, optimizer, 30, ("epoch", schedule), metric_steps=True, patience=10))
 
 
 def test_row_30_a_vit_on_cifar(run, tmp_path, cifar):
     name, classes, _ = cifar
     weights, rows = run(2, "--epochs", "3", replace=("cifar10", name))
-    assert rows[0]["lr"] < rows[1]["lr"] < rows[2]["lr"]                           # still warming up
+    assert rows[0]["lr"] < rows[1]["lr"] < rows[2]["lr"]                           # still in the warmup
 
     cls, mean, std = {"cifar10": (datasets.CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
                       "cifar100": (datasets.CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}[name]
     crops = v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()
-    train = cls(tmp_path, train=True, transform=tensor(mean, std, *crops))
-    valid = cls(tmp_path, train=False, transform=tensor(mean, std))
+    train = cls(tmp_path, train=True, transform=image_transform(mean, std, *crops))
+    valid = cls(tmp_path, train=False, transform=image_transform(mean, std))
     torch.manual_seed(0)
     model = torchvision.models.VisionTransformer(32, 4, 6, 4, 64, 128, num_classes=classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
@@ -140,4 +139,4 @@ def test_row_30_a_vit_on_cifar(run, tmp_path, cifar):
         return (1 / 3 + (1 - 1 / 3) * min(1.0, step / (5 * steps))) * ((1 + math.cos(math.pi * (step // steps) / 200)) / 2)
 
     schedule = lr_scheduler.LambdaLR(optimizer, factor)
-    same(weights, rows, *script(model, train, valid, 128, optimizer, 3, ("step", schedule), patience=30, best_kept=False))
+    assert_same(weights, rows, *train_by_hand(model, train, valid, 128, optimizer, 3, ("step", schedule), patience=30, best_kept=False))

@@ -1,4 +1,4 @@
-"""The command line from end to end."""
+"""`loopctl run` from end to end, and the commands that print information."""
 import os
 import re
 import signal
@@ -21,7 +21,7 @@ from loopctl.cli.train import accuracy
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Call `loopctl` in a folder of its own; returns the result."""
+    """Call `loopctl` in a new folder. Return the result of click's CliRunner."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments, status=0):
@@ -39,7 +39,7 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_the_default_run_learns_to_read_digits(run, tmp_path):
+def test_a_run_with_default_options_reaches_98_percent_on_digits(run, tmp_path):
     result = run("run", "--plugin", "amp", "--plugin", "cosine")
     (folder,) = (tmp_path / "runs").iterdir()
     lines = (folder / "metrics.csv").read_text().splitlines()
@@ -53,7 +53,7 @@ def test_the_default_run_learns_to_read_digits(run, tmp_path):
     assert result.stderr == ""
 
 
-def test_a_config_repeats_a_run_to_the_last_digit(run, tmp_path):
+def test_a_run_from_the_run_toml_of_another_gives_the_same_metrics_and_weights(run, tmp_path):
     run("run", "--epochs", 3, "--plugin", "amp", "--plugin", "warmup:length=1ep", "--plugin", "clip:max_norm=0.5", "--plugin",
         "accumulate:every=3", "--model", "cnn:width=8,dropout=0.1", "--optimizer", "sgd:momentum=0.9", "--lr", 0.05, "--seed", 7,
         "--eval-every", 4, "--out", "a")
@@ -66,7 +66,7 @@ def test_a_config_repeats_a_run_to_the_last_digit(run, tmp_path):
     assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-def test_python_gives_the_same_numbers_as_the_command(run, tmp_path):
+def test_fit_in_python_gives_the_same_weights_and_metrics_as_the_command(run, tmp_path):
     plugins = ["amp:dtype=bfloat16", "accumulate:every=2", "clip:max_norm=1", "warmup:length=1ep", "cosine"]
     run("run", "--epochs", 3, "--model", "cnn:width=8", "--seed", 3, "--out", "a", "--without", "progress",
         *[part for plugin in plugins for part in ("--plugin", plugin)])
@@ -88,7 +88,7 @@ def test_python_gives_the_same_numbers_as_the_command(run, tmp_path):
         assert [list(map(str, row.values())) for row in done.history] == [row.split(",") for row in rows]
 
 
-def test_the_usual_plugins_can_be_left_out_or_changed(run, tmp_path):
+def test_the_default_plugins_can_be_left_out_or_configured(run, tmp_path):
     result = run("run", "--epochs", 1, "--model", "linear", "--without", "csv", "--without", "checkpoint", "--without", "progress",
                  "--out", "a")
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"run.toml", "explain.txt", "weights.safetensors"}
@@ -100,19 +100,19 @@ def test_the_usual_plugins_can_be_left_out_or_changed(run, tmp_path):
     assert {path.name for path in (tmp_path / "c").iterdir()} == {path.name for path in (tmp_path / "a").iterdir()}
 
 
-def test_two_runs_at_once_have_two_folders(run, tmp_path):
+def test_each_run_has_a_new_folder_in_runs(run, tmp_path):
     for _ in range(3):
         run("run", "--epochs", 1, "--model", "linear")
     assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
-def test_why_it_stopped_is_the_last_but_one_line(run):
+def test_the_reason_for_stopping_is_the_last_but_one_line(run):
     result = run("run", "--model", "linear", "--plugin", "early_stopping:patience=2,min_delta=5")
     assert re.match(r"stopped early: val_loss has not improved on \S+ for 2 evaluations", result.stdout.splitlines()[-2])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_goes_on(run, tmp_path, workers):
+def test_a_finished_run_is_resumed_for_more_epochs(run, tmp_path, workers):
     settings = ["--model", "cnn:width=8,dropout=0.1", "--workers", workers, "--plugin", "amp:dtype=float16", "--plugin", "ema",
                 "--plugin", "accumulate:every=2", "--plugin", "plateau:patience=0", "--plugin", "freeze:patterns=0,until=2ep"]
     run("run", "--epochs", 2, "--out", "a", *settings)
@@ -122,11 +122,11 @@ def test_a_run_goes_on(run, tmp_path, workers):
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "whole"))
     before = (tmp_path / "a" / "weights.safetensors").read_bytes()
     result = run("run", "--resume", "a", status=2)
-    assert result.stderr.strip() == "error: a: this run is finished (4 epochs); to go on, ask for more --epochs"
+    assert result.stderr.strip() == "error: a: this run is finished (4 epochs); use more --epochs to continue it"
     assert (tmp_path / "a" / "weights.safetensors").read_bytes() == before
 
 
-def test_explain_shows_who_acts_and_the_plan(run):
+def test_explain_shows_the_plugins_at_each_hook_and_the_plan(run):
     text = run("explain", "--plugin", "warmup", "--plugin", "accumulate:every=2", "--plugin", "cosine", "--epochs", 10).stdout
     assert re.search(r"^    lr_scale +warmup, cosine$", text, re.MULTILINE)
     assert re.search(r"^    group_batches +accumulate$", text, re.MULTILINE)
@@ -135,29 +135,29 @@ def test_explain_shows_who_acts_and_the_plan(run):
     assert "learning rate    0.000333 at the start, 0.001 at its peak, 2.45e-05 at the end" in text
 
 
-def test_the_page_of_a_plugin_says_all_there_is(run):
+def test_the_description_of_a_plugin_has_options_hooks_and_origin(run):
     page = run("plugins", "clip").stdout
-    for words in ("clip: Clip the gradient", "max_norm", "a number; default none", "hooks    setup, train_start, grads_ready",
+    for words in ("clip: Clip gradients before each update", "max_norm", "a number; default none", "hooks    setup, train_start, grads_ready",
                   "loopctl.plugins.clip:Clip"):
         assert words in page
     assert "compute_loss (wraps)" in run("plugins", "amp").stdout
 
 
-def test_the_list_of_plugins_has_a_line_for_each(run):
+def test_the_list_of_plugins_has_a_line_per_plugin(run):
     lines = run("plugins").stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(available())
     assert all(len(line.split()) > 3 for line in lines)
     assert run("plugins", "--check").stdout.splitlines() == lines
 
 
-def test_hooks_are_the_tree(run):
+def test_the_hooks_command_prints_the_tree_of_hooks(run):
     from loopctl import hooks
     assert run("hooks").stdout.strip() == hooks.__doc__.strip()
 
 
-def test_ctrl_c_says_where_the_run_is_and_leaves_what_it_wrote(tmp_path):
+def test_after_ctrl_c_the_files_of_the_run_remain_and_their_folder_is_printed(tmp_path):
     command = [sys.executable, "-m", "loopctl", "run", "--epochs", "500", "--model", "linear", "--out", "a"]
-    # Whoever runs the tests in the background has its children ignore Ctrl-C.
+    # A shell that runs the tests in the background makes child processes ignore SIGINT.
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     log = tmp_path / "a" / "metrics.csv"
@@ -168,12 +168,12 @@ def test_ctrl_c_says_where_the_run_is_and_leaves_what_it_wrote(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == "interrupted; what it has written is in a"
+    assert errors.strip() == "interrupted; what was written is in a"
     assert log.exists()
     assert (tmp_path / "a" / "run.toml").read_text()
 
 
-def test_completion_of_names():
+def test_the_shell_completes_plugin_names():
     environment = {**os.environ, "_LOOPCTL_COMPLETE": "bash_complete", "COMP_WORDS": "loopctl run --plugin c", "COMP_CWORD": "3"}
     command = [sys.executable, "-c", "from loopctl.cli import main; main(prog_name='loopctl')"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

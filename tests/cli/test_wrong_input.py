@@ -1,7 +1,7 @@
-"""Whatever is wrong is said in one line that names the culprit and the way out, and nothing is left behind.
+"""Wrong command lines: each gets a one-line error that names the culprit and the way out, and leaves no files behind.
 
-Each case is a command line and words that its message must have. `{tmp}` is a folder of files that the tests write, the
-working directory is another one, which is empty before and after.
+Each case is a command line and texts that must be in its error. `{tmp}` is a folder with files that the tests write.
+The working directory is another folder, which must be empty before and after.
 """
 import sys
 import textwrap
@@ -154,7 +154,7 @@ MINE = """
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A folder of wrong files. Its module `mine_for_wrong_input` can be imported."""
+    """A folder of faulty plugins and configurations. Its module `mine_for_wrong_input` can be imported."""
     folder = tmp_path / "files"
     folder.mkdir()
     for name, text in PLUGINS.items():
@@ -182,10 +182,10 @@ def files(tmp_path, monkeypatch):
 
 @pytest.fixture
 def refused(files, tmp_path, monkeypatch):
-    """Run a command that must fail, and return the line it says; check that it left nothing behind."""
-    place = tmp_path / "place"
-    place.mkdir()
-    monkeypatch.chdir(place)
+    """Run a command that must fail. Return its one-line error; assert that it left no files behind."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
 
     def call(command, status=2):
         before = contents(files)
@@ -198,8 +198,8 @@ def refused(files, tmp_path, monkeypatch):
         assert result.stderr.startswith("error: ")
         assert result.stderr.endswith("\n")
         assert result.stderr.count("\n") == 1, result.stderr
-        assert len(result.stderr) < 500, "nobody reads so much"
-        assert not list(place.iterdir())
+        assert len(result.stderr) < 500, "the message is too long"
+        assert not list(folder.iterdir())
         assert contents(files) == before
         return result.stderr
     return call
@@ -227,12 +227,12 @@ def case(command, *words):
     case("run --plugin early_stopping:restore_best=maybe", "restore_best takes true|false, not 'maybe'"),
     case("run --plugin amp:dtype=int8", "amp: dtype takes auto|float16|bfloat16, not 'int8'"),
     case("run --plugin compile:mode=fast", "compile: mode takes default|reduce-overhead|max-autotune", "not 'fast'"),
-    case("run --plugin compile:mode=default,backend=eager", "compile: mode is inductor's, not eager's; leave out one"),
-    case("run --plugin compile:backend=qqq", "compile: no backend is called 'qqq'; there are aot_eager, eager, "),
-    case("run --plugin compile:per_block=true", "compile: per_block: no block of layers is in the model twice"),
+    case("run --plugin compile:mode=default,backend=eager", "compile: mode is an option of inductor, not of eager; leave out mode or backend"),
+    case("run --plugin compile:backend=qqq", "compile: no backend is called 'qqq'; choose one of aot_eager, eager, "),
+    case("run --plugin compile:per_block=true", "compile: per_block: the model has no repeated blocks"),
     case("run --plugin channels_last:format=x", "channels_last: no option 'format'; it has no options"),
-    case("run --plugin warmup:length=soon", "warmup: length takes a length, not 'soon'", "write 30, 5ep, 500st or 10%"),
-    case("run --plugin warmup:length=-3", "warmup: length takes a length above 0, not '-3'"),
+    case("run --plugin warmup:length=soon", "warmup: length takes a duration, not 'soon'", "write 30, 5ep, 500st or 10%"),
+    case("run --plugin warmup:length=-3", "warmup: length takes a duration above 0, not '-3'"),
     case("run --plugin clip:max_norm=-1", "clip: max_norm is above 0, not -1.0"),
     case("run --plugin checkpoint:every_epochs=0", "checkpoint: every_epochs is at least 1, not 0"),
     case("run --plugin early_stopping:patience=0", "early_stopping: patience is at least 1"),
@@ -251,27 +251,27 @@ def case(command, *words):
     case("run --plugin lr_finder:num_steps=1", "lr_finder: num_steps is at least 3, not 1"),
     case("run --plugin lr_finder:beta=1", "lr_finder: beta is from 0 to below 1, not 1.0"),
     case("run --plugin lr_finder:diverge=0.5", "lr_finder: diverge is above 1, not 0.5"),
-    case("run --plugin lr_finder:use=true,only=true", "lr_finder: only=true ends the run before it could use the rate"),
+    case("run --plugin lr_finder:use=true,only=true", "lr_finder: only=true ends the run before the rate can be used"),
     case("run --plugin lr_finder:path=rates", "lr_finder: path is a .png, .svg or .pdf file, not 'rates'"),
     case("run --plugin lr_finder --lr 0", "lr_finder: every learning rate is 0", "choose one above 0"),
     case("run --plugin tensorboard:every_steps=0", "tensorboard: every_steps is at least 1, not 0"),
     case("run --plugin clip:norm_type=1e-308", "clip: norm_type is at least 1, not 1e-308"),
     case("run --plugin amp:dtype=float16,init_scale=1e-320", "amp: init_scale is at least 1, not 1e-320"),
-    case("run --plugin warmup:length=٣", "warmup: length takes a length, not '٣'"),
-    case("run --plugin warmup:length=1e-323%", "warmup: length takes a length from 1e-9 to 1e15, not '1e-323%'"),
-    case("run --plugin freeze:patterns=1,until=1e308ep", "freeze: until takes a length from 1e-9 to 1e15"),
-    case("run --plugin swa:start=1e308%", "swa: start takes a length from 1e-9 to 1e15, not '1e308%'"),
-    case("run --plugin multistep:milestones=", "multistep: milestones are one length or more, such as 30,80"),
-    case("run --plugin multistep:milestones=30,,80", "multistep: milestones takes a length, not ''", "write 30, "),
+    case("run --plugin warmup:length=٣", "warmup: length takes a duration, not '٣'"),
+    case("run --plugin warmup:length=1e-323%", "warmup: length takes a duration from 1e-9 to 1e15, not '1e-323%'"),
+    case("run --plugin freeze:patterns=1,until=1e308ep", "freeze: until takes a duration from 1e-9 to 1e15"),
+    case("run --plugin swa:start=1e308%", "swa: start takes a duration from 1e-9 to 1e15, not '1e308%'"),
+    case("run --plugin multistep:milestones=", "multistep: milestones needs at least one duration, such as 30,80"),
+    case("run --plugin multistep:milestones=30,,80", "multistep: milestones takes a duration, not ''", "write 30, "),
     case("run --plugin clip:,", "clip: '' is not option=value", "it has: max_norm, norm_type, value"),
     case("run --plugin clip:max_norm=1,", "clip: max_norm takes a number, not '1,'"),
-    case("run --plugin layerwise_lr:rates=0=0.1,0=0.2", "layerwise_lr: rates takes each name once, and '0' is given twice"),
+    case("run --plugin layerwise_lr:rates=0=0.1,0=0.2", "layerwise_lr: rates takes each name only once; '0' is given twice"),
     case("run --plugin layerwise_lr:rates=0=x1_0", "layerwise_lr: rates takes conv1.*=0.01", "not 0=x1_0"),
     case("run --plugin lambda:lr_lambda=math:pi", "lambda: lr_lambda takes a function", "math:pi is a float"),
     case("run --plugin lambda:lr_lambda=math", "lr_lambda takes", "an import path, package.module:name, not 'math'"),
-    case("run --plugin lambda:lr_lambda=builtins:int.bit_length", "has no name by which a run could be repeated"),
-    case("explain --plugin lambda:lr_lambda=builtins:complex", "lr_lambda returned 0j, which is no number"),
-    case("explain --plugin multiplicative:lr_lambda=builtins:range", "lr_lambda returned range(0, 1), which is no number"),
+    case("run --plugin lambda:lr_lambda=builtins:int.bit_length", "has no import path, so it cannot be saved"),
+    case("explain --plugin lambda:lr_lambda=builtins:complex", "lr_lambda returned 0j; it must return a number"),
+    case("explain --plugin multiplicative:lr_lambda=builtins:range", "lr_lambda returned range(0, 1); it must return a number"),
     case("run --plugin torch_scheduler:cls=torch.optim.lr_scheduler:ExponentialLR,gamma=nan",
          "torch_scheduler: gamma takes a number of at most 3.4e38, not 'nan'"),
     case("run --plugin torch_scheduler:gamma=1,cls=torch.optim.lr_scheduler:StepLR,options=gamma=0.5",
@@ -282,8 +282,8 @@ def case(command, *words):
     case(f"run --plugin {'clip' * 1000}", "no plugin is called 'clipclip", "there are: accumulate, amp, "),
     case(["run", "--plugin", "early_stopping:monitor=loss\n[31m"], "'--plugin'", "control character '\\n'; leave it out"),
     case(["run", "--plugin", "csv:path=a\0b"], "'--plugin'", "control character '\\x00'; leave it out"),
-    case("plugins builtins:int", "builtins:int has no hooks, so it is no plugin", "mark its methods with @hookimpl"),
-    case("plugins os:path", "os:path is a module; name a plugin's class"),
+    case("plugins builtins:int", "builtins:int has no hooks, so it is not a plugin", "mark its methods with @hookimpl"),
+    case("plugins os:path", "os:path is a module, not a class; name the class of a plugin"),
     case("plugins clip:max_nrm=1", "clip: no option 'max_nrm'", "did you mean 'max_norm'?"),
     case(["plugins", ""], "no plugin is called ''", "there are: accumulate, amp, "),
     case("run --without clip", "'--without'", "'clip' is not one of 'csv', 'checkpoint', 'progress'"),
@@ -296,13 +296,13 @@ def case(command, *words):
     case("explain --plugin lambda:lr_lambda=", "lambda: lr_lambda has 0 values; parameter groups: 1"),
     case("run --plugin freeze:patterns=/[[a]/", "freeze: '/[[a]/' is not a regular expression (Possible nested set"),
     case("run --plugin freeze:patterns=/a{9999999999999}/", "freeze: '/a{{9999999999999}}/' is not a regular expression"),
-    # plugins of one's own
+    # plugins from files and import paths
     case("run --plugin {tmp}/misspelt.py:Mine", "mine: no hook is called 'epoch_strat'", "did you mean 'epoch_start'?"),
     case("run --plugin {tmp}/argument.py:Mine", "mine: epoch_start has no argument 'rnu'", "did you mean 'run'?"),
-    case("run --plugin {tmp}/default.py:Mine", "mine: epoch_start gives 'run' a default", "hook's arguments have none"),
-    case("run --plugin {tmp}/unmarked.py:Mine", "mine: epoch_end", "not marked", "write @hookimpl above it"),
+    case("run --plugin {tmp}/default.py:Mine", "mine: epoch_start gives 'run' a default value", "remove the default"),
+    case("run --plugin {tmp}/unmarked.py:Mine", "mine: epoch_end has the name of a hook but no @hookimpl", "add it, or rename the method"),
     case("run --plugin {tmp}/hookless.py:Mine", "mine: has no hooks", "mark its methods with @hookimpl"),
-    case("run --plugin {tmp}/equal.py:Mine", "mine: equal instances", "write @dataclass(eq=False)"),
+    case("run --plugin {tmp}/equal.py:Mine", "mine: two equal instances could not be told apart", "use @dataclass(eq=False)"),
     case("run --plugin {tmp}/wants.py:Mine", "mine: ", "depth"),
     case("run --plugin {tmp}/replace.py:One --plugin {tmp}/replace.py:Two",
          "one and two both replace backward", "choose one"),
@@ -339,18 +339,18 @@ def case(command, *words):
     case("run --model linear --data fake:classes=9000000,image=200", "model linear: its weights and their gradients"),
     case("run --model vit:depth=1000000", "model vit: depth is at most 1,000, not 1,000,000"),
     case("run --model cnn:dropout=nan", "model cnn: dropout takes a number of at most 3.4e38, not 'nan'"),
-    case("run --model cnn:num_classes=0", "gives a tensor of shape (1, 0) for one image", "fit its last layer"),
+    case("run --model cnn:num_classes=0", "returned a tensor of shape (1, 0) for one image", "change its last layer"),
     case("run --model resnet18:weights=mine", "model resnet18: weights takes none or IMAGENET1K_V1, DEFAULT, not 'mine'"),
-    case("run --model googlenet:aux_logits=true", "model googlenet: with aux_logits it returns more", "leave it out"),
+    case("run --model googlenet:aux_logits=true", "model googlenet: with aux_logits=true it returns a second output", "leave it out"),
     case("run --model mobilenet_v2:round_nearest=0", "model mobilenet_v2: ZeroDivisionError"),
     case("run --model mobilenet_v2:width_mult=1e308", "model mobilenet_v2: width_mult takes a number of at most 3.4e38"),
     case("run --model builtins:dict", "model builtins:dict: no signature found", "name a function of your own"),
     case(["run", "--model", "a\u200bb.py:Net"], "there is no file a\\u200bb.py"),
     case("run --model {tmp}/exits.py:Net", "model {tmp}/exits.py:Net: ", "cannot be imported (SystemExit: "),
-    case("run --data digits:channels=100000000", "data digits: 100,000,000 channels would take 138,010 GB", "say fewer"),
+    case("run --data digits:channels=100000000", "data digits: 100,000,000 channels would take 138,010 GB", "use fewer"),
     case("run --data fake:size=1000000000000", "data fake: size is at most 10,000,000, not 1,000,000,000,000"),
     case("run --data fake:image=1000000", "data fake: a network on images of image=1000000 would take 600,000 GB",
-         "say a smaller one"),
+         "use a smaller one"),
     case("run --data fake:channels=100000000000", "data fake: a network on images of image=32 would take "),
     case("run --data imagefolder:size=1000000", "data imagefolder: a network on images of size=1000000 would take "),
     case("run --data mnist:channels=2", "data mnist: channels is 1 or 3, not 2"),
@@ -370,22 +370,22 @@ def case(command, *words):
     case("run --model mine_for_wrong_input:Narow", "model mine_for_wrong_input", "did you mean 'Narrow'?"),
     case("run --model {tmp}/absent.py:Net", "model ", "there is no file {tmp}/absent.py"),
     case("run --model {tmp}/mine_for_wrong_input.py:pi", "pi is a float", "name a class or a function"),
-    case("run --model mine_for_wrong_input:nothing", "model mine_for_wrong_input:nothing made a NoneType"),
-    case("run --model mine_for_wrong_input:Narrow", "shape (1, 3)", "has 10 classes", "fit its last layer"),
+    case("run --model mine_for_wrong_input:nothing", "model mine_for_wrong_input:nothing returned a NoneType"),
+    case("run --model mine_for_wrong_input:Narrow", "shape (1, 3)", "has 10 classes", "change its last layer so that it is (1, 10)"),
     case("run --model resnet18", "model resnet18 cannot take images of 1x8x8", "channels=3"),
     case("run --model vit:patch_size=3", "model vit: patch_size=3 does not divide", "8 pixels"),
-    case("run --data mnist", "data mnist is not in ", "place/data", "add --download to get it, or --data-root DIR"),
-    case("run --data cifar10 --data-root {tmp}/full", "data cifar10 is not in {tmp}/full", "--download", "--data-root"),
-    case("run --data imagefolder", "there is no folder", "place/data/train", "train/CLASS and val/CLASS"),
+    case("run --data mnist", "data mnist is missing or incomplete in ", "folder/data", "pass --download to get it, or --data-root DIR"),
+    case("run --data cifar10 --data-root {tmp}/full", "data cifar10 is missing or incomplete in {tmp}/full", "--download", "--data-root"),
+    case("run --data imagefolder", "there is no folder", "folder/data/train", "train/CLASS and val/CLASS"),
     case("run --data digits:on_device=perhaps", "data digits: on_device takes true|false, not 'perhaps'"),
     case("run --data digits:on_devise=true", "data digits: no option 'on_devise'; did you mean 'on_device'?"),
     case("run --data digits:on_device=true --workers 2", "--workers 2 would have nothing to load", "leave out one of"),
     case("run --data fake:size=2000000,image=224,on_device=true", "data fake: 2,400,000 images of 3x224x224 take 1,445.1 GB",
          "GB free; leave out on_device, or use smaller images"),
-    case("run --data imagenet", "data imagenet is not in", "put ILSVRC2012_devkit_t12.tar.gz, ", "--data-root DIR"),
+    case("run --data imagenet", "data imagenet is missing or incomplete in", "put ILSVRC2012_devkit_t12.tar.gz, ", "--data-root DIR"),
     case("run --data mine_for_wrong_input:no_training", "data mine_for_wrong_input:no_training has no training images"),
     case("run --data mine_for_wrong_input:no_validation", "has no validation images"),
-    case("run --data mine_for_wrong_input:nothing", "made a NoneType", "return a pair (train, valid) or a"),
+    case("run --data mine_for_wrong_input:nothing", "returned a NoneType", "return a pair (train, valid) or a"),
     # numbers
     case("run --batch-size 0", "'--batch-size'", "0 is not in the range x>=1"),
     case("run --epochs 0", "'--epochs'", "0 is not in the range x>=1"),
@@ -397,56 +397,56 @@ def case(command, *words):
     case("run --seed -1", "'--seed'", "-1 is not in the range"),
     case("run --epochs 1_0", "'--epochs'", "'1_0' is not a valid whole number"),
     case("run --epochs ٣", "'--epochs'", "'٣' is not a valid whole number"),
-    case(f"run --epochs 1{'0' * 400}", "'--epochs'", "is more than can be counted"),
-    case(f"explain --max-steps {2**63}", "'--max-steps'", "9223372036854775808 is more than can be counted"),
-    case(f"run --batch-size {2**63}", "'--batch-size'", "9223372036854775808 is more than can be counted"),
+    case(f"run --epochs 1{'0' * 400}", "'--epochs'", "is too large; use a number below 2**63"),
+    case(f"explain --max-steps {2**63}", "'--max-steps'", "9223372036854775808 is too large; use a number below 2**63"),
+    case(f"run --batch-size {2**63}", "'--batch-size'", "9223372036854775808 is too large; use a number below 2**63"),
     case("run --batch-size 1000000000 --data fake:size=10000000,image=256",
-         "a batch of 10,000,000 images of 3x256x256 would take 7,864 GB of memory", "say a smaller --batch-size"),
+         "a batch of 10,000,000 images of 3x256x256 would take 7,864 GB of memory", "use a smaller --batch-size"),
     case("run --workers 1000000", "--workers 1,000,000 is too many processes for this machine; use "),
     case("run --lr 1_0", "'--lr'", "'1_0' is not a valid float"),
-    case("run --lr 1e39", "lr is 1e+39", "a learning rate is a number from 0"),
-    case("run --lr -1", "lr is -1.0", "a learning rate is a number from 0"),
-    case("run --lr nan", "lr is nan", "a learning rate is a number from 0"),
-    case("run --lr inf", "lr is inf", "a learning rate is a number from 0"),
+    case("run --lr 1e39", "lr is 1e+39", "use a number from 0 to 3.4e38, such as 1e-3"),
+    case("run --lr -1", "lr is -1.0", "use a number from 0 to 3.4e38, such as 1e-3"),
+    case("run --lr nan", "lr is nan", "use a number from 0 to 3.4e38, such as 1e-3"),
+    case("run --lr inf", "lr is inf", "use a number from 0 to 3.4e38, such as 1e-3"),
     case("run --matmul low", "'--matmul'", "'low' is not one of 'highest', 'high', 'medium'"),
     case("run --lr fast", "'--lr'", "'fast' is not a valid float"),
     case("run --lr 0.1 --optimizer sgd:lr=0.2", "optimizer sgd: lr is given twice", "leave one out"),
-    case("run --optimizer sgd:lr=-1", "lr is -1", "a learning rate is a number from 0"),
+    case("run --optimizer sgd:lr=-1", "lr is -1", "use a number from 0 to 3.4e38, such as 1e-3"),
     # the rest of the command line
     case("runn", "No such command 'runn'"),
     case("run --epohcs 3", "No such option '--epohcs'", "--epochs"),
     case("run digits", "unexpected extra argument (digits)"),
-    case("run --device cpu:99", "device 'cpu:99' is not here: there is one cpu"),
+    case("run --device cpu:99", "device 'cpu:99' does not exist; use 'cpu'"),
     case("run --device mkldnn", "device 'mkldnn' cannot be used"),
-    case("run --devices 0,x", "'0,x' is no list of devices, such as 0,1"),
+    case("run --devices 0,x", "'0,x' is not a list of device numbers, such as 0,1"),
     case("run --devices 1,1", "'1,1' names a device twice"),
     case("run --devices 0,1 --device mps", "--devices 0,1 with --device mps", "leave out one of the two"),
     case("run --devices 0,1 --device cpu --plugin nothing", "no plugin is called 'nothing'"),
-    case("explain --devices 0,1 --device cpu --plugin ddp --plugin fsdp", "ddp: fsdp has the processes train together already"),
+    case("explain --devices 0,1 --device cpu --plugin ddp --plugin fsdp", "ddp: fsdp trains in several processes already"),
     case("run --plugin ddp:bucket_cap_mb=0", "bucket_cap_mb is at least 1, not 0"),
     case("run --plugin fsdp:param_dtype=int8", "param_dtype"),
-    case("run --device gpu", "device 'gpu' is unknown", "there are auto, cpu, mps, cuda and cuda:1"),
+    case("run --device gpu", "device 'gpu' is unknown", "use auto, cpu, mps, cuda or cuda:1"),
     case(["run", "--model", "a\0b"], "'--model'", "control character '\\x00'"),
     case(["run", "--data", "a\nb.py:data"], "'--data'", "control character '\\n'"),
     case(["run", "--data-root", "a\x7fb"], "'--data-root'", "control character '\\x7f'"),
-    case(["run", "--data-root", ""], "'--data-root'", "'' is no name; name one, or . for this folder"),
-    case("lr --out lr", "--out lr: its ending says what kind of picture it is; use lr.png or lr.svg"),
-    case("lr --out {tmp}/full", "say {tmp}/full.png or {tmp}/full.svg"),
+    case(["run", "--data-root", ""], "'--data-root'", "'' is not a path; use . for the current folder"),
+    case("lr --out lr", "--out lr has no extension to choose the image format by; use lr.png or lr.svg"),
+    case("lr --out {tmp}/full", "use {tmp}/full.png or {tmp}/full.svg"),
     # a new plugin
     case("new-plugin", "Missing argument 'NAME'"),
-    case("new-plugin clip", "clip: loopctl ", " has a plugin of this name; choose another"),
-    case("new-plugin GradNoise", "'GradNoise' is no name of a plugin", "say grad_noise"),
-    case("new-plugin 3d", "'3d' is no name of a plugin, which has lower-case letters, digits", "choose another"),
-    case("new-plugin true", "true: its class would be called True, a word of Python; choose another name"),
-    case("new-plugin loopctl-mine", "the package is called loopctl-... by itself; use mine"),
+    case("new-plugin clip", "clip: loopctl ", " already has a plugin of this name; choose another"),
+    case("new-plugin GradNoise", "'GradNoise' is not a valid plugin name", "use grad_noise"),
+    case("new-plugin 3d", "'3d' is not a valid plugin name, which has lower-case letters, digits", "choose another"),
+    case("new-plugin true", "true: its class would be called True, a keyword of Python; choose another name"),
+    case("new-plugin loopctl-mine", "the prefix loopctl is added to the package's name anyway; use mine"),
     case("new-plugin mine --kind metric", "'--kind'", "'metric' is not one of 'schedule', 'observer', 'wrapper', 'replacer'"),
     case("new-plugin mine --out {tmp}/full", "{tmp}/full exists and is not overwritten; choose another folder with --out"),
     case("new-plugin mine --out {tmp}/file", "{tmp}/file exists and is not overwritten; choose another folder with --out"),
     case("new-plugin mine --out {tmp}/file/below", "{tmp}/file/below cannot be written: Not a directory; choose another folder"),
     case("new-plugin mine --out /proc/mine", "/proc/mine cannot be written: ", "choose another folder with --out"),
-    case(["new-plugin", "mine", "--out", ""], "'--out'", "'' is no name; name one, or . for this folder"),
+    case(["new-plugin", "mine", "--out", ""], "'--out'", "'' is not a path; use . for the current folder"),
     # config files
-    case(["run", "--config", ""], "'--config'", "'' is no name"),
+    case(["run", "--config", ""], "'--config'", "'' is not a path"),
     case(["run", "--config", "a\0b"], "'--config'", "control character '\\x00'"),
     case("run --config {tmp}/control.toml", "--config: {tmp}/control.toml: data_root: ", "control character '\\x00'"),
     case("run --config {tmp}/underscore.toml", "--config: {tmp}/underscore.toml: lr: ", "'1_0' is not a valid float"),
@@ -454,7 +454,7 @@ def case(command, *words):
     case("run --config {tmp}/hex.toml", "--config: {tmp}/hex.toml is not TOML: Exceeds the limit (4300 digits)"),
     case("run --config {tmp}/list.of.hex.toml", "--config: {tmp}/list.of.hex.toml is not TOML: Exceeds the limit"),
     case("run --config {tmp}/deep.toml", "--config: {tmp}/deep.toml is not TOML: maximum recursion depth exceeded"),
-    case("run --config /dev/zero", "--config: /dev/zero is not TOML: it has more than a megabyte"),
+    case("run --config /dev/zero", "--config: /dev/zero is not TOML: it is larger than 1 MiB"),
     case("run --config {tmp}/absent.toml", "--config: there is no file {tmp}/absent.toml"),
     case("run --config {tmp}/full", "--config: {tmp}/full cannot be read"),
     case("run --config {tmp}/bytes.toml", "--config: {tmp}/bytes.toml cannot be read"),
@@ -466,47 +466,47 @@ def case(command, *words):
     case("run --config {tmp}/text.toml", "epochs", "'three' is not a valid"),
     case("run --config {tmp}/name.toml", "no optimizer is called 'adamm'", "did you mean 'adam'?"),
     # folders
-    case(["run", "--out", ""], "'--out'", "'' is no name; name one, or . for this folder"),
+    case(["run", "--out", ""], "'--out'", "'' is not a path; use . for the current folder"),
     case(["run", "--out", "a\nepochs = 3"], "'--out'", "control character '\\n'"),
     case(["run", "--out", "\udcff"], "'--out'", "control character '\\udcff'"),
-    case(["run", "--resume", " "], "'--resume'", "' ' is no name"),
+    case(["run", "--resume", " "], "'--resume'", "' ' is not a path"),
     case(f"run --out {'n' * 300}", "cannot be written: File name too long; choose another folder"),
     case(f"run --out new/{'n' * 300}", "cannot be written: File name too long; choose another folder"),
-    case("run --plugin csv:path=/dev/null/x", "csv: /dev/null/x cannot be written (/dev/null is no folder", "choose another path"),
+    case("run --plugin csv:path=/dev/null/x", "csv: /dev/null/x cannot be written (/dev/null is not a writable folder", "choose another path"),
     case(f"run --plugin csv:path={'n' * 300}", "cannot be written (File name too long); choose another path"),
     case("run --plugin csv:path=run.toml", "csv: ", "run.toml exists and is not overwritten"),
-    case("run --plugin report:path=/dev/null/x", "report: /dev/null/x cannot be written (/dev/null is no folder", "choose another"),
+    case("run --plugin report:path=/dev/null/x", "report: /dev/null/x cannot be written (/dev/null is not a writable folder", "choose another"),
     case(f"run --plugin report:path={'n' * 300}", "cannot be written (File name too long); choose another path"),
     case("run --plugin report:path=explain.txt", "report: ", "explain.txt exists and is not overwritten"),
     case("run --plugin report:path=", "report: ", "cannot be written"),
     case("run --plugin report:dir=x", "report: no option 'dir'", "it has: path"),
     case("compare", "Missing argument 'RUNS...'"),
     case("compare {tmp}/begun", "compare takes two runs or more; name their folders"),
-    case("compare {tmp}/begun {tmp}/full/../begun", "begun is given twice; name two runs or more"),
+    case("compare {tmp}/begun {tmp}/full/../begun", "begun is given twice; name each run once"),
     case("compare {tmp}/begun {tmp}/absent", "there is no folder {tmp}/absent; name the folders of runs"),
     case("compare {tmp}/begun {tmp}/file", "there is no folder {tmp}/file; name the folders of runs"),
     case(f"compare {{tmp}}/begun {'n' * 300}", "there is no folder nnn"),
     case("compare {tmp}/begun {tmp}/full", "{tmp}/full is not the folder of a run: it has neither run.toml nor metrics.csv"),
-    case(["compare", "{tmp}/begun", " "], "'RUNS...'", "' ' is no name"),
-    case("compare {tmp}/begun {tmp}/other --out page.png", "--out page.png: what is written is a page of HTML; use page.png.html"),
-    case("compare {tmp}/begun {tmp}/other --out {tmp}/page.html", "--out {tmp}/page.html exists, is no page of loopctl's"),
+    case(["compare", "{tmp}/begun", " "], "'RUNS...'", "' ' is not a path"),
+    case("compare {tmp}/begun {tmp}/other --out page.png", "--out page.png: the comparison is an HTML page; use page.png.html"),
+    case("compare {tmp}/begun {tmp}/other --out {tmp}/page.html", "--out {tmp}/page.html exists and was not written by loopctl, so it is not overwritten"),
     case("compare {tmp}/begun {tmp}/other --out {tmp}/file/page.html", "page.html cannot be written: Not a directory; choose another"),
     case(f"compare {{tmp}}/begun {{tmp}}/other --out {'n' * 300}.html", "cannot be written: File name too long; choose another"),
     case("run --plugin csv:path=explain.txt", "csv: ", "explain.txt exists and is not overwritten"),
     case(f"run --plugin checkpoint:dir={'n' * 300}", "cannot be written (File name too long); choose another dir"),
-    case("run --plugin checkpoint:dir=/dev/null", "checkpoint: /dev/null cannot be written (/dev/null is no folder"),
-    case("run --plugin lr_finder:path=/dev/null/x.png", "lr_finder: /dev/null/x.png cannot be written (/dev/null is no folder"),
-    case("run --plugin tensorboard:dir=/dev/null", "tensorboard: /dev/null cannot be written (/dev/null is no folder", "choose another dir"),
+    case("run --plugin checkpoint:dir=/dev/null", "checkpoint: /dev/null cannot be written (/dev/null is not a writable folder"),
+    case("run --plugin lr_finder:path=/dev/null/x.png", "lr_finder: /dev/null/x.png cannot be written (/dev/null is not a writable folder"),
+    case("run --plugin tensorboard:dir=/dev/null", "tensorboard: /dev/null cannot be written (/dev/null is not a writable folder", "choose another dir"),
     case("run --plugin tensorboard --plugin tensorboard:every_steps=5",
          "tensorboard: tensorboard.2 writes to dir=tensorboard too; choose another dir in one of them"),
     case("run --plugin checkpoint --plugin checkpoint:monitor=val_accuracy",
          "checkpoint: checkpoint.2 writes to dir=checkpoints too; choose another dir in one of them"),
     case("run --out {tmp}/file/below", "--out {tmp}/file/below cannot be written", "choose another folder"),
     case("run --out {tmp}/file", "--out {tmp}/file exists and is not overwritten", "choose another folder"),
-    case("run --out {tmp}/full", "--out {tmp}/full exists and is not overwritten", "or --resume {tmp}/full"),
+    case("run --out {tmp}/full", "--out {tmp}/full exists and is not overwritten", "or use --resume {tmp}/full"),
     case("run --resume {tmp}/full", "--resume: there is no file {tmp}/full/run.toml"),
-    case("run --resume {tmp}/begun --out elsewhere", "a resumed run goes on in its own folder", "leave out --out"),
-    # what only the composition shows
+    case("run --resume {tmp}/begun --out elsewhere", "--resume with --out: a resumed run writes to its own folder; leave out --out"),
+    # checks that need the whole composition
     case("run --plugin early_stopping:monitor=val_acuracy", "early_stopping: monitor=val_acuracy",
          "the run has no such metric", "did you mean 'val_accuracy'?"),
     case("run --plugin checkpoint:monitor=val_acuracy", "checkpoint: monitor=val_acuracy",
@@ -514,23 +514,23 @@ def case(command, *words):
     case("run --plugin early_stopping:monitor=qqq", "no such metric", "train_accuracy, train_loss, val_"),
     case("run --plugin amp:dtype=float16 --optimizer lbfgs", "amp: float16", "LBFGS", "use dtype=bfloat16"),
 ])
-def test_what_is_wrong_is_said_in_one_line_and_nothing_is_left(refused, files, command, words):
-    said = refused(command)
+def test_the_error_is_one_line_and_no_files_are_left(refused, files, command, words):
+    error = refused(command)
     for word in words:
-        assert word.format(tmp=files) in said
+        assert word.format(tmp=files) in error
 
 
-def test_a_new_folder_is_taken_away_when_nothing_could_begin(refused):
-    """Also the folders above it; the message is one that comes after the folder is made."""
+def test_new_folders_are_removed_if_training_does_not_start(refused):
+    """Parent folders are removed too. This error is raised after the folder was made."""
     assert "monitor=qqq" in refused("run --plugin early_stopping:monitor=qqq --out new/and/deep")
 
 
-def test_an_empty_folder_of_the_users_is_left_as_it_was(refused):
+def test_an_empty_folder_that_existed_before_is_kept(refused):
     assert "monitor=qqq" in refused("run --plugin early_stopping:monitor=qqq --out {tmp}/empty")
 
 
-def test_a_failed_run_takes_nothing_of_its_neighbours_away(files, tmp_path, monkeypatch):
-    """Another run may have begun in the same new folder, runs/, in the meantime."""
+def test_a_failed_run_keeps_the_folder_of_another_run(files, tmp_path, monkeypatch):
+    """Another run may have started in the new folder runs/ in the meantime."""
     monkeypatch.chdir(tmp_path)
     (files / "neighbour.py").write_text(HEAD + textwrap.dedent("""
         from pathlib import Path
@@ -546,44 +546,44 @@ def test_a_failed_run_takes_nothing_of_its_neighbours_away(files, tmp_path, monk
     assert contents(tmp_path / "runs") == {Path("neighbour"): None, Path("neighbour/metrics.csv"): b"precious"}
 
 
-def test_a_metric_whose_better_side_is_not_plain_from_its_name(refused):
-    said = refused("run --plugin {tmp}/measures.py:Mine --plugin early_stopping:monitor=heat")
-    assert "early_stopping: monitor=heat" in said
-    assert "better" in said
-    assert "mode=min" in said
+def test_mode_is_required_for_a_metric_whose_name_does_not_tell_what_is_better(refused):
+    error = refused("run --plugin {tmp}/measures.py:Mine --plugin early_stopping:monitor=heat")
+    assert "early_stopping: monitor=heat" in error
+    assert "better" in error
+    assert "mode=min" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_cuda_device_where_there_is_none(refused):
-    said = refused("run --device cuda")
-    assert "device 'cuda' is not here" in said
-    assert "no CUDA device" in said
-    assert "'auto' takes what there is" in said
+def test_cuda_is_refused_without_a_cuda_device(refused):
+    error = refused("run --device cuda")
+    assert "device 'cuda' does not exist" in error
+    assert "no CUDA device" in error
+    assert "use another, or 'auto'" in error
 
 
-def test_a_cuda_device_beyond_those_there_are(refused):
-    assert "device 'cuda:99' is not here: this machine has " in refused("run --device cuda:99")
+def test_the_number_of_a_missing_cuda_device_is_refused(refused):
+    assert "device 'cuda:99' does not exist: this machine has " in refused("run --device cuda:99")
 
 
 def test_an_error_in_a_plugin_names_the_plugin_and_the_hook(refused):
-    said = refused("run --plugin {tmp}/unplugged.py:Mine", status=1)
-    assert "RuntimeError: the cable is unplugged, raised by plugin 'mine' in its hook setup" in said
-    assert "--traceback shows where" in said
+    error = refused("run --plugin {tmp}/unplugged.py:Mine", status=1)
+    assert "RuntimeError: the cable is unplugged, raised by plugin 'mine' in its hook setup" in error
+    assert "--traceback shows where" in error
 
 
-def test_an_error_while_a_plugin_is_made_names_the_plugin(refused):
-    said = refused("run --plugin {tmp}/lost.py:Mine:colour=blue", status=1)
-    assert "KeyError: 'blue', raised by plugin 'mine' when it was made" in said
-    assert "--traceback shows where" in said
+def test_an_error_in_the_constructor_of_a_plugin_names_the_plugin(refused):
+    error = refused("run --plugin {tmp}/lost.py:Mine:colour=blue", status=1)
+    assert "KeyError: 'blue', raised by plugin 'mine' when it was built" in error
+    assert "--traceback shows where" in error
 
 
-def test_a_file_that_ends_too_early_is_not_taken_for_an_interruption(refused):
-    """As click takes every EOFError."""
-    said = refused("run --plugin {tmp}/short.py:Mine", status=1)
-    assert "a file ends too early (EOFError: 10 bytes of 20, raised by plugin 'mine' in its hook setup)" in said
+def test_an_eof_error_is_not_reported_as_an_interruption(refused):
+    """click would report every EOFError as if the user had interrupted the command."""
+    error = refused("run --plugin {tmp}/short.py:Mine", status=1)
+    assert "a file ends too early (EOFError: 10 bytes of 20, raised by plugin 'mine' in its hook setup)" in error
 
 
-def test_of_a_picture_that_cannot_be_drawn_nothing_is_left(refused, monkeypatch):
+def test_no_file_is_left_of_an_image_that_cannot_be_drawn(refused, monkeypatch):
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     def fail(self, file, **settings):
@@ -593,19 +593,19 @@ def test_of_a_picture_that_cannot_be_drawn_nothing_is_left(refused, monkeypatch)
     assert "--out lr.svg cannot be written: no such font" in refused("lr --out lr.svg")
 
 
-def test_markup_in_a_unit_is_text(tmp_path, monkeypatch):
+def test_markup_in_a_unit_is_printed_as_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["run", "--model", "linear", "--max-steps", "1", "--plugin", "progress:unit=[/x]:cat:"])
     assert (result.exit_code, result.stderr) == (0, "")
     assert "[/x]:cat:/s" in result.stdout
 
 
-# Packages that offer plugins, as pip leaves them
+# Installed packages with plugins
 
 
 @pytest.fixture
 def installed(files):
-    """Packages with a plugin each: one that does not import, and one whose class is gone."""
+    """Two packages with a plugin each: one that cannot be imported, and one without the class of its entry point."""
     for package, target in (("nebula", "nebula.plugin:Nebula"), ("quasar", "quasar:Quasar")):
         info = files / f"{package}-1.2.dist-info"
         info.mkdir()
@@ -624,14 +624,14 @@ def installed(files):
     case("run --plugin quasar", "quasar: quasar has no 'Quasar'", "Pulsar"),
     case("run --plugin nebla", "no plugin is called 'nebla'", "did you mean 'nebula'?"),
 ])
-def test_a_broken_package_is_named_when_it_is_asked_for(refused, command, words):
-    said = refused(command)
+def test_the_error_for_a_broken_plugin_names_its_package(refused, command, words):
+    error = refused(command)
     for word in words:
-        assert word in said
+        assert word in error
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_broken_package_disturbs_nobody_who_does_not_ask_for_it(tmp_path, monkeypatch):
+def test_a_broken_package_does_not_affect_runs_without_its_plugin(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     listed = CliRunner().invoke(main, ["plugins"])
     assert (listed.exit_code, listed.stderr) == (0, "")
@@ -643,17 +643,17 @@ def test_a_broken_package_disturbs_nobody_who_does_not_ask_for_it(tmp_path, monk
 
 
 @pytest.mark.usefixtures("installed")
-def test_the_check_marks_the_broken_packages():
+def test_plugins_check_marks_the_broken_plugins():
     result = CliRunner().invoke(main, ["plugins", "--check"])
     assert result.exit_code == 1
-    assert result.stderr == "error: broken plugins: nebula, quasar; their lines above say why\n"
+    assert result.stderr == "error: broken plugins: nebula, quasar; see their lines above\n"
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
     assert "BROKEN  nebula: nebula.plugin cannot be imported (ImportError: it needs a telescope)" in lines["nebula"]
     assert "BROKEN  quasar: quasar has no 'Quasar'" in lines["quasar"]
     assert [name for name, line in lines.items() if "BROKEN" in line] == ["nebula", "quasar"]
 
 
-def test_the_check_finds_nothing_wrong_with_what_comes_along():
+def test_plugins_check_finds_no_broken_built_in_plugin():
     result = CliRunner().invoke(main, ["plugins", "--check"])
     assert (result.exit_code, result.stderr) == (0, "")
     assert "BROKEN" not in result.stdout

@@ -1,4 +1,4 @@
-"""Naming, ordering, checking and compiling plugins."""
+"""compose: name, order and check plugins, and compile their hooks; blame_plugin: name the plugin that raised an error."""
 import traceback
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ from loopctl.composition.compose import ARGUMENTS, SPECS, compose
 cross_entropy = nn.CrossEntropyLoss()
 
 
-class Says:
-    """Joins a hook and writes its name to a list."""
+class Observer:
+    """Appends its name to a list in before_step."""
 
     def __init__(self, name, log):
         self.name, self.log = name, log
@@ -23,7 +23,7 @@ class Says:
         self.log.append(self.name)
 
 
-class Wraps(Says):
+class Wrapper(Observer):
     @hookimpl(wrapper=True)
     def before_step(self):
         self.log.append(f"{self.name} in")
@@ -34,47 +34,46 @@ class Wraps(Says):
 
 def test_plugins_act_in_the_order_given():
     log = []
-    compose([Says("a", log), Says("b", log), Says("c", log)]).before_step(run=None)
+    compose([Observer("a", log), Observer("b", log), Observer("c", log)]).before_step(run=None)
     assert log == ["a", "b", "c"]
 
 
 def test_the_first_wrapper_is_the_outermost():
     log = []
-    compose([Wraps("a", log), Says("b", log), Wraps("c", log)]).before_step(run=None)
+    compose([Wrapper("a", log), Observer("b", log), Wrapper("c", log)]).before_step(run=None)
     assert log == ["a in", "c in", "b", "c out", "a out"]
 
 
-def test_a_second_instance_has_a_name_of_its_own():
+def test_further_instances_of_a_plugin_get_numbered_names():
     log = []
-    assert list(compose(["clip", "clip:value=1", Says("a", log), Says("b", log), "clip"]).plugins) == [
-        "clip", "clip.2", "says", "says.2", "clip.3"]
+    assert list(compose(["clip", "clip:value=1", Observer("a", log), Observer("b", log), "clip"]).plugins) == [
+        "clip", "clip.2", "observer", "observer.2", "clip.3"]
 
 
-def test_instances_and_strings_are_the_same_plugin():
+def test_an_instance_and_text_give_the_same_plugin():
     from loopctl.plugins.clip import Clip
     (one,), (other,) = compose([Clip(max_norm=2.0)]).plugins.items(), compose(["clip:max_norm=2"]).plugins.items()
     assert one[0] == other[0] == "clip"
     assert vars(one[1]) == vars(other[1])
 
 
-def test_a_hook_that_nobody_joins_does_nothing_and_a_single_one_is_itself():
-    mine = Says("a", [])
-    composed = compose([mine])
+def test_a_hook_without_plugins_does_nothing_and_a_single_method_is_called_directly():
+    composed = compose([Observer("a", [])])
     assert composed.after_step(run=None) is None
 
-    class Whole:
+    class TakesEveryArgument:
         @hookimpl
         def before_step(self, run: Run):
             pass
 
-    whole = Whole()
-    assert compose([whole]).before_step.__self__ is whole
+    plugin = TakesEveryArgument()
+    assert compose([plugin]).before_step.__self__ is plugin
 
 
-def test_what_is_compiled_does_what_pluggy_does():
-    """The same observers, wrappers and replacements through pluggy's own calls."""
+def test_compiled_hooks_return_what_pluggy_returns():
+    """Both call the same observers, wrappers and replacements."""
 
-    class Collects:
+    class Factor:
         def __init__(self, factor):
             self.factor = factor
 
@@ -110,7 +109,7 @@ def test_what_is_compiled_does_what_pluggy_does():
         def backward(self, loss):
             return 1 / loss
 
-    plugins = [Collects(3), Doubles(), Collects(None), Collects(5), Replaces(), Adds(), Catches(), Fails()]
+    plugins = [Factor(3), Doubles(), Factor(None), Factor(5), Replaces(), Adds(), Catches(), Fails()]
     composed = compose(plugins)
     manager = pluggy.PluginManager("loopctl")
     manager.add_hookspecs(hooks)
@@ -123,18 +122,18 @@ def test_what_is_compiled_does_what_pluggy_does():
         assert caller.backward(run=None, loss=2) == 0.5
 
 
-def test_a_replacement_that_returns_nothing_has_still_replaced():
-    """In pluggy None would hand over to the default, and the optimizer would step twice."""
+def test_a_replacement_that_returns_none_still_replaces_the_default():
+    """In pluggy, None means that the next implementation is called, so the optimizer would step twice."""
 
-    class Mine:
+    class ReturnsNone:
         @hookimpl
         def optimizer_step(self, run: Run, closure):
             closure()
 
-    assert compose([Mine()]).optimizer_step(run=None, closure=lambda: None) is None
+    assert compose([ReturnsNone()]).optimizer_step(run=None, closure=lambda: None) is None
 
 
-def test_a_wrapper_yields_once():
+def test_a_wrapper_that_does_not_yield_exactly_once_is_refused():
     class Never:
         @hookimpl(wrapper=True)
         def before_step(self):
@@ -147,7 +146,7 @@ def test_a_wrapper_yields_once():
             yield
             yield
 
-    class Stubborn:
+    class YieldsAfterAnError:
         @hookimpl(wrapper=True)
         def before_step(self):
             try:
@@ -160,33 +159,33 @@ def test_a_wrapper_yields_once():
         def before_step(self):
             raise ValueError
 
-    with pytest.raises(RuntimeError, match="never: a wrapper must yield once, and did not"):
+    with pytest.raises(RuntimeError, match="never: a wrapper must yield exactly once; it did not yield"):
         compose([Never()]).before_step(run=None)
-    with pytest.raises(RuntimeError, match="twice: a wrapper must yield once, and did so twice"):
+    with pytest.raises(RuntimeError, match="twice: a wrapper must yield exactly once; it yielded twice"):
         compose([Twice()]).before_step(run=None)
-    with pytest.raises(RuntimeError, match="stubborn: a wrapper must yield once"):
-        compose([Stubborn(), Fails()]).before_step(run=None)
+    with pytest.raises(RuntimeError, match="yields_after_an_error: a wrapper must yield exactly once; it yielded twice"):
+        compose([YieldsAfterAnError(), Fails()]).before_step(run=None)
 
 
-def test_an_error_passes_through_wrappers_and_keeps_its_place():
+def test_an_error_passes_through_wrappers_and_keeps_its_traceback():
     log = []
 
     class Fails:
         @hookimpl
         def before_step(self):
-            raise ValueError("mine")
+            raise ValueError("no batch")
 
-    with pytest.raises(ValueError, match="mine") as caught:
-        compose([Wraps("a", log), Fails()]).before_step(run=None)
+    with pytest.raises(ValueError, match="no batch") as caught:
+        compose([Wrapper("a", log), Fails()]).before_step(run=None)
     assert log == ["a in"]
     assert traceback.extract_tb(caught.value.__traceback__)[-1].name == "before_step"
 
 
-# What is refused.
+# Plugins that are refused
 
 
 @dataclass(eq=False)
-class Good:
+class WithOption:
     size: int = 1
 
     @hookimpl
@@ -201,23 +200,23 @@ class Equal:
         pass
 
 
-class Nothing:
+class NoHooks:
     pass
 
 
-class Misspelt:
+class MisspeltHook:
     @hookimpl
     def befor_step(self):
         pass
 
 
-class Argument:
+class MisspeltArgument:
     @hookimpl
     def before_step(self, runn):
         pass
 
 
-class Default:
+class ArgumentWithDefault:
     @hookimpl
     def before_step(self, run: Run=None):
         pass
@@ -232,52 +231,52 @@ class Unmarked:
         pass
 
 
-class Scales:
+class ReplacesBackward:
     @hookimpl
     def backward(self, loss):
         pass
 
 
-same_instance = Good()
+same_instance = WithOption()
 
 
 @pytest.mark.parametrize(("plugins", "message"), [
-    ([Equal()], r"equal: equal instances would be taken for one; write @dataclass\(eq=False\)"),
-    ([Nothing()], "nothing: has no hooks; mark its methods with @hookimpl"),
-    ([Misspelt()], "misspelt: no hook is called 'befor_step'; did you mean 'before_step'"),
-    ([Argument()], "argument: before_step has no argument 'runn'; did you mean 'run'"),
-    ([Default()], "default: before_step gives 'run' a default"),
-    ([Unmarked()], "unmarked: before_step is named as a hook but not marked"),
-    ([Scales(), "amp:dtype=float16"], "scales and amp both replace backward; choose one"),
-    ([Scales(), Scales()], "scales and scales.2 both replace backward; choose one"),
-    ([same_instance, same_instance], "good: the same instance is given twice"),
-    ([Good], "Good is a class; pass an instance"),
-    ([Good(size="large")], "good: size takes a whole number, not 'large'"),
+    ([Equal()], r"equal: two equal instances could not be told apart; use @dataclass\(eq=False\)"),
+    ([NoHooks()], "no_hooks: has no hooks; mark its methods with @hookimpl"),
+    ([MisspeltHook()], "misspelt_hook: no hook is called 'befor_step'; did you mean 'before_step'"),
+    ([MisspeltArgument()], "misspelt_argument: before_step has no argument 'runn'; did you mean 'run'"),
+    ([ArgumentWithDefault()], "argument_with_default: before_step gives 'run' a default value; remove the default"),
+    ([Unmarked()], "unmarked: before_step has the name of a hook but no @hookimpl; add it, or rename the method"),
+    ([ReplacesBackward(), "amp:dtype=float16"], "replaces_backward and amp both replace backward; choose one"),
+    ([ReplacesBackward(), ReplacesBackward()], "replaces_backward and replaces_backward.2 both replace backward; choose one"),
+    ([same_instance, same_instance], "with_option: the same instance is given twice"),
+    ([WithOption], "WithOption is a class; pass an instance"),
+    ([WithOption(size="large")], "with_option: size takes a whole number, not 'large'"),
     (["no_such"], "no plugin is called 'no_such'"),
     (["cosin"], "did you mean 'cosine'"),
 ])
-def test_what_cannot_work_is_refused_in_one_line(plugins, message):
+def test_plugins_that_cannot_work_are_refused_with_a_message_of_one_line(plugins, message):
     with pytest.raises(UsageError, match=message) as refused:
         compose(plugins)
     assert "\n" not in str(refused.value)
 
 
-def test_two_schedules_do_not_clash_and_bfloat16_scales_nothing():
+def test_several_schedules_are_allowed_and_amp_with_bfloat16_does_not_replace_backward():
     compose(["cosine", "warmup", "cosine"])
-    compose([Scales(), "amp:dtype=bfloat16"])
+    compose([ReplacesBackward(), "amp:dtype=bfloat16"])
 
 
-# Who is to blame.
+# Errors raised by plugins
 
 
-class Broken:
+class FailsIn:
     def __init__(self, hook):
         self.hook = hook
 
     @hookimpl
     def grads_ready(self, run: Run):
         if self.hook == "grads_ready":
-            raise ZeroDivisionError("mine")
+            raise ZeroDivisionError("no gradient")
 
     @hookimpl
     def group_batches(self, batches):
@@ -285,27 +284,27 @@ class Broken:
             for batch in batches:
                 yield [batch]
             if self.hook == "group_batches":
-                raise ZeroDivisionError("mine")
+                raise ZeroDivisionError("no gradient")
         return groups()
 
     @hookimpl(wrapper=True)
     def compute_loss(self):
         result = yield
         if self.hook == "compute_loss":
-            raise ZeroDivisionError("mine")
+            raise ZeroDivisionError("no gradient")
         return result
 
 
 @pytest.mark.parametrize("hook", ["grads_ready", "group_batches", "compute_loss"])
-def test_an_error_in_a_plugin_names_it_and_its_hook(net, batches, sgd, hook):
-    with pytest.raises(ZeroDivisionError, match="mine") as caught:
-        fit(net, cross_entropy, sgd, batches, plugins=["clip", "amp:dtype=bfloat16", Broken(hook)])
-    assert str(caught.value) == "mine"
-    assert caught.value.__notes__ == [f"raised by plugin 'broken' in its hook {hook}"]
+def test_an_error_in_a_plugin_gets_a_note_with_the_plugin_and_the_hook(net, batches, sgd, hook):
+    with pytest.raises(ZeroDivisionError, match="no gradient") as caught:
+        fit(net, cross_entropy, sgd, batches, plugins=["clip", "amp:dtype=bfloat16", FailsIn(hook)])
+    assert str(caught.value) == "no gradient"
+    assert caught.value.__notes__ == [f"raised by plugin 'fails_in' in its hook {hook}"]
 
 
-def test_the_right_one_of_two_instances_is_named(net, batches, sgd):
-    class Once:
+def test_the_note_names_the_right_one_of_two_instances(net, batches, sgd):
+    class FailsIf:
         def __init__(self, fails):
             self.fails = fails
 
@@ -315,11 +314,11 @@ def test_the_right_one_of_two_instances_is_named(net, batches, sgd):
                 raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError) as caught:
-        fit(net, cross_entropy, sgd, batches, plugins=[Once(False), Once(True)])
-    assert caught.value.__notes__ == ["raised by plugin 'once.2' in its hook before_step"]
+        fit(net, cross_entropy, sgd, batches, plugins=[FailsIf(False), FailsIf(True)])
+    assert caught.value.__notes__ == ["raised by plugin 'fails_if.2' in its hook before_step"]
 
 
-def test_an_error_in_the_model_or_the_data_blames_no_plugin(net, batches, sgd):
+def test_an_error_in_the_loss_function_or_the_data_gets_no_note(net, batches, sgd):
     def loss(output, target):
         raise ZeroDivisionError
 
@@ -333,7 +332,7 @@ def test_an_error_in_the_model_or_the_data_blames_no_plugin(net, batches, sgd):
         assert "plugin" not in str(getattr(caught.value, "__notes__", ""))
 
 
-def test_a_refusal_by_a_plugin_begins_with_its_name(net, batches, sgd):
+def test_a_usage_error_raised_by_a_plugin_starts_with_its_name(net, batches, sgd):
     class Freeze:
         @hookimpl
         def setup(self, run: Run):
@@ -343,6 +342,6 @@ def test_a_refusal_by_a_plugin_begins_with_its_name(net, batches, sgd):
         fit(net, cross_entropy, sgd, batches, plugins=[Freeze()])
 
 
-def test_every_spec_has_run_first():
+def test_every_hook_takes_run_as_its_first_argument():
     assert all(arguments[0] == "run" for arguments in ARGUMENTS.values())
     assert len(SPECS) == 22

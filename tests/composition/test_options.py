@@ -1,4 +1,4 @@
-"""Options: from a dataclass's fields to the command line and back."""
+"""Options of plugins: fields of a dataclass, parsed from text, checked, and formatted as text."""
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from loopctl.composition.options import check_options, parse_options, plugin_opt
 
 @dataclass(eq=False)
 class Everything:
-    """All kinds.
+    """Has an option of each type.
 
     number: a real number,
         on two lines
@@ -45,7 +45,7 @@ def parse(text):
     return parse_options("it", text, KNOWN)
 
 
-def test_help_comes_from_the_docstring():
+def test_the_help_of_an_option_is_read_from_the_docstring():
     assert KNOWN["number"].help == "a real number, on two lines"
     assert KNOWN["flag"].help == "yes or no"
     assert KNOWN["milestones"].default == [30, 80]
@@ -58,13 +58,13 @@ def test_help_comes_from_the_docstring():
     ("t_max=none", None), ("t_max=500st", "500st"), ("milestones=1,2,3", [1, 2, 3]), ("milestones=4", [4]),
     ("rates=conv1.*=0.01,fc.*=0.1", {"conv1.*": 0.01, "fc.*": 0.1}), ("function=math:sqrt", __import__("math").sqrt),
 ])
-def test_values_are_typed(text, value):
+def test_text_is_parsed_to_a_value_of_the_options_type(text, value):
     parsed = next(iter(parse(text).values()))
     assert parsed == value
     assert type(parsed) is type(value)
 
 
-def test_a_list_continues_over_commas():
+def test_lists_and_mappings_continue_over_commas():
     assert parse("milestones=30,80,whole=2,rates=a=1,b=2,number=3") == {
         "milestones": [30, 80], "whole": 2, "rates": {"a": 1.0, "b": 2.0}, "number": 3.0}
 
@@ -78,9 +78,9 @@ def test_a_list_continues_over_commas():
     ("flag=maybe", "it: flag takes true|false, not 'maybe'"),
     ("kind=three", "it: kind takes one|two, not 'three'"),
     ("maybe=x", "it: maybe takes a number, not 'x'"),
-    ("length=5x", "it: length takes a length, not '5x'"),
-    ("t_max=-1", "it: t_max takes a length above 0, not '-1'"),
-    ("length=0%", "it: length takes a length above 0, not '0%'"),
+    ("length=5x", "it: length takes a duration, not '5x'"),
+    ("t_max=-1", "it: t_max takes a duration above 0, not '-1'"),
+    ("length=0%", "it: length takes a duration above 0, not '0%'"),
     ("milestones=1,b", "it: milestones takes a list of whole numbers, not '1,b'"),
     ("function=math:sqr", "it: function: math has no 'sqr'; did you mean 'sqrt'"),
     ("function=no_such_module:f", "it: function: no_such_module cannot be imported"),
@@ -93,17 +93,17 @@ def test_a_list_continues_over_commas():
     ("maybe=inf", "it: maybe takes a number of at most 3.4e38, not 'inf'"),
     ("whole=1_000", "it: whole takes a whole number, not '1_000'"),
     ("whole=9223372036854775808", "it: whole takes a whole number below 2**63, not '9223372036854775808'"),
-    ("length=٣", "it: length takes a length, not '٣'"),
-    ("length=1e16", "it: length takes a length from 1e-9 to 1e15, not '1e16'"),
-    ("length=1e-10%", "it: length takes a length from 1e-9 to 1e15, not '1e-10%'"),
+    ("length=٣", "it: length takes a duration, not '٣'"),
+    ("length=1e16", "it: length takes a duration from 1e-9 to 1e15, not '1e16'"),
+    ("length=1e-10%", "it: length takes a duration from 1e-9 to 1e15, not '1e-10%'"),
     ("milestones=1,,2", "it: milestones takes a list of whole numbers, not '1,,2'"),
     ("number=1,", "it: number takes a number, not '1,'"),
     (",number=1", "it: '' is not option=value"),
-    ("rates=a=1,a=2", "it: rates takes each name once, and 'a' is given twice"),
-    ("function=math:pi", "it: function takes a function, package.module:name, and math:pi is a float"),
+    ("rates=a=1,a=2", "it: rates takes each name only once; 'a' is given twice"),
+    ("function=math:pi", "it: function takes a function as package.module:name; math:pi is a float"),
     ("function=math", "it: function takes an import path, package.module:name, not 'math'"),
 ])
-def test_wrong_options_say_what_is_right(text, message):
+def test_wrong_options_are_refused_with_what_is_allowed(text, message):
     with pytest.raises(UsageError) as refused:
         parse(text)
     assert str(refused.value).startswith(message)
@@ -114,26 +114,26 @@ def test_wrong_options_say_what_is_right(text, message):
     ({"number": True}, "number takes a number, not True"),
     ({"number": 1, "whole": 2.0}, "whole takes a whole number, not 2.0"),
     ({"number": 1, "kind": "three"}, r"kind takes one\|two, not 'three'"),
-    ({"number": 1, "length": "5x"}, "length takes a length, not '5x'"),
-    ({"number": 1, "t_max": 0}, "t_max takes a length above 0, not 0"),
+    ({"number": 1, "length": "5x"}, "length takes a duration, not '5x'"),
+    ({"number": 1, "t_max": 0}, "t_max takes a duration above 0, not 0"),
     ({"number": 1, "maybe": "2"}, "maybe takes a number, not '2'"),
     ({"number": float("nan")}, "number takes a number, not nan"),
     ({"number": 10**400}, "number takes a number, not 1000"),
     ({"number": 1, "whole": 2**63}, "whole takes a whole number, not 9223372036854775808"),
-    ({"number": 1, "length": True}, "length takes a length, not True"),
+    ({"number": 1, "length": True}, "length takes a duration, not True"),
     ({"number": 1, "function": 3.14}, r"function takes an import path, package.module:name, not 3.14"),
 ])
-def test_what_python_code_sets_is_checked_too(values, message):
+def test_values_set_by_python_code_are_checked(values, message):
     with pytest.raises(ValueError, match=message):
         check_options(Everything(**values))
 
 
-def test_right_values_pass():
+def test_allowed_values_pass_the_check():
     check_options(Everything(number=1, maybe=2, length="5ep", t_max=None, milestones=(1,), function=print))
-    check_options(Everything(number=1, upper=float("inf"), scale=float("nan"), length=1))       # before True, which is equal
+    check_options(Everything(number=1, upper=float("inf"), scale=float("nan"), length=1))       # caches 1, which equals True
 
 
-def test_every_value_is_shown_so_that_it_reads_back():
+def test_values_are_formatted_as_text_that_is_parsed_to_the_same_values():
     import math
     one = Everything(number=0.1 + 0.2, flag=True, length="10%", milestones=[1, 2], rates={"a.*": 0.5, "b": 1e-9}, function=math.sqrt)
     again = Everything(**parse(to_spec("it", one).removeprefix("it:")))
@@ -141,7 +141,7 @@ def test_every_value_is_shown_so_that_it_reads_back():
 
 
 @pytest.mark.parametrize("name", sorted(available()))
-def test_a_built_in_reads_back_from_its_spec(name, example):
+def test_the_text_of_a_built_in_builds_it_again_with_equal_options(name, example):
     cls = load(name)
     _, first = build_plugin(example(name))
     _, again = build_plugin(to_spec(name, first))
@@ -149,7 +149,7 @@ def test_a_built_in_reads_back_from_its_spec(name, example):
 
 
 @pytest.mark.parametrize("name", sorted(available()))
-def test_a_built_in_explains_every_option(name):
+def test_every_option_of_a_built_in_has_a_type_and_help(name):
     cls = load(name)
     assert cls.__doc__
     assert len(cls.__doc__.split("\n")[0]) <= 90
@@ -158,7 +158,7 @@ def test_a_built_in_explains_every_option(name):
         assert describe_type(option.type) != "a value", f"{name}: {option.name}"
 
 
-def test_a_plugin_may_take_the_options_of_what_it_names():
+def test_an_option_called_options_collects_unknown_options():
     @dataclass(eq=False)
     class Adapter:
         cls: str
@@ -169,19 +169,19 @@ def test_a_plugin_may_take_the_options_of_what_it_names():
     assert to_spec("it", Adapter(**values)) == "it:cls=X,milestones=30,80,gamma=0.1,verbose=false"
 
 
-def test_guesses():
+def test_untyped_text_is_converted_to_what_it_looks_like():
     assert guess_value("0.9,0.95") == (0.9, 0.95)
     assert [guess_value(text) for text in ("1", "1e-3", "true", "None", "abc")] == [1, 1e-3, True, None, "abc"]
     assert format_value((0.9, True, None)) == "0.9,true,none"
 
 
 @pytest.mark.parametrize("text", ["nan", "-inf", "1e39", "0.9,inf", "9" * 20])
-def test_no_guess_is_a_number_that_cannot_be_computed_with(text):
+def test_untyped_numbers_that_are_not_finite_or_too_large_are_refused(text):
     with pytest.raises(ValueError, match="^takes a "):
         guess_value(text)
 
 
-def test_options_given_as_a_mapping_and_by_name_are_one():
+def test_unknown_options_are_merged_with_those_given_as_a_mapping():
     @dataclass(eq=False)
     class Adapter:
         options: dict = field(default_factory=dict)
@@ -192,8 +192,8 @@ def test_options_given_as_a_mapping_and_by_name_are_one():
         parse_options("it", "step=1,options=step=3", known)
 
 
-def test_what_has_no_name_cannot_be_written_down():
-    with pytest.raises(UsageError, match="has no name by which a run could be repeated"):
+def test_a_function_without_an_import_path_cannot_be_formatted():
+    with pytest.raises(UsageError, match="has no import path, so it cannot be saved"):
         format_value(int.bit_length)
 
 

@@ -1,4 +1,4 @@
-"""Batches of whatever nesting."""
+"""Batches of any nesting: moved to a device, counted, grouped."""
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from loopctl.data.batch import batches_to_device, chunked, length_or_none, sample_count, to_device
 
 Pair = namedtuple("Pair", "x y")
-meta = torch.device("meta")      # a device every machine has
+meta = torch.device("meta")      # a device that exists on every machine
 
 
 @dataclass
@@ -34,19 +34,19 @@ x = torch.zeros(4, 2)
 @pytest.mark.parametrize("batch", [
     x, (x, x), [x, [x]], {"a": x, "b": {"c": x}}, Pair(x, (x,)), OrderedDict(a=x), Item(x, "n"), (x, "text", 3, None), "text"],
     ids=lambda batch: type(batch).__name__)
-def test_every_tensor_moves_and_the_nesting_stays(batch):
-    there = to_device(batch, meta)
-    assert type(there) is type(batch)
-    assert all(tensor.device == meta for tensor in tensors(there))
-    assert len(tensors(there)) == len(tensors(batch))
+def test_to_device_moves_every_tensor_and_keeps_the_nesting(batch):
+    moved = to_device(batch, meta)
+    assert type(moved) is type(batch)
+    assert all(tensor.device == meta for tensor in tensors(moved))
+    assert len(tensors(moved)) == len(tensors(batch))
 
 
-def test_what_moves_itself_is_asked_to():
+def test_an_object_with_a_to_method_is_moved_by_it():
     packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(2, 3)])
     assert to_device((packed, x), meta)[0].data.device == meta
 
 
-def test_on_the_cpu_batches_are_left_as_they_are():
+def test_batches_to_device_returns_them_unchanged_for_the_cpu():
     batches = [(x, x)]
     assert batches_to_device(batches, torch.device("cpu")) is batches
     assert next(iter(batches_to_device(batches, meta)))[0].device == meta
@@ -56,16 +56,16 @@ def test_on_the_cpu_batches_are_left_as_they_are():
     (x, 4), ((x, torch.zeros(9)), 4), ({"id": "a", "x": x}, 4), ([[], {"a": [x]}], 4), (("text", x), 4), (Item(x, "n"), 4),
     (torch.tensor(3.0), 1), ("text", 1), ((), 1), (None, 1), ({"a": Item(x, "n")}, 4),
 ])
-def test_samples_are_counted_by_the_first_tensor(batch, count):
+def test_sample_count_is_the_length_of_the_first_tensor(batch, count):
     assert sample_count(batch) == count
 
 
-def test_groups():
+def test_chunked_groups_batches_and_keeps_the_rest():
     assert list(chunked(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
     assert list(chunked([], 3)) == []
 
 
-def test_a_length_that_a_loader_refuses_to_tell():
+def test_length_or_none_of_a_loader_without_a_length():
     class Stream(IterableDataset):
         def __iter__(self):
             return iter([1])

@@ -1,4 +1,4 @@
-"""An epoch that goes on in its middle, whatever gives the batches."""
+"""Resuming in the middle of an epoch, with every kind of data loader."""
 import multiprocessing
 import random
 from contextlib import suppress
@@ -25,7 +25,7 @@ def noisy(index):
 
 
 class Noisy(Dataset):
-    """Samples that differ with every reading, by the random numbers of Python, NumPy and torch; it counts readings."""
+    """Samples with noise from the random numbers of Python, NumPy and torch. `reads` counts the samples read."""
 
     def __init__(self):
         self.reads = 0
@@ -44,7 +44,7 @@ class Stream(IterableDataset):
 
 
 class Shuffled:
-    """Not a DataLoader: it shuffles by itself whenever it is read, and has noise."""
+    """An iterable that is not a DataLoader: it shuffles in every pass and adds noise."""
 
     def __len__(self):
         return 6
@@ -55,10 +55,10 @@ class Shuffled:
 
 
 class ByEpoch:
-    """A sampler that is told the epoch, such as torch's DistributedSampler."""
+    """A sampler with `set_epoch`, like torch's DistributedSampler. It keeps the epochs that were set."""
 
     def __init__(self):
-        self.epoch, self.told = 0, []
+        self.epoch, self.epochs = 0, []
 
     def __len__(self):
         return 45
@@ -68,27 +68,27 @@ class ByEpoch:
 
     def set_epoch(self, epoch):
         self.epoch = epoch
-        self.told.append(epoch)
+        self.epochs.append(epoch)
 
 
-def own():
+def seeded():
     return torch.Generator().manual_seed(5)
 
 
 LOADERS = {
     "list": lambda: [(X[i:i + 8], Y[i:i + 8]) for i in range(0, 45, 8)],
-    "iterable of its own": Shuffled,
+    "iterable": Shuffled,
     "shuffled": lambda: DataLoader(Noisy(), 8, shuffle=True),
-    "with a generator": lambda: DataLoader(Noisy(), 8, shuffle=True, generator=own()),
+    "with a generator": lambda: DataLoader(Noisy(), 8, shuffle=True, generator=seeded()),
     "with replacement": lambda: DataLoader(Noisy(), batch_sampler=BatchSampler(RandomSampler(range(45), True, 40), 7, False)),
-    "sampler with a generator": lambda: DataLoader(Noisy(), 8, sampler=RandomSampler(range(45), generator=own())),
-    "told the epoch": lambda: DataLoader(Noisy(), 8, sampler=ByEpoch()),
+    "sampler with a generator": lambda: DataLoader(Noisy(), 8, sampler=RandomSampler(range(45), generator=seeded())),
+    "set_epoch": lambda: DataLoader(Noisy(), 8, sampler=ByEpoch()),
     "no batch size": lambda: DataLoader(TensorDataset(X.view(9, 5, 6), Y.view(9, 5)), None, shuffle=True),
     "stream": lambda: DataLoader(Stream(), 8),
     "workers": lambda: DataLoader(Noisy(), 8, shuffle=True, num_workers=2),
-    "workers, with a generator": lambda: DataLoader(Noisy(), 8, shuffle=True, num_workers=2, generator=own()),
+    "workers, with a generator": lambda: DataLoader(Noisy(), 8, shuffle=True, num_workers=2, generator=seeded()),
     "workers, no batch size": lambda: DataLoader(TensorDataset(X.view(9, 5, 6), Y.view(9, 5)), None, shuffle=True, num_workers=2),
-    "workers that persist": lambda: DataLoader(Noisy(), 8, shuffle=True, num_workers=2, persistent_workers=True),
+    "persistent workers": lambda: DataLoader(Noisy(), 8, shuffle=True, num_workers=2, persistent_workers=True),
     "stream, workers": lambda: DataLoader(Stream(), 8, num_workers=2),
 }
 
@@ -104,8 +104,8 @@ class Kill:
 
 
 def train(net, make, out, kill=None, resume=False, **more):
-    """Train `net` on what `make` makes until the step `kill`; what random numbers a new process finds does not matter."""
-    torch.manual_seed(3)                          # for a loader that draws its seed when it is made
+    """Train `net` on the loader that `make` returns, until step `kill`. Start each run with other random numbers."""
+    torch.manual_seed(3)                          # the same for each loader, which may draw a seed when it is made
     data, valid = make(), make()
     torch.manual_seed(kill or 0)
     random.seed(kill)
@@ -116,40 +116,41 @@ def train(net, make, out, kill=None, resume=False, **more):
         with suppress(KeyboardInterrupt):
             return fit(net, cross_entropy, adam, data, valid, out=out, resume=out if resume else None, plugins=plugins, **settings)
     finally:
-        # One with a state of its own keeps its iterator, whose workers would not hear of an end that the garbage collector
-        # brings: five seconds for each of them, in some later test.
+        # A loader with a state of its own keeps its iterator and workers. If the garbage collector ended them, it would
+        # wait five seconds for each, in some later test.
         for loader in (data, valid):
             if hasattr(loader, "load_state_dict"):
                 loader.load_state_dict({})
 
 
 def check(net, clone, same, out, make, kills):
-    whole = clone(net)
-    undisturbed = train(whole, make, out / "whole")
+    """Train once without interruption, and once killed after the steps `kills` and resumed; compare the two runs."""
+    expected_net = clone(net)
+    uninterrupted = train(expected_net, make, out / "whole")
     for number, kill in enumerate((*kills, None)):
-        other = clone(net)
-        resumed = train(other, make, out / "killed", kill, resume=number > 0)
-    same(whole, other)
-    assert repr(resumed.history) == repr(undisturbed.history)
-    assert undisturbed.attempts == resumed.attempts >= 9
+        resumed_net = clone(net)
+        resumed = train(resumed_net, make, out / "killed", kill, resume=number > 0)
+    same(expected_net, resumed_net)
+    assert repr(resumed.history) == repr(uninterrupted.history)
+    assert uninterrupted.attempts == resumed.attempts >= 9
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_it_goes_on_as_if_it_had_never_ended(net, clone, same, tmp_path, kind):
-    """The same batches in the same order with the same noise; killed early in an epoch, and after its last step."""
+def test_a_resumed_run_equals_an_uninterrupted_one(net, clone, same, tmp_path, kind):
+    """It has the same batches in the same order, with the same noise. Killed early in an epoch, and after its last step."""
     check(net, clone, same, tmp_path, LOADERS[kind], (1, 3, 5))
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_that_tells_its_state_goes_on_by_itself(net, clone, same, tmp_path, workers):
+def test_a_stateful_data_loader_resumes_by_itself(net, clone, same, tmp_path, workers):
     loader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
     check(net, clone, same, tmp_path, lambda: loader(TensorDataset(X, Y), 8, shuffle=True, num_workers=workers), (1, 3, 4))
 
 
-def test_what_it_was_told_it_can_tell_again(net, batches, sgd):
-    """A run may be saved again before a pass over its validation data begins."""
-    class Look:
+def test_a_loaded_state_is_returned_until_the_next_pass(net, batches, sgd):
+    """A resumed run may be saved again before its first pass over the validation data."""
+    class LoadsState:
         @hookimpl
         def safe_point(self, run: Run):
             before = run.loaders["valid"].state_dict()
@@ -157,24 +158,24 @@ def test_what_it_was_told_it_can_tell_again(net, batches, sgd):
             assert run.loaders["valid"].state_dict() == before | {"workers": {0: "somewhere"}}
             run.loaders["valid"].load_state_dict({})
 
-    fit(net, nn.CrossEntropyLoss(), sgd, batches, batches, plugins=[Look()])
+    fit(net, nn.CrossEntropyLoss(), sgd, batches, batches, plugins=[LoadsState()])
 
 
-def test_what_was_consumed_is_not_read_again(net, clone, tmp_path):
+def test_consumed_samples_are_not_read_again(net, clone, tmp_path):
     train(clone(net), lambda: DataLoader(Noisy(), 8, shuffle=True), tmp_path, kill=2)
-    made = []
-    train(net, lambda: made.append(DataLoader(Noisy(), 8, shuffle=True)) or made[-1], tmp_path, resume=True, eval_every=None)
-    assert made[0].dataset.reads == 45 - 4 * 8 + 2 * 45
+    loaders = []
+    train(net, lambda: loaders.append(DataLoader(Noisy(), 8, shuffle=True)) or loaders[-1], tmp_path, resume=True, eval_every=None)
+    assert loaders[0].dataset.reads == 45 - 4 * 8 + 2 * 45
 
 
-def test_a_sampler_is_told_the_epoch(net, tmp_path):
+def test_set_epoch_of_a_sampler_is_called_in_each_epoch(net, tmp_path):
     sampler = ByEpoch()
     fit(net, cross_entropy, adam, DataLoader(Noisy(), 8, sampler=sampler), epochs=3)
-    assert sampler.told == [0, 1, 2]
+    assert sampler.epochs == [0, 1, 2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_users_loader_stays_as_it_was(net, tmp_path, workers):
+def test_training_does_not_change_the_users_loader(net, tmp_path, workers):
     loader = DataLoader(Noisy(), 8, shuffle=True, num_workers=workers)
     before = dict(vars(loader))
     fit(net, cross_entropy, adam, loader, plugins=["checkpoint:every_steps=1"], out=tmp_path)
@@ -184,26 +185,26 @@ def test_the_users_loader_stays_as_it_was(net, tmp_path, workers):
 class Broken(Noisy):
     def __getitem__(self, index):
         if index == 19:
-            raise ValueError("picture 19 is torn")
+            raise ValueError("image 19 is damaged")
         return super().__getitem__(index)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_in_the_data_names_the_batch(net, batches, tmp_path, workers):
+def test_an_error_in_the_data_names_the_batch_and_ends_the_workers(net, batches, tmp_path, workers):
     before, loader = multiprocessing.active_children(), DataLoader(Broken(), 8, num_workers=workers)
-    with pytest.raises(ValueError, match="picture 19 is torn") as caught:
+    with pytest.raises(ValueError, match="image 19 is damaged") as caught:
         fit(net, cross_entropy, adam, loader)
     assert caught.value.__notes__ == ["raised by train in batch 3, epoch 1"]
-    with pytest.raises(ValueError, match="picture 19 is torn") as caught:
+    with pytest.raises(ValueError, match="image 19 is damaged") as caught:
         fit(net, cross_entropy, adam, batches, loader)
     assert caught.value.__notes__ == ["raised by valid in batch 3"]
-    assert set(multiprocessing.active_children()) <= set(before)        # though the traceback is still there
+    assert set(multiprocessing.active_children()) <= set(before)        # although the traceback still exists
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_plugin_may_replace_the_data(net, clone, same, tmp_path, workers):
-    """Small pictures first, then large ones: an epoch in the middle of which the run goes on may have either."""
-    class Grow:
+    """As with image sizes that grow during training. The run is resumed in an epoch that has replaced data."""
+    class ReplacesData:
         @hookimpl
         def epoch_start(self, run: Run):
             run.train = DataLoader(Noisy(), 15 - run.epoch, shuffle=True, num_workers=workers)
@@ -212,7 +213,7 @@ def test_a_plugin_may_replace_the_data(net, clone, same, tmp_path, workers):
         with suppress(KeyboardInterrupt):
             loader = DataLoader(Noisy(), 15, shuffle=True)
             return fit(net, cross_entropy, adam, loader, epochs=3, seed=1, resume=resume, out=tmp_path / ("whole" if kill == inf and not resume else "killed"),
-                       plugins=[Grow(), "checkpoint:every_steps=1", Kill(kill)])
+                       plugins=[ReplacesData(), "checkpoint:every_steps=1", Kill(kill)])
 
     whole, killed = clone(net), clone(net)
     train(whole)
@@ -221,8 +222,8 @@ def test_a_plugin_may_replace_the_data(net, clone, same, tmp_path, workers):
     same(whole, killed)
 
 
-def test_workers_end_with_an_exception(net, tmp_path):
-    """Nobody waits for Python to clean up what a traceback holds on to."""
+def test_an_exception_in_training_ends_the_workers(net, tmp_path):
+    """They end at once, although the traceback still holds references to the loader."""
     before = set(multiprocessing.active_children())
 
     class Fail:

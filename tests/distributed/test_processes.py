@@ -1,4 +1,4 @@
-"""What holds for a run of several processes, whichever plugin it is made of."""
+"""Data-parallel training in several processes, with ddp, with fsdp, and with the other plugins."""
 import os
 import signal
 from collections import Counter
@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from loopctl import Run, UsageError, available, fit, hookimpl
-from loopctl.distributed import process_group as world
+from loopctl.distributed import process_group
 from loopctl.distributed.process_group import claim_error_report
 
 LOSS = nn.CrossEntropyLoss()
@@ -27,7 +27,7 @@ def network(dropout=0.0):
 
 
 def noisy():
-    """A network whose state and random numbers a wrong loop disturbs."""
+    """A network with buffers and random numbers, which a wrong loop would change."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3)).double()
 
@@ -42,23 +42,23 @@ UNEVEN = [8, 8, 8, 3, 8, 8, 5]
 
 
 def numbered(samples, batch_size=4, **settings):
-    """A loader of samples that know their number."""
+    """A loader of samples whose first feature is their number."""
     random = torch.Generator().manual_seed(3)
     input = torch.randn(samples, 6, generator=random, dtype=torch.float64)
     input[:, 0] = torch.arange(samples)
     return DataLoader(TensorDataset(input, torch.randint(0, 3, (samples,), generator=random)), batch_size, **settings)
 
 
-class Seen:
-    """Notes the samples of each epoch, by their number, and the loss and rate of each step."""
+class Recorder:
+    """Records the numbers of the samples in each epoch, and the loss and the learning rate of each step."""
 
     def __init__(self):
-        self.samples, self.losses, self.rates, self.shown = {}, [], [], []
+        self.samples, self.losses, self.rates = {}, [], []
 
     @hookimpl
     def before_step(self, run: Run):
-        counted = [run.hook.batch_weight(run=run, batch=batch) for batch in run.batches]
-        for (input, _), weight in zip(run.batches, counted, strict=True):
+        weights = [run.hook.batch_weight(run=run, batch=batch) for batch in run.batches]
+        for (input, _), weight in zip(run.batches, weights, strict=True):
             if weight:
                 self.samples.setdefault(run.epoch, []).extend(input[:, 0].int().tolist())
 
@@ -68,34 +68,35 @@ class Seen:
         self.rates.append(run.optimizer.param_groups[0]["lr"])
 
 
-def outcome(run):
+def weights_of(run):
+    """Return the state dict of the model, with full tensors in place of sharded ones."""
     return {name: getattr(value, "full_tensor", value.clone)() for name, value in run.model.state_dict().items()}
 
 
-def same(there, here, tolerance=0.0):
-    for name, value in here.items():
-        torch.testing.assert_close(there[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+def same(weights, expected, tolerance=0.0):
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# Hard cases: bugs that other training loops shipped
+# Bugs that other training loops have had; each test names their reports
 
 
 class Tokens:
-    """A batch counts by its largest number of something."""
+    """Weighs a batch by a value that is not its number of samples, as a number of tokens would be."""
 
     @hookimpl
     def batch_weight(self, batch):
         return batch[0][:, 0].abs().sum()
 
 
-def weighed(weights, sizes, plugins):
-    run = fit(network(), LOSS, SGD, batches(*sizes), plugins=["ddp", *plugins, *[Tokens()] * weights], seed=0, epochs=3)
-    return outcome(run), run.history
+def train_weighted(tokens, sizes, plugins):
+    run = fit(network(), LOSS, SGD, batches(*sizes), plugins=["ddp", *plugins, *[Tokens()] * tokens], seed=0, epochs=3)
+    return weights_of(run), run.history
 
 
 @pytest.mark.parametrize("number", [2, 3])
-@pytest.mark.parametrize("weights", [0, 1], ids=["samples", "tokens"])
-def test_a2_the_normalisation_has_one_owner_the_number_of_processes_included(ranks, number, weights):
+@pytest.mark.parametrize("tokens", [0, 1], ids=["samples", "tokens"])
+def test_uneven_batches_are_weighted_once_over_all_processes(ranks, number, tokens):
     """huggingface/transformers#35203, huggingface/transformers#34373"""
     net = network()
     optimizer = SGD(net.parameters())
@@ -103,108 +104,108 @@ def test_a2_the_normalisation_has_one_owner_the_number_of_processes_included(ran
     for _ in range(3):
         for start in range(0, len(data), number):
             group = data[start:start + number]
-            counts = [input[:, 0].abs().sum() if weights else len(input) for input, _ in group]
+            counts = [input[:, 0].abs().sum() if tokens else len(input) for input, _ in group]
             optimizer.zero_grad()
             for (input, target), count in zip(group, counts, strict=True):
                 (LOSS(net(input), target) * count / sum(counts)).backward()
             optimizer.step()
-    for weights_there, _ in ranks(number, weighed, weights, UNEVEN, []):
-        same(weights_there, net.state_dict(), 1e-12)
+    for weights, _ in ranks(number, train_weighted, tokens, UNEVEN, []):
+        same(weights, net.state_dict(), 1e-12)
 
 
-class Flags:
-    """Notes whether gradients would meet, around each forward and each backward pass."""
+class SyncFlags:
+    """Records at each forward and each backward pass whether DistributedDataParallel would reduce gradients."""
 
     def __init__(self):
-        self.forward, self.backward_ = [], []
+        self.in_forward, self.in_backward = [], []
 
     @hookimpl(wrapper=True)
     def compute_loss(self, run: Run):
         if torch.is_grad_enabled():
-            self.forward.append(run.network.require_backward_grad_sync)
+            self.in_forward.append(run.network.require_backward_grad_sync)
         return (yield)
 
     @hookimpl(wrapper=True)
     def backward(self, run: Run):
-        self.backward_.append(run.network.require_backward_grad_sync)
+        self.in_backward.append(run.network.require_backward_grad_sync)
         return (yield)
 
 
-class Pieces:
-    """Notes after each backward pass whether gradients have met: only then has a process its piece of them."""
+class ShardedGradients:
+    """Records after each backward pass whether gradients were reduced: only then fsdp sets the sharded ones."""
 
     def __init__(self):
-        self.met = []
+        self.reduced = []
 
     @hookimpl(wrapper=True)
     def backward(self, run: Run):
         result = yield
-        self.met.append(all(parameter.grad is not None for parameter in run.model.parameters()))
+        self.reduced.append(all(parameter.grad is not None for parameter in run.model.parameters()))
         return result
 
 
-def in_pieces(plugins, sizes):
-    pieces = Pieces()
-    fit(network(), LOSS, SGD, batches(*sizes), plugins=["fsdp", *plugins, pieces], seed=0)
-    return pieces.met
+def record_sharded_gradients(plugins, sizes):
+    recorder = ShardedGradients()
+    fit(network(), LOSS, SGD, batches(*sizes), plugins=["fsdp", *plugins, recorder], seed=0)
+    return recorder.reduced
 
 
-def flagged(plugins, sizes):
-    flags = Flags()
+def record_flags(plugins, sizes):
+    flags = SyncFlags()
     run = fit(network(), LOSS, SGD, batches(*sizes), batches(4, 4), plugins=["ddp", *plugins, flags], seed=0)
-    return flags.forward, flags.backward_, outcome(run)
+    return flags.in_forward, flags.in_backward, weights_of(run)
 
 
-MEET = pytest.mark.parametrize(("plugins", "expected"), [
+LAST = pytest.mark.parametrize(("plugins", "expected"), [
     (["accumulate:every=3"], [False, False, True, True]),               # four micro-batches: a step of three, one of one
     (["split:into=2"], [False, True] * 4),
     (["accumulate:every=2", "split:into=2"], [False, False, False, True] * 2),
 ], ids=["accumulate", "split", "both"])
 
 
-@MEET
-def test_a8_gradients_meet_in_the_last_micro_batch_forward_and_backward(ranks, plugins, expected):
+@LAST
+def test_ddp_reduces_gradients_only_in_the_last_micro_batch(ranks, plugins, expected):
     """modelscope/FunASR#3472, karpathy/build-nanogpt#30, huggingface/transformers#7742"""
-    found = ranks(2, flagged, plugins, [8] * 8)
+    found = ranks(2, record_flags, plugins, [8] * 8)
     for forward, backward, weights in found:
         assert forward == backward == expected
         same(weights, found[0][2])
 
 
-@MEET
-def test_a8_gradients_of_pieces_meet_in_the_last_micro_batch(ranks, plugins, expected):
-    assert ranks(2, in_pieces, plugins, [8] * 8) == [expected, expected]
+@LAST
+def test_fsdp_reduces_gradients_only_in_the_last_micro_batch(ranks, plugins, expected):
+    assert ranks(2, record_sharded_gradients, plugins, [8] * 8) == [expected, expected]
 
 
-def scheduled(plugins):
-    seen = Seen()
-    run = fit(network(), LOSS, SGD, batches(*UNEVEN), plugins=["ddp", *plugins, seen], seed=0, epochs=4)
-    return seen.rates, run.step, run.attempts
+def train_scheduled(plugins):
+    recorder = Recorder()
+    run = fit(network(), LOSS, SGD, batches(*UNEVEN), plugins=["ddp", *plugins, recorder], seed=0, epochs=4)
+    return recorder.rates, run.step, run.attempts
 
 
-def test_c2_a_schedule_is_stepped_once_per_update_however_many_processes_there_are(ranks):
+def test_a_schedule_advances_once_per_update_with_several_processes(ranks):
     """huggingface/transformers#24088, huggingface/accelerate#2318"""
     optimizer = SGD(network().parameters())
     torch_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 16)
     expected = []
-    for _ in range(16):                             # seven batches make four steps of two processes
+    for _ in range(16):                             # four epochs; seven batches are four steps of two processes
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         torch_schedule.step()
-    for rates, step, attempts in ranks(2, scheduled, ["cosine:by=step"]):
+    for rates, step, attempts in ranks(2, train_scheduled, ["cosine:by=step"]):
         assert rates == pytest.approx(expected, abs=1e-12)
         assert step == attempts == 16
 
 
-class StopsAlone:
-    """Wants to end the run, in one process."""
+class StopsInOneProcess:
+    """Sets `run.stop` in one process, in one hook, from step `at` on."""
 
     def __init__(self, rank, hook, at):
         self.rank, self.hook, self.at = rank, hook, at
 
     def stop(self, run, hook):
         if hook == self.hook and run.rank == self.rank and run.attempts >= self.at:
-            run.stop = f"process {self.rank} has had enough"
+            run.stop = f"process {self.rank} stops"
 
     @hookimpl
     def after_step(self, run: Run):
@@ -223,76 +224,76 @@ class StopsAlone:
         self.stop(run, "after_evaluate")
 
 
-def stopped(rank, hook, out):
+def stop_in_one_process(rank, hook, out):
     run = fit(network(), LOSS, SGD, batches(*[8] * 20), batches(8, 8), epochs=400,
-              plugins=["ddp", "checkpoint:every_epochs=3", StopsAlone(rank, hook, 33)], seed=0, out=out)
-    return run.attempts, run.stop, outcome(run), len(run.history)
+              plugins=["ddp", "checkpoint:every_epochs=3", StopsInOneProcess(rank, hook, 33)], seed=0, out=out)
+    return run.attempts, run.stop, weights_of(run), len(run.history)
 
 
 @pytest.mark.parametrize("hook", ["after_step", "epoch_end", "safe_point", "after_evaluate"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_e6_one_process_stops_and_all_end_at_the_same_step(ranks, tmp_path, rank, hook):
+def test_a_stop_in_one_process_ends_all_processes_at_the_same_step(ranks, tmp_path, rank, hook):
     """Lightning-AI/pytorch-lightning#379, talmolab/sleap-nn#471"""
-    found = ranks(2, stopped, rank, hook, tmp_path)
+    found = ranks(2, stop_in_one_process, rank, hook, tmp_path)
     assert found[0][:2] == found[1][:2]
-    assert found[0][1] == f"process {rank} has had enough"
+    assert found[0][1] == f"process {rank} stops"
     assert 33 <= found[0][0] < 4000
     same(found[1][2], found[0][2])
 
 
-def stopped_within(rank):
-    run = fit(network(), LOSS, SGD, batches(8) * 8000, plugins=["ddp", StopsAlone(rank, "after_step", 33)], seed=0)
+def stop_in_a_long_epoch(rank):
+    run = fit(network(), LOSS, SGD, batches(8) * 8000, plugins=["ddp", StopsInOneProcess(rank, "after_step", 33)], seed=0)
     return run.attempts
 
 
-def test_e6_nobody_waits_for_the_end_of_an_epoch(ranks):
-    one, other = ranks(2, stopped_within, 1)
-    assert one == other
-    assert 33 <= one < 4000                     # about a second later
+def test_a_stop_in_one_process_does_not_wait_for_the_end_of_the_epoch(ranks):
+    first, second = ranks(2, stop_in_a_long_epoch, 1)
+    assert first == second
+    assert 33 <= first < 4000                   # about a second later
 
 
-def judged(out):
-    """Each process would judge its own part of the validation data differently."""
+def train_with_decisions(out):
+    """On its own part of the validation data, each process would have another loss, and stop at another epoch."""
     run = fit(network(), LOSS, SGD, batches(*UNEVEN), batches(8, 1, 8, 1, 5, seed=1), epochs=60, out=out,
               plugins=["ddp", "early_stopping:patience=1,restore_best=true", "plateau:patience=0", "checkpoint"], seed=0)
-    return run.history, run.stop, outcome(run)
+    return run.history, run.stop, weights_of(run)
 
 
-def test_e6_what_is_judged_is_the_same_everywhere(ranks, tmp_path):
-    found = ranks(2, judged, tmp_path)
+def test_plugins_make_the_same_decisions_in_all_processes(ranks, tmp_path):
+    found = ranks(2, train_with_decisions, tmp_path)
     assert found[0][:2] == found[1][:2]
     assert "has not improved" in found[0][1]
     same(found[1][2], found[0][2])
 
 
-MESSAGES = ("all_reduce", "broadcast", "all_gather", "all_gather_object", "broadcast_object_list", "barrier")
+COLLECTIVES = ("all_reduce", "broadcast", "all_gather", "all_gather_object", "broadcast_object_list", "barrier")
 
 
 @contextmanager
-def counted(count):
-    """Count what processes say to each other, but for what DistributedDataParallel itself says."""
-    with mock.patch.multiple(dist, **{name: counting(count, name) for name in MESSAGES}):
+def count_collectives(count):
+    """Count the collectives by name, without those in DistributedDataParallel's own C++ code."""
+    with mock.patch.multiple(dist, **{name: counting(count, name) for name in COLLECTIVES}):
         yield
 
 
 def counting(count, name):
     real = getattr(dist, name)
 
-    def call(*arguments, **named):
+    def call(*arguments, **keywords):
         count[name] += 1
-        return real(*arguments, **named)
+        return real(*arguments, **keywords)
     return call
 
 
-class Messages:
-    """Notes what is said in each step."""
+class CollectiveCounter:
+    """Records how often each collective is called in each step."""
 
     def __init__(self):
         self.count, self.steps = Counter(), []
 
     @hookimpl(wrapper=True)
     def train(self):
-        with counted(self.count):
+        with count_collectives(self.count):
             return (yield)
 
     @hookimpl
@@ -304,27 +305,27 @@ class Messages:
         self.steps.append(dict(self.count))
 
 
-def said(sizes, plugins):
-    messages = Messages()
-    fit(network(), LOSS, SGD, batches(*sizes), plugins=[messages, "ddp", *plugins, "accumulate:every=2", "clip", "cosine"], seed=0)
-    return messages.steps
+def collectives_per_step(sizes, plugins):
+    counter = CollectiveCounter()
+    fit(network(), LOSS, SGD, batches(*sizes), plugins=[counter, "ddp", *plugins, "accumulate:every=2", "clip", "cosine"], seed=0)
+    return counter.steps
 
 
 @pytest.mark.parametrize("plugins", [[], ["split:into=2"]], ids=["", "split"])
-def test_f6_steps_send_no_message_but_the_gradients(ranks, plugins):
-    """Lightning-AI/pytorch-lightning#21487: the weights of the samples are known without asking."""
-    for steps in ranks(2, said, [8] * 16 + [5], plugins):
+def test_a_step_has_no_collective_but_the_reduction_of_gradients(ranks, plugins):
+    """Lightning-AI/pytorch-lightning#21487: every process knows the sample counts of all without a collective."""
+    for steps in ranks(2, collectives_per_step, [8] * 16 + [5], plugins):
         assert steps[:-1] == [{}] * 4
-        assert steps[-1] == {"all_reduce": 1}               # the last one is uneven, and its loss a mean over both
+        assert steps[-1] == {"all_reduce": 1}               # the last step is uneven: its loss is averaged over the processes
 
 
 # Data
 
 
-def read(loader, plugins, epochs, settings):
-    seen = Seen()
-    run = fit(network(), LOSS, SGD, loader() if callable(loader) else loader, plugins=["ddp", *plugins, seen], seed=0, epochs=epochs, **settings)
-    return seen.samples, outcome(run), run.epochs_done
+def read_samples(loader, plugins, epochs, settings):
+    recorder = Recorder()
+    run = fit(network(), LOSS, SGD, loader() if callable(loader) else loader, plugins=["ddp", *plugins, recorder], seed=0, epochs=epochs, **settings)
+    return recorder.samples, weights_of(run), run.epochs_done
 
 
 LOADERS = {
@@ -336,8 +337,8 @@ LOADERS = {
 
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_every_sample_is_seen_once_in_each_epoch(ranks, loader, number):
-    found = ranks(number, read, LOADERS[loader], [], 3, {})
+def test_every_sample_is_trained_on_once_per_epoch(ranks, loader, number):
+    found = ranks(number, read_samples, LOADERS[loader], [], 3, {})
     total = {"drop_last": 28, "few": 5}.get(loader, 30)
     orders = []
     for epoch in range(3):
@@ -345,7 +346,7 @@ def test_every_sample_is_seen_once_in_each_epoch(ranks, loader, number):
         everything = sorted(chain.from_iterable(parts))
         assert len(everything) == len(set(everything)) == total
         orders.append(parts)
-    assert (orders[0] != orders[1]) == (loader not in ("in order", "list"))         # the shuffle is another in each epoch
+    assert (orders[0] != orders[1]) == (loader not in ("in order", "list"))         # reshuffled in each epoch
     assert all(done == 3 for *_, done in found)
     for _, weights, _ in found:
         same(weights, found[0][1])
@@ -364,77 +365,73 @@ def streamed():
     return DataLoader(Stream(30), 4)
 
 
-def test_a_stream_is_divided_too(ranks):
-    found = ranks(2, read, streamed, [], 2, {"steps_per_epoch": 4})
+def test_an_iterable_dataset_is_sharded(ranks):
+    found = ranks(2, read_samples, streamed, [], 2, {"steps_per_epoch": 4})
     for epoch in range(2):
         assert sorted(chain(*(samples[epoch] for samples, *_ in found))) == list(range(30))
     single = fit(network(), LOSS, SGD, streamed(), plugins=["accumulate:every=2"], seed=0, epochs=2, steps_per_epoch=4)
     for _, weights, _ in found:
-        same(weights, outcome(single), 1e-12)
+        same(weights, weights_of(single), 1e-12)
 
 
-def of_parts():
-    rank, size = dist.get_rank(), dist.get_world_size()
-    return batches(*UNEVEN[:6])[rank::size]
-
-
-def read_parts():
-    dist.init_process_group("gloo")                     # the user's own, which the run joins
-    run = fit(network(), LOSS, SGD, of_parts(), plugins=["ddp:shard=false"], seed=0, epochs=3)
+def train_on_sharded_batches():
+    dist.init_process_group("gloo")                     # the user's own process group, which the run uses
+    data = batches(*UNEVEN[:6])[dist.get_rank()::dist.get_world_size()]
+    run = fit(network(), LOSS, SGD, data, plugins=["ddp:shard=false"], seed=0, epochs=3)
     assert dist.is_initialized()
-    return outcome(run)
+    return weights_of(run)
 
 
-def test_data_that_is_in_parts_already_counts_the_same(ranks):
+def test_data_that_the_user_has_sharded_is_weighted_the_same(ranks):
     single = fit(network(), LOSS, SGD, batches(*UNEVEN[:6]), plugins=["accumulate:every=2"], seed=0, epochs=3)
-    for weights in ranks(2, read_parts):
-        same(weights, outcome(single), 1e-12)
+    for weights in ranks(2, train_on_sharded_batches):
+        same(weights, weights_of(single), 1e-12)
 
 
-def begun_differently(spec, rank=None):
+def start_with_different_weights(spec, rank=None):
     model = noisy()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor += int(os.environ["RANK"]) if rank is None else rank
     run = fit(model, LOSS, partial(torch.optim.SGD, lr=0.0), batches(8, 8), plugins=[spec], seed=0)
-    return {name: value for name, value in outcome(run).items() if "running" not in name}, run.history[0]["train_loss"]
+    return {name: value for name, value in weights_of(run).items() if "running" not in name}, run.history[0]["train_loss"]
 
 
 @pytest.mark.parametrize("spec", ["ddp", "fsdp"])
-def test_all_begin_with_the_model_of_the_first(ranks, spec):
-    found, expected = ranks(2, begun_differently, spec), ranks(2, begun_differently, spec, 0)
-    for there, here in zip(found, expected, strict=True):
-        same(there[0], here[0])
-        assert there[1] == here[1]
+def test_all_processes_start_with_the_weights_of_rank_0(ranks, spec):
+    found, expected = ranks(2, start_with_different_weights, spec), ranks(2, start_with_different_weights, spec, 0)
+    for (weights, loss), (expected_weights, expected_loss) in zip(found, expected, strict=True):
+        same(weights, expected_weights)
+        assert loss == expected_loss
 
 
-def noise():
+def draw_after_training():
     fit(network(), LOSS, SGD, batches(8, 8), plugins=["ddp"], seed=0)
     return float(torch.rand(1))
 
 
-def test_each_process_has_noise_of_its_own(ranks):
-    assert len({*ranks(3, noise)}) == 3
+def test_each_process_draws_other_random_numbers(ranks):
+    assert len({*ranks(3, draw_after_training)}) == 3
 
 
-def in_parts(plugins):
-    messages = Messages()
+def collectives_with_a_distributed_sampler(plugins):
+    counter = CollectiveCounter()
     data = numbered(32).dataset
     loader = DataLoader(data, 4, sampler=DistributedSampler(data, 2, int(os.environ["RANK"])))
-    run = fit(network(), LOSS, SGD, loader, plugins=[messages, "ddp", *plugins], seed=0)
-    return messages.steps, outcome(run)
+    run = fit(network(), LOSS, SGD, loader, plugins=[counter, "ddp", *plugins], seed=0)
+    return counter.steps, weights_of(run)
 
 
-def test_a_loader_of_parts_sends_no_message_either(ranks):
-    for steps, weights in (found := ranks(2, in_parts, [])):
+def test_a_step_with_a_distributed_sampler_has_no_collective_but_the_reduction_of_gradients(ranks):
+    for steps, weights in (found := ranks(2, collectives_with_a_distributed_sampler, [])):
         assert steps == [{}] * 4
         same(weights, found[0][1])
 
 
-def measured(number):
+def train_with_metrics(number):
     from torchmetrics.classification import MulticlassAccuracy
-    right = MulticlassAccuracy(3, average="micro")
-    run = fit(network(), LOSS, SGD, batches(*UNEVEN), batches(8, 1, 8, 1, 5, seed=1), metrics={"accuracy": accuracy, "torchmetrics": right},
+    metric = MulticlassAccuracy(3, average="micro")
+    run = fit(network(), LOSS, SGD, batches(*UNEVEN), batches(8, 1, 8, 1, 5, seed=1), metrics={"accuracy": accuracy, "torchmetrics": metric},
               plugins=[f"accumulate:every={number}" if number else "ddp"], seed=0)
     return run.history
 
@@ -444,29 +441,29 @@ def accuracy(output, target):
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_metrics_are_those_of_all_samples_once(ranks, number):
-    """Functions and objects that collect by themselves, in training and validation; a filler counts for neither."""
-    expected = measured(number)
-    for history in ranks(number, measured, 0):
-        for there, here in zip(history, expected, strict=True):
-            assert there == pytest.approx(here, abs=1e-6)           # torchmetrics counts in float32
+def test_metrics_count_every_sample_once(ranks, number):
+    """Functions and torchmetrics objects, in training and validation; fillers count in neither."""
+    expected = train_with_metrics(number)
+    for history in ranks(number, train_with_metrics, 0):
+        for row, expected_row in zip(history, expected, strict=True):
+            assert row == pytest.approx(expected_row, abs=1e-6)     # torchmetrics counts in float32
 
 
-def evaluated(spec, workers):
+def evaluate_on_a_loader(spec, workers):
     valid = numbered(18, num_workers=workers)                   # five batches, the last one of two samples
     return fit(network(), LOSS, SGD, batches(8, 8), valid, metrics={"accuracy": accuracy}, plugins=spec, seed=0, epochs=2).history
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("spec", ["ddp", "fsdp"])
-def test_validation_data_of_a_loader_counts_once_too(ranks, spec, workers):
-    expected = evaluated(["accumulate:every=2"], 0)
-    for history in ranks(2, evaluated, [spec], workers):
-        for there, here in zip(history, expected, strict=True):
-            assert there == pytest.approx(here, abs=1e-10)
+def test_samples_of_a_validation_loader_are_counted_once(ranks, spec, workers):
+    expected = evaluate_on_a_loader(["accumulate:every=2"], 0)
+    for history in ranks(2, evaluate_on_a_loader, [spec], workers):
+        for row, expected_row in zip(history, expected, strict=True):
+            assert row == pytest.approx(expected_row, abs=1e-10)
 
 
-# Going on
+# Resuming
 
 
 class Kill:
@@ -479,16 +476,16 @@ class Kill:
             raise KeyboardInterrupt
 
 
-def part(spec, make, loader, epochs, out, at=None, resume=None, plugins=()):
-    """A run that is killed after step `at`, or goes on."""
-    seen = Seen()
-    arguments = {"plugins": [spec, *plugins, "checkpoint:every_steps=1", seen, *([Kill(at)] if at else [])], "seed": 1, "epochs": epochs, "out": out}
+def train_part(spec, make, loader, epochs, out, at=None, resume=None, plugins=()):
+    """Train until the run is killed after step `at`, or to its end."""
+    recorder = Recorder()
+    arguments = {"plugins": [spec, *plugins, "checkpoint:every_steps=1", recorder, *([Kill(at)] if at else [])], "seed": 1, "epochs": epochs, "out": out}
     if at is None:
         run = fit(make(), LOSS, partial(torch.optim.AdamW, lr=0.01), loader(), batches(8, 5, seed=1), resume=resume, **arguments)
-        return seen.samples, seen.losses, outcome(run), run.history, run.planned_steps, run.epochs_done
+        return recorder.samples, recorder.losses, weights_of(run), run.history, run.planned_steps, run.epochs_done
     with pytest.raises(KeyboardInterrupt):
         fit(make(), LOSS, partial(torch.optim.AdamW, lr=0.01), loader(), batches(8, 5, seed=1), **arguments)
-    return seen.samples
+    return recorder.samples
 
 
 SHUFFLED = partial(numbered, 30, shuffle=True)
@@ -498,33 +495,33 @@ WORKERS = partial(numbered, 30, shuffle=True, num_workers=2)
 @pytest.mark.parametrize("loader", [SHUFFLED, WORKERS], ids=["loader", "workers"])
 @pytest.mark.parametrize("at", [3, 4, 6])
 @pytest.mark.parametrize("spec", ["ddp", "fsdp"])
-def test_a_killed_run_ends_with_the_same_bits(ranks, tmp_path, spec, at, loader):
-    """In the middle of an epoch and at its end; each process has noise of its own, which goes on as well."""
-    whole = ranks(2, part, spec, noisy, loader, 3, tmp_path / "whole")
-    ranks(2, part, spec, noisy, loader, 3, tmp_path / "cut", at)
-    rest = ranks(2, part, spec, noisy, loader, 3, tmp_path / "cut", None, tmp_path / "cut")
-    for there, here in zip(rest, whole, strict=True):
-        assert there[1] == here[1][at:]
-        same(there[2], here[2])
-        assert there[3] == here[3]
+def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(ranks, tmp_path, spec, at, loader):
+    """Killed in the middle of an epoch and at its end. Each process resumes with its own random-number state."""
+    whole = ranks(2, train_part, spec, noisy, loader, 3, tmp_path / "whole")
+    ranks(2, train_part, spec, noisy, loader, 3, tmp_path / "killed", at)
+    rest = ranks(2, train_part, spec, noisy, loader, 3, tmp_path / "killed", None, tmp_path / "killed")
+    for (_, losses, weights, history, *_), (_, all_losses, expected, expected_history, *_) in zip(rest, whole, strict=True):
+        assert losses == all_losses[at:]
+        same(weights, expected)
+        assert history == expected_history
 
 
 @pytest.mark.parametrize("spec", ["ddp:find_unused_parameters=true", "fsdp"])
-def test_so_does_one_of_three_where_gradients_keep_their_order(ranks, tmp_path, spec):
-    whole = ranks(3, part, spec, noisy, SHUFFLED, 3, tmp_path / "whole")
-    ranks(3, part, spec, noisy, SHUFFLED, 3, tmp_path / "cut", 4)
-    rest = ranks(3, part, spec, noisy, SHUFFLED, 3, tmp_path / "cut", None, tmp_path / "cut")
-    for there, here in zip(rest, whole, strict=True):
-        same(there[2], here[2])
+def test_a_resumed_run_of_three_processes_is_bitwise_equal_if_gradients_are_summed_in_the_same_order(ranks, tmp_path, spec):
+    whole = ranks(3, train_part, spec, noisy, SHUFFLED, 3, tmp_path / "whole")
+    ranks(3, train_part, spec, noisy, SHUFFLED, 3, tmp_path / "killed", 4)
+    rest = ranks(3, train_part, spec, noisy, SHUFFLED, 3, tmp_path / "killed", None, tmp_path / "killed")
+    for (_, _, weights, *_), (_, _, expected, *_) in zip(rest, whole, strict=True):
+        same(weights, expected)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (2, 1), (3, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize("at", [2, 6], ids=["within", "later"])
 @pytest.mark.parametrize("spec", ["ddp", "fsdp"])
-def test_a_run_goes_on_in_another_number_of_processes(ranks, tmp_path, spec, before, after, at):
-    """The epoch goes on with the first batch that nobody had; every sample is seen once in each epoch."""
-    first = ranks(before, part, spec, network, SHUFFLED, 3, tmp_path, at)
-    rest = ranks(after, part, spec, network, SHUFFLED, 3, tmp_path, None, tmp_path)
+def test_a_run_resumes_with_another_number_of_processes(ranks, tmp_path, spec, before, after, at):
+    """The epoch resumes with the first batch that no process has consumed: every sample is used once per epoch."""
+    first = ranks(before, train_part, spec, network, SHUFFLED, 3, tmp_path, at)
+    rest = ranks(after, train_part, spec, network, SHUFFLED, 3, tmp_path, None, tmp_path)
     for epoch in range(3):
         seen = [*chain.from_iterable(samples.get(epoch, []) for samples in first),
                 *chain.from_iterable(samples.get(epoch, []) for samples, *_ in rest)]
@@ -537,14 +534,14 @@ def test_a_run_goes_on_in_another_number_of_processes(ranks, tmp_path, spec, bef
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_the_processes_before_and_after(ranks, tmp_path):
-    """With a rate of 0 nothing changes, so that the mean must be the one of a single process."""
-    ranks(2, still, tmp_path, 2, None)
-    (there, *_) = ranks(3, still, tmp_path, None, tmp_path)
+    """With a learning rate of 0 the weights do not change, so the mean must be that of a single process."""
+    ranks(2, train_with_rate_0, tmp_path, 2, None)
+    (history, *_) = ranks(3, train_with_rate_0, tmp_path, None, tmp_path)
     single = fit(network(), LOSS, partial(torch.optim.SGD, lr=0.0), numbered(30), seed=0)
-    assert there[0]["train_loss"] == pytest.approx(single.history[0]["train_loss"], abs=1e-12)
+    assert history[0]["train_loss"] == pytest.approx(single.history[0]["train_loss"], abs=1e-12)
 
 
-def still(out, at, resume):
+def train_with_rate_0(out, at, resume):
     plugins = ["ddp", "checkpoint:every_steps=1", *([Kill(at)] if at else [])]
     try:
         return fit(network(), LOSS, partial(torch.optim.SGD, lr=0.0), numbered(30), plugins=plugins, seed=0, out=out, resume=resume).history
@@ -552,46 +549,48 @@ def still(out, at, resume):
         return None
 
 
-# Signals, and who speaks
+# Signals, and which process reports an error
 
 
-def test_the_first_that_asks_speaks_for_all_and_after_a_restart_another(monkeypatch):
+def test_only_the_first_process_that_asks_reports_an_error_and_again_after_a_restart(monkeypatch):
     store = dist.HashStore()
-    monkeypatch.setattr(world, "board", lambda: store)
-    monkeypatch.setattr(world, "sleep", lambda seconds: None)
+    monkeypatch.setattr(process_group, "torchrun_store", lambda: store)
+    monkeypatch.setattr(process_group, "sleep", lambda seconds: None)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for count in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-        assert claim_error_report(waits=True)                     # nobody else has
-        assert not claim_error_report(waits=False)
-        assert not claim_error_report(waits=True)
+        assert claim_error_report(wait=True)                     # no other process has asked
+        assert not claim_error_report(wait=False)
+        assert not claim_error_report(wait=True)
 
 
 @pytest.mark.parametrize(("error", "raised"), [(dist.DistBackendError("gone"), SystemExit), (ValueError("its own"), ValueError)])
-def test_a_signal_that_comes_with_the_loss_of_another_process_ends_this_one(tmp_path, error, raised):
-    """It is torchrun's, which has said by then, or will say, why all end."""
-    class Loses:
+def test_a_signal_together_with_a_lost_peer_exits_with_the_signal(tmp_path, error, raised):
+    """torchrun sends the signal when another process has failed, whose error is the one to report."""
+    class LosesPeer:
         @hookimpl
         def after_step(self, run: Run):
             os.kill(os.getpid(), signal.SIGTERM)
             raise error
 
     with pytest.raises(raised) as caught:
-        fit(network(), LOSS, SGD, batches(8, 8), plugins=["checkpoint", Loses()], out=tmp_path)
+        fit(network(), LOSS, SGD, batches(8, 8), plugins=["checkpoint", LosesPeer()], out=tmp_path)
     assert getattr(caught.value, "code", 143) == 143
 
 
-@pytest.mark.parametrize(("rank", "alone"), [(0, True), (1, False)])
-def test_the_first_process_speaks_where_torchrun_has_gone(monkeypatch, rank, alone):
-    def gone():
+@pytest.mark.parametrize(("rank", "reports"), [(0, True), (1, False)])
+def test_rank_0_reports_an_error_if_torchrun_has_ended(monkeypatch, rank, reports):
+    def refuse():
         raise dist.DistNetworkError("connection refused")
-    monkeypatch.setattr(world, "board", gone)
-    monkeypatch.setattr(world, "rank", lambda: rank)
-    assert claim_error_report(waits=False) == alone
+    monkeypatch.setattr(process_group, "torchrun_store", refuse)
+    monkeypatch.setattr(process_group, "rank", lambda: rank)
+    assert claim_error_report(wait=False) == reports
 
 
 class Signals:
+    """Sends SIGTERM to one process, in the steps `at`."""
+
     def __init__(self, rank, *at):
         self.rank, self.at = rank, at
 
@@ -601,7 +600,7 @@ class Signals:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def signalled(rank, out, *more):
+def train_with_signals(rank, out, *more):
     try:
         fit(network(), LOSS, SGD, batches(*[8] * 20), epochs=500, seed=0, out=out,
             plugins=["ddp", "checkpoint:every_epochs=1000", Signals(rank, 35, *more), "progress", "csv"])
@@ -610,48 +609,45 @@ def signalled(rank, out, *more):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_process_has_all_leave_at_the_same_step(ranks, tmp_path, rank):
-    assert ranks(2, signalled, rank, tmp_path) == [128 + signal.SIGTERM] * 2
+def test_a_signal_to_one_process_ends_all_at_the_same_step(ranks, tmp_path, rank):
+    assert ranks(2, train_with_signals, rank, tmp_path) == [128 + signal.SIGTERM] * 2
     last = max((tmp_path / "checkpoints").glob("step-*.pt"))
     assert 35 <= int(last.stem.removeprefix("step-")) < 5000
 
 
-def test_torchrun_passes_a_signal_on_that_was_there_already(ranks, tmp_path):
-    assert ranks(2, signalled, 1, tmp_path, 36) == [128 + signal.SIGTERM] * 2
+def test_a_second_signal_passed_on_by_torchrun_does_not_prevent_the_checkpoint(ranks, tmp_path):
+    assert ranks(2, train_with_signals, 1, tmp_path, 36) == [128 + signal.SIGTERM] * 2
     assert int(max((tmp_path / "checkpoints").glob("step-*.pt")).stem.removeprefix("step-")) >= 36
 
 
-def unwritten(out):
-    from loopctl.checkpoint.atomic_files import save_checkpoint
-    rank, real = int(os.environ["RANK"]), save_checkpoint
+def fail_to_write_on_rank_0(out):
+    from loopctl.plugins import checkpoint
+    rank, real = int(os.environ["RANK"]), checkpoint.save_checkpoint
 
-    def save(*arguments):
+    def fail(*arguments):
         raise OSError(28, "No space left on device")
-    save_checkpoint = save if rank == 0 else real
-    try:
+    with mock.patch.object(checkpoint, "save_checkpoint", fail if rank == 0 else real):
         return fit(network(), LOSS, SGD, batches(8, 8), plugins=["ddp", "checkpoint"], seed=0, out=out).last_checkpoint
-    finally:
-        save_checkpoint = real
 
 
-def test_what_one_process_could_not_write_none_goes_back_to(ranks, tmp_path):
-    assert ranks(2, unwritten, tmp_path) == [None, None]
+def test_a_checkpoint_that_rank_0_cannot_write_is_the_last_one_in_no_process(ranks, tmp_path):
+    assert ranks(2, fail_to_write_on_rank_0, tmp_path) == [None, None]
 
 
-def signalled_in_a_short_run(out):
+def train_briefly_with_a_signal(out):
     try:
         fit(network(), LOSS, SGD, batches(*[8] * 8), epochs=8, seed=0, out=out, plugins=["ddp", "checkpoint", Signals(1, 6)])
     except SystemExit as end:
         return end.code
 
 
-def test_a_signal_is_heard_of_where_an_epoch_ends(ranks, tmp_path):
-    """Though it took a second until they ask each other, and the run is over by then."""
-    assert ranks(2, signalled_in_a_short_run, tmp_path) == [128 + signal.SIGTERM] * 2
+def test_processes_exchange_signals_at_the_end_of_an_epoch(ranks, tmp_path):
+    """Otherwise they exchange once a second, and this run is over by then."""
+    assert ranks(2, train_briefly_with_a_signal, tmp_path) == [128 + signal.SIGTERM] * 2
     assert max((tmp_path / "checkpoints").glob("step-*.pt")).stem == "step-00000008"
 
 
-def spoken(out):
+def train_with_output(out):
     import contextlib
     import io
     with contextlib.redirect_stdout(io.StringIO()) as text:
@@ -660,27 +656,27 @@ def spoken(out):
     return text.getvalue(), run.metrics
 
 
-def test_one_process_prints_and_writes(ranks, tmp_path):
-    (first, metrics), (second, others) = ranks(2, spoken, tmp_path)
+def test_only_rank_0_prints_and_writes(ranks, tmp_path):
+    (first, metrics), (second, other_metrics) = ranks(2, train_with_output, tmp_path)
     assert "epoch 1/1" in first
     assert "parameters" in first.lower()
     assert second == ""
-    assert metrics == others
+    assert metrics == other_metrics
     assert (tmp_path / "metrics.csv").exists()
 
 
-def bad(rank, what, action):
-    """One process has a loss that is no number."""
+def train_with_bad_input(rank, value, action):
+    """Train on data where one process has a loss that is not finite, in the third step."""
     data = batches(*[8] * 8)
-    data[4 + rank][0][:] = what             # the third step's batch of that process
+    data[4 + rank][0][:] = value
     run = fit(network(), LOSS, SGD, data, plugins=["ddp", f"nan_guard:action={action}"], seed=0)
-    return run.step, run.attempts, run.stop, outcome(run)
+    return run.step, run.attempts, run.stop, weights_of(run)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("action", ["stop", "skip"])
-def test_a_loss_that_is_no_number_in_one_process_is_undone_in_all(ranks, rank, action):
-    found = ranks(2, bad, rank, float("nan"), action)
+def test_a_nan_loss_in_one_process_is_undone_in_all_processes(ranks, rank, action):
+    found = ranks(2, train_with_bad_input, rank, float("nan"), action)
     assert found[0][:3] == found[1][:3]
     assert found[0][0] == (2 if action == "stop" else 3)
     assert bool(found[0][2]) == (action == "stop")
@@ -690,33 +686,33 @@ def test_a_loss_that_is_no_number_in_one_process_is_undone_in_all(ranks, rank, a
 # Every plugin
 
 
-REFUSED = {"cudagraph": "captures the work of a GPU"}
+REFUSED = {"cudagraph": "CUDA graphs need a GPU"}
 
 
-def with_plugin(spec, out):
+def train_with_plugin(spec, out):
     run = fit(noisy().float(), LOSS, SGD, [(input.float(), target) for input, target in batches(8, 8, 8, 8, 8, 8, 8)],
               [(input.float(), target) for input, target in batches(8, 5, 7, seed=1)], plugins=["ddp", *spec], epochs=2, seed=0, out=out)
-    return outcome(run), [{key: value for key, value in row.items() if value == value} for row in run.history]
+    return weights_of(run), [{key: value for key, value in row.items() if value == value} for row in run.history]
 
 
 @pytest.mark.parametrize("name", sorted({*available()} - {"ddp", "fsdp"}))
-def test_every_plugin_trains_with_ddp_and_the_processes_stay_alike(ranks, example, tmp_path, name):
+def test_every_plugin_trains_with_ddp_and_the_weights_are_equal_in_all_processes(ranks, example, tmp_path, name):
     if name in REFUSED:
         with pytest.raises(UsageError, match=REFUSED[name]):
-            ranks(2, with_plugin, [example(name)], tmp_path)
+            ranks(2, train_with_plugin, [example(name)], tmp_path)
         return
-    found = ranks(2, with_plugin, [example(name)], tmp_path)
+    found = ranks(2, train_with_plugin, [example(name)], tmp_path)
     same(found[1][0], found[0][0])
     assert found[0][1] == found[1][1]
 
 
-# What is refused
+# Refused configurations
 
 
-def refused(case, out):
+def train_refused(case, out):
     plugins, settings = ["ddp"], {"device": "cpu"}
     optimizer = SGD
-    if case == "nobody joins":
+    if case == "no plugin":
         plugins = []
     elif case == "both":
         plugins = ["ddp", "fsdp"]
@@ -739,32 +735,32 @@ def refused(case, out):
 
 
 CASES = {
-    "nobody joins": "torchrun has started 2 processes, and nobody has them train together; add ddp",
-    "both": "ddp: fsdp has the processes train together already; choose one",
+    "no plugin": "torchrun has started 2 processes, but no plugin makes them train together; add ddp or fsdp",
+    "both": "ddp: fsdp trains in several processes already; choose one",
     "sync_batchnorm": "sync_batchnorm=true needs GPUs",
-    "auto": "into=auto: a process cannot do a step over while others wait",
-    "cut": "a batch of 8 samples is not cut into 9 parts",
-    "offload": "offload=true is for GPUs",
-    "for a while": "part of the model is frozen for a while only",
+    "auto": "into=auto: a process cannot repeat a step while the others wait",
+    "cut": "cannot split a batch of 8 samples into 9 parts",
+    "offload": "offload=true needs GPUs",
+    "for a while": "part of the model is frozen for a while, which fully_shard does not support",
     "copy": "cannot be copied",
     "optimizer": "pass a factory",
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_be_is_refused_with_a_reason(ranks, tmp_path, case):
+def test_a_configuration_that_cannot_work_is_refused_with_a_reason(ranks, tmp_path, case):
     with pytest.raises(UsageError, match=CASES[case]):
-        ranks(2, refused, case, tmp_path)
+        ranks(2, train_refused, case, tmp_path)
 
 
-def thawed(until):
+def train_frozen(until):
     model = network()
     run = fit(model, LOSS, SGD, batches(*[8] * 8), plugins=["ddp", f"freeze:patterns=0,until={until}"], seed=0, epochs=4)
-    return outcome(run)
+    return weights_of(run)
 
 
 @pytest.mark.parametrize("until", ["2ep", "6st"])
-def test_what_thaws_is_trained_alike(ranks, until):
+def test_a_part_that_is_unfrozen_during_training_is_trained_as_in_one_process(ranks, until):
     single = fit(network(), LOSS, SGD, batches(*[8] * 8), plugins=["accumulate:every=2", f"freeze:patterns=0,until={until}"], seed=0, epochs=4)
-    for weights in ranks(2, thawed, until):
-        same(weights, outcome(single), 1e-12)
+    for weights in ranks(2, train_frozen, until):
+        same(weights, weights_of(single), 1e-12)

@@ -1,4 +1,4 @@
-"""Weighted means."""
+"""Weighted means of losses and metrics."""
 import pytest
 import torch
 
@@ -8,7 +8,7 @@ from loopctl.metrics.meters import Mean, Meters
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 1000])
 @pytest.mark.parametrize("kind", ["numbers", "tensors", "tensor weights"])
-def test_a_weighted_mean(count, kind):
+def test_mean_is_the_weighted_mean_of_numbers_and_tensors(count, kind):
     generator = torch.Generator().manual_seed(0)
     values, weights = torch.rand(count, generator=generator), torch.randint(1, 9, (count,), generator=generator)
     mean = Mean()
@@ -27,13 +27,13 @@ def test_half_precision_losses_are_summed_in_double():
     assert mean.result().item() == torch.tensor(0.1, dtype=torch.bfloat16).item()
 
 
-def test_metrics_need_pairs():
+def test_metrics_refuse_batches_other_than_input_and_target():
     meters = Meters({"m": lambda output, target: 1.0}, "train_")
     with pytest.raises(UsageError, match="metrics take"):
         meters.observe(None, {"x": 1}, 1)
 
 
-def test_a_metric_may_return_a_number():
+def test_a_metric_may_return_a_python_number():
     meters = Meters({"m": lambda output, target: 0.25}, "val_")
     meters.loss.add(1.0, 2)
     meters.observe(None, (None, None), 2)

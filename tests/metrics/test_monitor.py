@@ -1,4 +1,4 @@
-"""Judging metrics."""
+"""Monitor: whether a metric is the best so far."""
 from math import nan
 from types import SimpleNamespace
 
@@ -13,42 +13,42 @@ def run(**metrics):
 
 @pytest.mark.parametrize(("metric", "mode"), [
     ("val_loss", "min"), ("train_loss", "min"), ("val_accuracy", "max"), ("val_f1", "max"), ("grad_norm", "min"), ("error", "min")])
-def test_auto_knows_by_name(metric, mode):
-    watch = Monitor(metric)
-    watch.start(run(**{metric: nan}))
-    assert watch.mode == mode
+def test_mode_auto_follows_from_the_name_of_the_metric(metric, mode):
+    monitor = Monitor(metric)
+    monitor.start(run(**{metric: nan}))
+    assert monitor.mode == mode
 
 
-def test_auto_asks_where_it_does_not_know():
-    with pytest.raises(UsageError, match="add mode=min or mode=max"):
+def test_mode_auto_refuses_an_unclear_name():
+    with pytest.raises(UsageError, match="monitor=val_score: whether higher is better is unclear; pass mode=min or mode=max"):
         Monitor("val_score").start(run(val_score=nan))
     Monitor("val_score", "max").start(run(val_score=nan))
 
 
-def test_a_metric_that_the_run_has_not():
+def test_an_unknown_metric_is_refused_with_the_nearest_name():
     with pytest.raises(UsageError, match="monitor=val_acuracy: the run has no such metric; did you mean 'val_accuracy'"):
         Monitor("val_acuracy").start(run(val_loss=nan, val_accuracy=nan))
 
 
-def test_the_default_is_val_loss_or_train_loss():
+def test_the_default_metric_is_val_loss_or_without_validation_train_loss():
     for metrics, expected in (({"train_loss": nan, "val_loss": nan}, "val_loss"), ({"train_loss": nan}, "train_loss")):
-        watch = Monitor()
-        watch.start(run(**metrics))
-        assert watch.metric == expected
+        monitor = Monitor()
+        monitor.start(run(**metrics))
+        assert monitor.metric == expected
 
 
-def test_improvement():
-    watch = Monitor("val_loss", "min", min_delta=0.1)
-    watch.start(run(val_loss=nan))
-    assert [watch.improved(run(val_loss=value)) for value in (nan, 1.0, 0.95, 0.9, 0.8, nan, 0.9)] == [
+def test_improved_compares_with_the_best_by_mode_and_min_delta_and_never_for_nan():
+    monitor = Monitor("val_loss", "min", min_delta=0.1)
+    monitor.start(run(val_loss=nan))
+    assert [monitor.improved(run(val_loss=value)) for value in (nan, 1.0, 0.95, 0.9, 0.8, nan, 0.9)] == [
         False, True, False, False, True, False, False]
-    assert watch.best == 0.8
-    watch = Monitor("val_accuracy", "max")
-    assert [watch.improved(run(val_accuracy=value)) for value in (0.5, 0.5, 0.6, 0.4)] == [True, False, True, False]
+    assert monitor.best == 0.8
+    monitor = Monitor("val_accuracy", "max")
+    assert [monitor.improved(run(val_accuracy=value)) for value in (0.5, 0.5, 0.6, 0.4)] == [True, False, True, False]
 
 
-def test_its_state_goes_on():
-    watch, again = Monitor("val_loss", "min"), Monitor("val_loss", "min")
-    watch.improved(run(val_loss=0.5))
-    again.load_state_dict(watch.state_dict())
-    assert not again.improved(run(val_loss=0.6))
+def test_the_state_dict_restores_the_best_value():
+    saved, restored = Monitor("val_loss", "min"), Monitor("val_loss", "min")
+    saved.improved(run(val_loss=0.5))
+    restored.load_state_dict(saved.state_dict())
+    assert not restored.improved(run(val_loss=0.6))

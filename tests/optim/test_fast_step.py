@@ -1,4 +1,4 @@
-"""Updates without torch's layers around them: the same bits, and whoever asked for a layer still gets it."""
+"""Optimizer steps without torch's wrappers: equal bit for bit, and with the wrappers where something needs them."""
 import functools
 import subprocess
 import sys
@@ -19,24 +19,24 @@ MORE = {"SGD": [{"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "fused": 
 
 @pytest.mark.parametrize(("kind", "options"), [(kind, options) for kind in CLASSES for options in [{}, *MORE.get(kind.__name__, [])]],
                          ids=lambda value: ",".join(value) if isinstance(value, dict) else value.__name__)
-def test_every_class_bit_for_bit(plain, clone, same, batches, kind, options):
+def test_fast_step_equals_step_for_every_optimizer_class(plain, clone, same, batches, kind, options):
     one, other = clone(plain), clone(plain)
     for model in (one, other):
         for parameter in model.parameters():
-            parameter.requires_grad_(kind.__name__ != "Muon" or parameter.ndim == 2)      # which takes matrices
-    theirs, ours = (kind([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.01, **options)
+            parameter.requires_grad_(kind.__name__ != "Muon" or parameter.ndim == 2)      # Muon takes matrices only
+    usual, fast = (kind([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.01, **options)
                     for model in (one, other))
 
-    def look(model, batch):
+    def compute_loss(model, batch):
         loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
         loss.backward()
         return loss.detach()
 
     for batch in batches:
-        theirs.zero_grad()
-        expected = theirs.step(partial(look, one, batch))
-        zero_grad(ours)
-        assert torch.equal(fast_step(ours, partial(look, other, batch)), expected)
+        usual.zero_grad()
+        expected = usual.step(partial(compute_loss, one, batch))
+        zero_grad(fast)
+        assert torch.equal(fast_step(fast, partial(compute_loss, other, batch)), expected)
     same(one, other)
 
 
@@ -49,8 +49,8 @@ def closure():
     return torch.zeros(())
 
 
-def test_hooks_are_called(optimizer):
-    """Before the step the gradients are there, as hooks expect."""
+def test_hooks_of_the_optimizer_are_called_after_the_closure(optimizer):
+    """So the gradients exist when a pre-hook is called."""
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     handle = optimizer.register_step_post_hook(lambda *_: seen.append("after"))
@@ -73,8 +73,8 @@ def test_hooks_for_all_optimizers_are_called(optimizer, register):
     assert seen == ["hook"]
 
 
-def test_wrappers_are_kept(optimizer, monkeypatch):
-    """Around this optimizer's step, as schedulers of torch put one, or around the class's."""
+def test_other_wrappers_around_step_are_called(optimizer, monkeypatch):
+    """On the class, or on the instance, where torch's schedulers put one."""
     seen, inner = [], torch.optim.SGD.step
 
     @functools.wraps(inner)
@@ -89,8 +89,8 @@ def test_wrappers_are_kept(optimizer, monkeypatch):
     assert seen == ["class", "instance"]
 
 
-def test_an_optimizer_of_ones_own_is_given_the_closure(plain):
-    class Mine(torch.optim.SGD):
+def test_an_optimizer_class_outside_of_torch_is_given_the_closure(plain):
+    class OwnOptimizer(torch.optim.SGD):
         def step(self, closure):
             self.given = closure
             return closure()
@@ -98,28 +98,28 @@ def test_an_optimizer_of_ones_own_is_given_the_closure(plain):
         def zero_grad(self):
             self.cleared = True
 
-    mine = Mine(plain.parameters(), lr=0.1)
-    zero_grad(mine)
-    fast_step(mine, closure)
-    assert mine.cleared
-    assert mine.given is closure
+    optimizer = OwnOptimizer(plain.parameters(), lr=0.1)
+    zero_grad(optimizer)
+    fast_step(optimizer, closure)
+    assert optimizer.cleared
+    assert optimizer.given is closure
 
 
 @pytest.mark.parametrize("differentiable", [False, True])
-def test_the_update_is_differentiated_where_that_is_asked_for(plain, monkeypatch, differentiable):
+def test_grad_mode_is_on_in_the_step_only_with_differentiable(plain, monkeypatch, differentiable):
     seen, inner = [], torch.optim.SGD._init_group
     monkeypatch.setattr(torch.optim.SGD, "_init_group", lambda *args: seen.append(torch.is_grad_enabled()) or inner(*args))
     fast_step(torch.optim.SGD(plain.parameters(), lr=0.1, differentiable=differentiable), closure)
     assert seen == [differentiable]
 
 
-def test_a_profiler_sees_the_step(optimizer):
+def test_the_profiler_records_the_step(optimizer):
     with torch.profiler.profile() as profiler:
         fast_step(optimizer, closure)
     assert "Optimizer.step#SGD.step" in {event.name for event in profiler.events()}
 
 
-def test_the_layers_are_back_afterwards():
+def test_the_wrappers_are_restored_after_the_block():
     before = dict(vars(torch.optim.Optimizer))
     with without_dynamo_wrappers():
         assert not hasattr(torch.optim.Optimizer.add_param_group, "__wrapped__")
@@ -128,15 +128,15 @@ def test_the_layers_are_back_afterwards():
     assert dict(vars(torch.optim.Optimizer)) == before
 
 
-def test_gradients_are_gone(plain, batches):
+def test_zero_grad_sets_gradients_to_none(plain, batches):
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     plain(batches[0][0]).sum().backward()
     zero_grad(optimizer)
     assert [parameter.grad for parameter in plain.parameters()] == [None] * 4
 
 
-def test_the_compiler_is_not_imported_for_a_run(tmp_path):
-    """It takes a second or two. A fit, a checkpoint and going on with it do without; so does `loopctl run`."""
+def test_a_run_does_not_import_the_compiler(tmp_path):
+    """Importing torch._dynamo takes a second or two. `fit` with checkpoints, a resume and `loopctl run` do not need it."""
     code = """
 import sys, torch
 from functools import partial

@@ -1,4 +1,4 @@
-"""accumulate: k micro-batches make the gradient of the one big batch."""
+"""The plugin accumulate: k micro-batches give the gradient of one big batch."""
 from functools import partial
 
 import pytest
@@ -12,26 +12,26 @@ FACTORIES = [partial(torch.optim.SGD, lr=0.1, momentum=0.9), partial(torch.optim
              partial(torch.optim.LBFGS, lr=0.5, max_iter=4)]
 
 
-def joined(batches, every):
-    """The big batches that groups of `every` make."""
+def concatenated(batches, every):
+    """Each group of `every` batches, concatenated into one big batch."""
     groups = [batches[start:start + every] for start in range(0, len(batches), every)]
     return [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
 
 
 @pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: factory.func.__name__)
 @pytest.mark.parametrize("every", [2, 3, 8, 50])
-def test_uneven_micro_batches_equal_the_one_big_batch(plain, batches, clone, same, factory, every):
-    """1e-12 in float64: the same sums in another order. The last batch is smaller, the last group shorter."""
-    mine, theirs = plain.double(), clone(plain)
+def test_uneven_micro_batches_give_the_update_of_one_big_batch(plain, batches, clone, same, factory, every):
+    """To 1e-12 in float64, because sums are in another order. The last batch is smaller, the last group shorter."""
+    accumulated, reference = plain.double(), clone(plain)
     data = [(input.double(), target) for input, target in batches]
-    run = fit(mine, cross_entropy, factory, data, epochs=2, plugins=[f"accumulate:every={every}"])
-    other = fit(theirs, cross_entropy, factory, joined(data, every), epochs=2)
-    same(mine, theirs, 1e-12)
-    assert run.step == other.step == 2 * -(-len(batches) // every)
-    assert run.history[-1]["train_loss"] == pytest.approx(other.history[-1]["train_loss"], rel=1e-12)
+    run = fit(accumulated, cross_entropy, factory, data, epochs=2, plugins=[f"accumulate:every={every}"])
+    reference_run = fit(reference, cross_entropy, factory, concatenated(data, every), epochs=2)
+    same(accumulated, reference, 1e-12)
+    assert run.step == reference_run.step == 2 * -(-len(batches) // every)
+    assert run.history[-1]["train_loss"] == pytest.approx(reference_run.history[-1]["train_loss"], rel=1e-12)
 
 
-def test_bit_for_bit_the_loop_by_hand(net, batches, clone, same, sgd):
+def test_equals_a_plain_loop_to_the_bit(net, batches, clone, same, sgd):
     other = clone(net)
     fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["accumulate:every=3"], seed=1)
     torch.manual_seed(1)
@@ -48,8 +48,8 @@ def test_bit_for_bit_the_loop_by_hand(net, batches, clone, same, sgd):
     same(net, other)
 
 
-def test_weights_other_than_samples(plain, batches, clone, same, sgd):
-    """Tokens, say: a plugin decides what a micro-batch counts, here a tensor on the device."""
+def test_micro_batches_are_weighted_by_batch_weight(plain, batches, clone, same, sgd):
+    """A plugin weights micro-batches by their tokens instead of samples, here with a tensor on the device."""
 
     class Tokens:
         @hookimpl
@@ -71,13 +71,13 @@ def test_weights_other_than_samples(plain, batches, clone, same, sgd):
         optimizer.step()
     same(plain, other)
     mean = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / (weights[0] + weights[4])
-    assert run.history[0]["train_loss"] == pytest.approx(mean, rel=1e-6)     # shares were rounded to float32 in the sum
+    assert run.history[0]["train_loss"] == pytest.approx(mean, rel=1e-6)     # the weights were rounded to float32
 
 
-def test_run_knows_the_micro_batches(plain, batches, sgd):
+def test_hooks_see_all_micro_batches_of_a_step_and_their_weights(plain, batches, sgd):
     sizes = []
 
-    class Look:
+    class Recorder:
         @hookimpl
         def before_step(self, run: Run):
             sizes.append((len(run.batches), run.weight, run.seen))
@@ -88,6 +88,6 @@ def test_run_knows_the_micro_batches(plain, batches, sgd):
             loss = run.hook.compute_loss(run=run, batch=batch) * weight
             return run.hook.backward(run=run, loss=loss).detach()
 
-    fit(plain, cross_entropy, sgd, batches, plugins=["accumulate:every=5", Look()])
+    fit(plain, cross_entropy, sgd, batches, plugins=["accumulate:every=5", Recorder()])
     assert sizes == [(5, 40, 0), *[(0.2, False)] * 4, (0.2, True),
                      (3, 19, 5), (round(8 / 19, 3), False), (round(8 / 19, 3), False), (round(3 / 19, 3), True)]

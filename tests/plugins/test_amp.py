@@ -1,4 +1,4 @@
-"""amp against torch.autocast and GradScaler used by hand."""
+"""The plugin amp, compared with a plain loop that uses torch.autocast and GradScaler."""
 from functools import partial
 
 import pytest
@@ -12,7 +12,7 @@ cross_entropy = nn.CrossEntropyLoss()
 
 
 def by_hand(model, optimizer, batches, epochs, dtype, max_norm=None, init_scale=65536.0):
-    """The loop of torch's own amp recipe; returns how many steps the scaler skipped."""
+    """The loop of torch's amp recipe. Returns the number of steps that the scaler skipped."""
     scaler = torch.amp.GradScaler("cpu", init_scale, enabled=dtype == torch.float16)
     skipped = 0
     for _ in range(epochs):
@@ -34,7 +34,7 @@ def by_hand(model, optimizer, batches, epochs, dtype, max_norm=None, init_scale=
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("max_norm", [None, 0.1])
-def test_bit_for_bit_the_recipe(net, batches, clone, same, sgd, dtype, max_norm):
+def test_equals_the_amp_recipe_to_the_bit(net, batches, clone, same, sgd, dtype, max_norm):
     other = clone(net)
     clip = [f"clip:max_norm={max_norm}"] if max_norm else []
     fit(net, cross_entropy, sgd, batches, epochs=3, plugins=[f"amp:dtype={dtype}", *clip], seed=1)
@@ -44,10 +44,10 @@ def test_bit_for_bit_the_recipe(net, batches, clone, same, sgd, dtype, max_norm)
 
 
 def test_an_overflow_changes_no_weight_and_no_step_count(plain, batches, clone, same, sgd):
-    """A scale of 2^40 overflows float16 until it has halved often enough; the weights stay, the count too."""
+    """An initial scale of 2^40 overflows float16 until it has been halved many times."""
     before, seen = clone(plain), []
 
-    class Look:
+    class Recorder:
         @hookimpl
         def after_step(self, run: Run):
             if run.skipped:
@@ -56,7 +56,7 @@ def test_an_overflow_changes_no_weight_and_no_step_count(plain, batches, clone, 
 
     other = clone(plain)
     init_scale = 2.0**40
-    run = fit(plain, cross_entropy, sgd, batches, epochs=4, plugins=[Amp("float16", init_scale), Look()])
+    run = fit(plain, cross_entropy, sgd, batches, epochs=4, plugins=[Amp("float16", init_scale), Recorder()])
     skipped = by_hand(other, sgd(other.parameters()), batches, 4, torch.float16, init_scale=init_scale)
     assert 5 < skipped < 32
     assert run.step == 32 - skipped
@@ -66,14 +66,14 @@ def test_an_overflow_changes_no_weight_and_no_step_count(plain, batches, clone, 
     same(plain, other)
 
 
-def test_schedules_follow_data_over_skipped_steps(plain, batches, sgd):
+def test_skipped_steps_do_not_stretch_schedules(plain, batches, sgd):
     run = fit(plain, cross_entropy, sgd, batches, epochs=4, plugins=[Amp("float16", 2.0**40), "cosine:by=step"])
-    again = fit(plain, cross_entropy, sgd, batches, epochs=4, plugins=["cosine:by=step"])
-    assert [row["lr"] for row in run.history] == [row["lr"] for row in again.history]
+    without_amp = fit(plain, cross_entropy, sgd, batches, epochs=4, plugins=["cosine:by=step"])
+    assert [row["lr"] for row in run.history] == [row["lr"] for row in without_amp.history]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_amp_and_clip_in_either_order(net, batches, clone, same, sgd, dtype):
+def test_the_order_of_amp_and_clip_does_not_matter(net, batches, clone, same, sgd, dtype):
     other = clone(net)
     plugins = [f"amp:dtype={dtype}", "clip:max_norm=0.1"]
     fit(net, cross_entropy, sgd, batches, epochs=2, plugins=plugins, seed=1)
@@ -82,9 +82,9 @@ def test_amp_and_clip_in_either_order(net, batches, clone, same, sgd, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_accumulated_and_clipped_by_hand(plain, batches, clone, same, sgd, dtype):
-    """The featured composition: the loss of each micro-batch weighs its samples, the clip sees the true gradient."""
-    other, kind = clone(plain), getattr(torch, dtype)
+def test_with_accumulation_and_clipping_it_equals_a_plain_loop(plain, batches, clone, same, sgd, dtype):
+    """Micro-batches are weighted by their samples, and the unscaled gradient is clipped."""
+    other, autocast_dtype = clone(plain), getattr(torch, dtype)
     fit(plain, cross_entropy, sgd, batches, epochs=2, plugins=["accumulate:every=3", f"amp:dtype={dtype}", "clip:max_norm=0.1"])
     optimizer, scaler = sgd(other.parameters()), torch.amp.GradScaler("cpu", enabled=dtype == "float16")
     for _ in range(2):
@@ -93,7 +93,7 @@ def test_accumulated_and_clipped_by_hand(plain, batches, clone, same, sgd, dtype
             total = sum(len(target) for _, target in group)
             optimizer.zero_grad()
             for input, target in group:
-                with torch.autocast("cpu", kind):
+                with torch.autocast("cpu", autocast_dtype):
                     loss = cross_entropy(other(input), target)
                 scaler.scale(loss * (len(target) / total)).backward()
             scaler.unscale_(optimizer)
@@ -103,37 +103,37 @@ def test_accumulated_and_clipped_by_hand(plain, batches, clone, same, sgd, dtype
     same(plain, other)
 
 
-def test_evaluation_is_in_half_precision_too(net, batches, valid, sgd):
-    kinds = []
+def test_evaluation_runs_in_half_precision(net, batches, valid, sgd):
+    dtypes = []
 
-    class Look:
+    class Recorder:
         @hookimpl
         def after_evaluate(self, run: Run):
-            kinds.append(run.outputs.dtype)
+            dtypes.append(run.outputs.dtype)
 
-    fit(net, cross_entropy, sgd, batches, valid, plugins=["amp:dtype=bfloat16", Look()])
-    assert kinds == [torch.bfloat16]
+    fit(net, cross_entropy, sgd, batches, valid, plugins=["amp:dtype=bfloat16", Recorder()])
+    assert dtypes == [torch.bfloat16]
 
 
-def test_float16_refuses_lbfgs_and_bfloat16_takes_it(plain, batches):
+def test_lbfgs_is_refused_with_float16_and_works_with_bfloat16(plain, batches):
     lbfgs = partial(torch.optim.LBFGS, lr=0.1, max_iter=3)
-    with pytest.raises(UsageError, match=r"^amp: float16 scaling cannot serve LBFGS.*use dtype=bfloat16"):
+    with pytest.raises(UsageError, match=r"^amp: float16 loss scaling does not work with LBFGS.*use dtype=bfloat16"):
         fit(plain, cross_entropy, lbfgs, batches, plugins=["amp:dtype=float16"])
     assert fit(plain, cross_entropy, lbfgs, batches, plugins=["amp:dtype=bfloat16"]).step == 8
 
 
-def test_float16_refuses_a_second_computation_of_gradients(plain, batches, sgd):
+def test_float16_refuses_a_second_gradient_computation_in_a_step(plain, batches, sgd):
     class Twice:
         @hookimpl(wrapper=True)
         def optimizer_step(self, closure):
             closure()
             return (yield)
 
-    with pytest.raises(UsageError, match="amp: float16 scaling allows one computation of gradients per step"):
+    with pytest.raises(UsageError, match="amp: float16 loss scaling allows one gradient computation per step"):
         fit(plain, cross_entropy, sgd, batches, plugins=["amp:dtype=float16", Twice()])
 
 
-def test_auto_is_one_of_the_two():
+def test_dtype_auto_chooses_float16_or_bfloat16():
     assert Amp().dtype in ("float16", "bfloat16")
     assert Amp().dtype == "bfloat16" or torch.cuda.is_available()
 
@@ -141,7 +141,7 @@ def test_auto_is_one_of_the_two():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_on_cuda_bit_for_bit_the_recipe(plain, batches, clone, same, sgd, dtype):
+def test_on_cuda_it_equals_the_amp_recipe_to_the_bit(plain, batches, clone, same, sgd, dtype):
     other = clone(plain).cuda()
     run = fit(plain, cross_entropy, sgd, batches, epochs=3, plugins=[f"amp:dtype={dtype}", "clip:max_norm=0.1"], device="cuda")
     optimizer, scaler = sgd(other.parameters()), torch.amp.GradScaler("cuda", enabled=dtype == "float16")
@@ -158,11 +158,11 @@ def test_on_cuda_bit_for_bit_the_recipe(plain, batches, clone, same, sgd, dtype)
     same(run.model, other)
 
 
-def test_an_overflow_in_the_first_step_leaves_no_momentum_behind(plain, batches, clone, same):
-    """Torch's fused SGD makes its momentum in a step that is skipped, of memory that nobody has written to."""
+def test_an_overflow_in_the_first_step_leaves_no_uninitialized_momentum(plain, batches, clone, same):
+    """In a skipped step, torch's fused SGD creates momentum buffers and does not initialize them."""
     models = [clone(plain), clone(plain)]
     for model, fused in zip(models, (True, False), strict=True):
         sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=fused)
         run = fit(model, nn.CrossEntropyLoss(), sgd, batches, plugins=["amp:dtype=float16,init_scale=1e6"], epochs=3)
         assert 0 < run.step < run.attempts
-    same(*models, tolerance=1e-6)           # the fused update rounds otherwise
+    same(*models, tolerance=1e-6)           # the fused update rounds differently

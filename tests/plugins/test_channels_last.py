@@ -1,4 +1,4 @@
-"""channels_last against `.to(memory_format=torch.channels_last)` by hand, and against the plain loop."""
+"""The plugin channels_last, compared with `.to(memory_format=torch.channels_last)`, and with a plain loop."""
 from functools import partial
 from itertools import permutations
 
@@ -12,7 +12,7 @@ from loopctl.plugins.swa import Swa
 
 cross_entropy = nn.CrossEntropyLoss()
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-ROUNDING = 1e-4         # sums over other layouts have other orders: 1.3e-5 seen after 50 steps
+ROUNDING = 1e-4         # sums are in another order: 1.3e-5 was seen after 50 steps
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ BATCHES = images([8] * 9 + [5])
 VALID = images([8, 5], seed=1)
 
 
-def pixel_by_pixel(tensor):
+def is_channels_last(tensor):
     return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -47,7 +47,7 @@ def by_hand(model, batches, epochs):
             optimizer.step()
 
 
-def test_bit_for_bit_the_loop_by_hand_and_the_plain_one_but_for_rounding(conv, clone, same):
+def test_equals_a_channels_last_loop_to_the_bit_and_a_plain_loop_except_for_rounding(conv, clone, same):
     hand, plain = clone(conv), clone(conv)
     run = fit(conv, cross_entropy, sgd, BATCHES, VALID, epochs=5, plugins=["channels_last"])
     assert run.step == 50
@@ -59,28 +59,28 @@ def test_bit_for_bit_the_loop_by_hand_and_the_plain_one_but_for_rounding(conv, c
 
 
 class Nested(nn.Module):
-    """Takes inputs in a mapping, and notes how they lie."""
+    """Takes inputs in a dict, and records their memory format."""
 
     def __init__(self, inner):
         super().__init__()
         self.inner, self.seen = inner, []
 
     def forward(self, input):
-        self.seen.append((self.training, *(pixel_by_pixel(input[name]) for name in ("image", "mask"))))
+        self.seen.append((self.training, *(is_channels_last(input[name]) for name in ("image", "mask"))))
         assert input["row"].is_contiguous()
         return self.inner(input["image"])
 
 
-def test_images_anywhere_in_the_input_in_training_and_in_evaluation(conv):
+def test_nested_images_are_converted_in_training_and_in_evaluation(conv):
     nested = [({"image": image, "mask": torch.ones(len(image), 3, 8, 8, dtype=torch.long), "row": image[0, 0]}, target)
               for image, target in BATCHES[:2]]
     model = Nested(conv)
     fit(model, cross_entropy, sgd, nested, nested, plugins=["channels_last"])
-    assert model.seen == [(True, True, False)] * 2 + [(False, True, False)] * 2       # a mask of integers is no image
+    assert model.seen == [(True, True, False)] * 2 + [(False, True, False)] * 2       # an integer mask is not converted
 
 
-class Swap:
-    """Puts in a layer of its own, in setup."""
+class ReplaceLayer:
+    """Replaces a layer in setup."""
 
     @hookimpl
     def setup(self, run: Run):
@@ -88,50 +88,50 @@ class Swap:
         run.model[4] = nn.Conv2d(8, 16, 3)
 
 
-@pytest.mark.parametrize("order", [*permutations([Swap, lambda: "channels_last", lambda: "ema:decay=0.9"])])
-def test_every_weight_lies_so_whoever_comes_first(conv, order):
+@pytest.mark.parametrize("order", [*permutations([ReplaceLayer, lambda: "channels_last", lambda: "ema:decay=0.9"])])
+def test_all_weights_are_converted_in_any_order_of_plugins(conv, order):
     plugins = [make() for make in order]
     run = fit(conv, cross_entropy, sgd, BATCHES, plugins=plugins)
-    four = [tensor for tensor in conv.state_dict().values() if tensor.dim() == 4]
-    assert len(four) == 2
-    assert all(map(pixel_by_pixel, four))
+    filters = [tensor for tensor in conv.state_dict().values() if tensor.dim() == 4]
+    assert len(filters) == 2
+    assert all(map(is_channels_last, filters))
     state = [run.optimizer.state[weight]["momentum_buffer"] for weight in conv.parameters() if weight.dim() == 4]
-    assert all(map(pixel_by_pixel, state))
+    assert all(map(is_channels_last, state))
 
 
 @pytest.mark.parametrize("average", [lambda: Ema(decay=0.9), lambda: Swa(start="1ep")])
-def test_averages_follow(conv, clone, same, average):
-    plain, one = clone(conv), average()
-    fit(conv, cross_entropy, sgd, BATCHES, VALID, epochs=3, plugins=["channels_last", one])
+def test_weight_averages_are_channels_last(conv, clone, same, average):
+    plain, plugin = clone(conv), average()
+    fit(conv, cross_entropy, sgd, BATCHES, VALID, epochs=3, plugins=["channels_last", plugin])
     fit(plain, cross_entropy, sgd, BATCHES, VALID, epochs=3, plugins=[average()])
-    assert pixel_by_pixel(one.average["0.weight"])
+    assert is_channels_last(plugin.average["0.weight"])
     same(conv, plain, tolerance=ROUNDING)
 
 
-class Break:
-    """Ends the run with an error in a step within the second epoch."""
+class Fail:
+    """Raises an error in a step of the second epoch."""
 
     @hookimpl
     def after_step(self, run: Run):
         if run.step == 14:
-            raise RuntimeError("the power is gone")
+            raise RuntimeError("simulated failure")
 
 
-def test_a_run_goes_on_in_the_same_format(conv, clone, same, tmp_path):
-    whole, again = clone(conv), clone(conv)
+def test_a_resumed_run_keeps_the_memory_format(conv, clone, same, tmp_path):
+    whole, resumed = clone(conv), clone(conv)
     plugins = ["channels_last", "ema:decay=0.9", "checkpoint:every_steps=1"]
     fit(whole, cross_entropy, sgd, BATCHES, VALID, epochs=3, plugins=plugins, out=tmp_path / "whole")
-    with pytest.raises(RuntimeError, match="the power is gone"):
-        fit(conv, cross_entropy, sgd, BATCHES, VALID, epochs=3, plugins=[*plugins, Break()], out=tmp_path / "a")
+    with pytest.raises(RuntimeError, match="simulated failure"):
+        fit(conv, cross_entropy, sgd, BATCHES, VALID, epochs=3, plugins=[*plugins, Fail()], out=tmp_path / "a")
     assert not conv._forward_pre_hooks
-    run = fit(again, cross_entropy, sgd, BATCHES, VALID, epochs=3, plugins=plugins, resume=tmp_path / "a", out=tmp_path / "a")
-    same(again, whole)
-    assert pixel_by_pixel(again[0].weight)
-    assert pixel_by_pixel(run.optimizer.state[again[0].weight]["momentum_buffer"])
-    assert not again._forward_pre_hooks
+    run = fit(resumed, cross_entropy, sgd, BATCHES, VALID, epochs=3, plugins=plugins, resume=tmp_path / "a", out=tmp_path / "a")
+    same(resumed, whole)
+    assert is_channels_last(resumed[0].weight)
+    assert is_channels_last(run.optimizer.state[resumed[0].weight]["momentum_buffer"])
+    assert not resumed._forward_pre_hooks
 
 
-def test_layers_that_have_no_weights_yet_get_them_all_the_same(clone):
+def test_lazy_layers_are_initialized(clone):
     model = nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(3))
     run = fit(model, cross_entropy, sgd, BATCHES, plugins=["channels_last"])
     assert run.step == 10
@@ -139,8 +139,8 @@ def test_layers_that_have_no_weights_yet_get_them_all_the_same(clone):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_cuda_with_amp_the_loop_by_hand_but_for_rounding(conv, clone, same):
+def test_on_cuda_it_equals_a_channels_last_loop_except_for_rounding(conv, clone, same):
     hand = clone(conv).cuda()
     run = fit(conv, cross_entropy, sgd, BATCHES, epochs=2, plugins=["channels_last"], device="cuda")
     by_hand(hand, [(input.cuda(), target.cuda()) for input, target in BATCHES], 2)
-    same(run.model, hand, tolerance=1e-3)           # cuDNN chooses among kernels
+    same(run.model, hand, tolerance=1e-3)           # cuDNN may choose other kernels

@@ -1,4 +1,4 @@
-"""Checkpoints, and going on from them."""
+"""The plugin checkpoint: what it saves and keeps, and resuming from it."""
 from functools import partial
 
 import pytest
@@ -23,35 +23,35 @@ def loader():
 PLUGINS = ["amp:dtype=float16", "accumulate:every=2", "clip", "warmup:length=2ep", "cosine:t_max=8", "early_stopping:patience=3"]
 
 
-def test_a_run_that_went_on_equals_one_that_never_ended(net, clone, same, tmp_path):
-    """Shuffled data, dropout, momentum, loss scaling: the same bits."""
+def test_a_resumed_run_equals_an_uninterrupted_one(net, clone, same, tmp_path):
+    """To the bit, with shuffled data, dropout, momentum and loss scaling."""
     whole, other = net, clone(net)
-    undisturbed = fit(whole, cross_entropy, adam, loader(), loader(), epochs=8, plugins=PLUGINS, seed=1)
+    uninterrupted = fit(whole, cross_entropy, adam, loader(), loader(), epochs=8, plugins=PLUGINS, seed=1)
     fit(clone(other), cross_entropy, adam, loader(), loader(), epochs=3, plugins=[*PLUGINS, "checkpoint"], seed=1, out=tmp_path)
     torch.rand(7)
     resumed = fit(other, cross_entropy, adam, loader(), loader(), epochs=8, plugins=[*PLUGINS, "checkpoint"], seed=1,
                   out=tmp_path, resume=tmp_path)
     same(whole, other)
-    assert repr(resumed.history) == repr(undisturbed.history)      # a norm may be NaN, which equals nothing
-    assert (resumed.step, resumed.seen, resumed.stop) == (undisturbed.step, undisturbed.seen, undisturbed.stop)
+    assert repr(resumed.history) == repr(uninterrupted.history)      # a norm may be NaN, which is unequal to itself
+    assert (resumed.step, resumed.seen, resumed.stop) == (uninterrupted.step, uninterrupted.seen, uninterrupted.stop)
 
 
-def test_patience_goes_on_too(net, clone, tmp_path):
-    class Scores:
+def test_early_stopping_keeps_its_count_over_a_resume(net, clone, tmp_path):
+    class FixedLoss:
         @hookimpl
         def evaluate(self, run: Run):
             return {"val_loss": 1.0 + run.epoch}
 
-    plugins = ["early_stopping:patience=4", Scores(), "checkpoint"]
+    plugins = ["early_stopping:patience=4", FixedLoss(), "checkpoint"]
     fit(clone(net), cross_entropy, adam, loader(), loader(), epochs=3, plugins=plugins, out=tmp_path)
     resumed = fit(net, cross_entropy, adam, loader(), loader(), epochs=9, out=tmp_path, resume=tmp_path / "checkpoints" / "step-00000021.pt",
-                  plugins=["early_stopping:patience=4", Scores(), "checkpoint"])
+                  plugins=["early_stopping:patience=4", FixedLoss(), "checkpoint"])
     assert resumed.epoch == 5
 
 
-def test_what_was_judged_is_not_judged_again(net, batches, valid, sgd, clone, tmp_path):
-    """An epoch's end that is an eval_every too, and a run killed right there, count once for everybody's patience."""
-    class Judge:
+def test_a_step_is_evaluated_once_even_at_an_epoch_end_and_after_a_resume(net, batches, valid, sgd, clone, tmp_path):
+    """Both eval_every and the epoch's end ask for an evaluation after step 8, and the run is resumed there."""
+    class Recorder:
         def __init__(self):
             self.steps = []
 
@@ -59,35 +59,35 @@ def test_what_was_judged_is_not_judged_again(net, batches, valid, sgd, clone, tm
         def after_evaluate(self, run: Run):
             self.steps.append(run.step)
 
-    whole, before, after = Judge(), Judge(), Judge()
+    whole, before, after = Recorder(), Recorder(), Recorder()
     fit(clone(net), cross_entropy, sgd, batches, valid, epochs=3, eval_every=4, plugins=[whole])
     fit(clone(net), cross_entropy, sgd, batches, valid, epochs=1, eval_every=4, plugins=[before, "checkpoint"], out=tmp_path)
     fit(net, cross_entropy, sgd, batches, valid, epochs=3, eval_every=4, plugins=[after, "checkpoint"], out=tmp_path, resume=tmp_path)
     assert whole.steps == before.steps + after.steps == [4, 8, 12, 16, 20, 24]
 
 
-def test_best_and_last(net, batches, valid, sgd, tmp_path, clone, same):
-    kept = []
+def test_the_best_and_the_last_checkpoint_are_kept(net, batches, valid, sgd, tmp_path, clone, same):
+    evaluated = []
 
-    class Scores:
+    class FixedLoss:
         values = [3, 1, 2, 2]
 
         @hookimpl
         def evaluate(self, run: Run):
-            kept.append(clone(run.model))
+            evaluated.append(clone(run.model))
             return {"val_loss": self.values[run.epoch - 1]}
 
-    fit(net, cross_entropy, sgd, batches, valid, epochs=4, plugins=["checkpoint:every_epochs=3", Scores()], out=tmp_path)
+    fit(net, cross_entropy, sgd, batches, valid, epochs=4, plugins=["checkpoint:every_epochs=3", FixedLoss()], out=tmp_path)
     folder, other = tmp_path / "checkpoints", clone(net)
     other.load_state_dict(load_file(folder / "best.safetensors"))
-    same(other, kept[1])
+    same(other, evaluated[1])
     best, last = (torch.load(folder / name, weights_only=True) for name in ("best.pt", "step-00000032.pt"))
     other.load_state_dict(best["model"])
-    same(other, kept[1])
+    same(other, evaluated[1])
     assert best["counters"]["epoch"] == 2
     other.load_state_dict(last["model"])
     same(other, net)
-    assert last["counters"]["epoch"] == 4             # the last epoch, though it was not due
+    assert last["counters"]["epoch"] == 4             # saved at the end of the run, although every_epochs=3
     assert names(folder) == {"best.safetensors", "best.pt", "step-00000024.pt", "step-00000032.pt"}
 
 
@@ -102,34 +102,34 @@ def steps(folder):
 @pytest.mark.parametrize(("options", "expected"), [
     ("every_epochs=2,keep=9", [16, 24]), ("every_steps=5,keep=9", [5, 8, 10, 15, 16, 20, 24]), ("every_steps=5", [20, 24]),
     ("every_steps=5,keep=1", [24]), ("every_minutes=1e-9,keep=99", list(range(1, 25))), ("every_minutes=60,keep=9", [8, 16, 24])])
-def test_when_it_saves_and_what_it_keeps(net, batches, sgd, tmp_path, options, expected):
-    """Three epochs of eight steps; a metric that never gets better than in the first."""
-    class Scores:
+def test_options_decide_when_it_saves_and_what_it_keeps(net, batches, sgd, tmp_path, options, expected):
+    """Three epochs of eight steps, with a metric that is best in the first epoch."""
+    class FixedLoss:
         @hookimpl
         def evaluate(self, run: Run):
             return {"val_loss": float(run.epoch)}
 
-    fit(net, cross_entropy, sgd, batches, epochs=3, plugins=[f"checkpoint:{options}", Scores()], out=tmp_path)
-    first = {8} if "every_epochs" in options else set()       # the best one is saved too
+    fit(net, cross_entropy, sgd, batches, epochs=3, plugins=[f"checkpoint:{options}", FixedLoss()], out=tmp_path)
+    first = {8} if "every_epochs" in options else set()       # the best checkpoint is saved too
     assert set(steps(tmp_path / "checkpoints")) == set(expected) | first
 
 
-def test_the_best_of_an_evaluation_within_an_epoch_is_saved_as_it_was_judged(net, batches, valid, sgd, tmp_path, clone, same):
-    kept = []
+def test_the_best_weights_are_those_of_the_evaluation_within_an_epoch(net, batches, valid, sgd, tmp_path, clone, same):
+    evaluated = []
 
-    class Scores:
+    class FixedLoss:
         @hookimpl
         def evaluate(self, run: Run):
-            kept.append(clone(run.model))
+            evaluated.append(clone(run.model))
             return {"val_loss": 0.5 if run.step == 3 else 1.0}
 
-    fit(net, cross_entropy, sgd, batches, valid, eval_every=3, plugins=["checkpoint", Scores()], out=tmp_path)
+    fit(net, cross_entropy, sgd, batches, valid, eval_every=3, plugins=["checkpoint", FixedLoss()], out=tmp_path)
     other = clone(net)
     other.load_state_dict(load_file(tmp_path / "checkpoints" / "best.safetensors"))
-    same(other, kept[0])
+    same(other, evaluated[0])
 
 
-def test_it_overwrites_nothing(net, batches, sgd, tmp_path):
+def test_existing_checkpoints_are_not_overwritten(net, batches, sgd, tmp_path):
     fit(net, cross_entropy, sgd, batches, plugins=["checkpoint"], out=tmp_path)
     last = tmp_path / "checkpoints" / "step-00000008.pt"
     before = last.read_bytes()
@@ -138,8 +138,8 @@ def test_it_overwrites_nothing(net, batches, sgd, tmp_path):
     assert last.read_bytes() == before
 
 
-def test_a_resume_from_elsewhere_overwrites_nothing_either(net, batches, sgd, tmp_path, clone):
-    """Not the checkpoints of another run, nor those after the one gone on from."""
+def test_resuming_from_another_checkpoint_overwrites_nothing(net, batches, sgd, tmp_path, clone):
+    """Neither the checkpoints of another run, nor those later than the one resumed from."""
     for name in "ab":
         fit(clone(net), cross_entropy, sgd, batches, plugins=["checkpoint:every_steps=3"], out=tmp_path / name)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
@@ -149,7 +149,7 @@ def test_a_resume_from_elsewhere_overwrites_nothing_either(net, batches, sgd, tm
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-def test_a_checkpoint_says_what_the_run_was_made_of(net, batches, sgd, tmp_path):
+def test_a_checkpoint_has_the_configuration_of_the_run(net, batches, sgd, tmp_path):
     fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["clip:max_norm=2", "checkpoint"], out=tmp_path)
     _, saved = find_checkpoint(tmp_path)
     assert saved["config"]["epochs"] == 2
@@ -157,8 +157,8 @@ def test_a_checkpoint_says_what_the_run_was_made_of(net, batches, sgd, tmp_path)
     assert "max_norm=2.0" in saved["config"]["plugin"][0]
 
 
-def test_its_own_folder_without_a_checkpoint_begins_at_the_start(net, batches, sgd, tmp_path, clone, same, caplog):
-    """A run that was killed before it could save has nothing to lose."""
+def test_resuming_in_its_own_folder_without_a_checkpoint_begins_at_the_start(net, batches, sgd, tmp_path, clone, same, caplog):
+    """Such a run was killed before its first checkpoint."""
     other = clone(net)
     fit(net, cross_entropy, sgd, batches, plugins=["checkpoint"], seed=1, out=tmp_path / "whole")
     (tmp_path / "own").mkdir()
@@ -166,14 +166,14 @@ def test_its_own_folder_without_a_checkpoint_begins_at_the_start(net, batches, s
               resume=tmp_path / "own")
     same(net, other)
     assert run.epoch == 1
-    assert caplog.messages == [f"{tmp_path / 'own'} has no checkpoint yet; beginning at the start"]
-    with pytest.raises(UsageError, match="no checkpoint there"):
+    assert caplog.messages == [f"{tmp_path / 'own'} has no checkpoint yet; training from the beginning"]
+    with pytest.raises(UsageError, match="no checkpoint found"):
         fit(other, cross_entropy, sgd, batches, plugins=["checkpoint"], out=tmp_path / "new", resume=tmp_path)
 
 
-def test_means_go_on_where_their_sums_were_cut(plain, clone, tmp_path):
-    """More steps than are summed at a time; objects that collect by themselves; a metric before its first value."""
-    # Sums of float32 losses are exact in float64, wherever they are cut.
+def test_metrics_of_an_epoch_are_restored_on_resume(plain, clone, tmp_path):
+    """With more steps than are summed at a time, metric objects that keep a state, and one without a value yet."""
+    # Sums of float32 losses are exact in float64, wherever the run is interrupted.
     plain, data = plain.double(), [(torch.randn(2, 6).double(), torch.randint(0, 3, (2,))) for _ in range(300)]
     torchmetrics = pytest.importorskip("torchmetrics")
 
@@ -199,10 +199,10 @@ def test_means_go_on_where_their_sums_were_cut(plain, clone, tmp_path):
                 if run.step == kill:
                     raise KeyboardInterrupt
 
-        measures = {"accuracy": torchmetrics.Accuracy("multiclass", num_classes=3), "count": Count(),
+        metrics = {"accuracy": torchmetrics.Accuracy("multiclass", num_classes=3), "count": Count(),
                     "right": lambda output, target: (output.argmax(1) == target).float().mean()}
         saving = ["checkpoint:every_steps=7"] if kill or resume else []
-        return fit(net, cross_entropy, adam, data, metrics=measures, plugins=[*saving, Kill()],
+        return fit(net, cross_entropy, adam, data, metrics=metrics, plugins=[*saving, Kill()],
                    out=tmp_path / str(resume or kill), resume=resume)
 
     whole = train(clone(plain), 0)
@@ -212,7 +212,7 @@ def test_means_go_on_where_their_sums_were_cut(plain, clone, tmp_path):
     assert train(clone(plain), 0, tmp_path / "resumed").history == whole.history
 
 
-def test_a_finished_run_trains_no_more(net, batches, sgd, tmp_path, clone, same):
+def test_resuming_a_finished_run_trains_nothing(net, batches, sgd, tmp_path, clone, same):
     fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["checkpoint"], out=tmp_path)
     before = clone(net)
     run = fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["checkpoint"], out=tmp_path, resume=tmp_path)

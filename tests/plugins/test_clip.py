@@ -1,4 +1,4 @@
-"""clip against torch.nn.utils used by hand."""
+"""The plugin clip, compared with a plain loop that uses torch.nn.utils."""
 import pytest
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ cross_entropy = nn.CrossEntropyLoss()
     ("clip:max_norm=0.02,norm_type=inf", lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.02, float("inf"))),
     ("clip:value=0.01", lambda parameters: nn.utils.clip_grad_value_(parameters, 0.01)),
 ])
-def test_bit_for_bit_by_hand(net, batches, clone, same, sgd, spec, clip):
+def test_equals_a_plain_loop_to_the_bit(net, batches, clone, same, sgd, spec, clip):
     other = clone(net)
     run = fit(net, cross_entropy, sgd, batches, epochs=2, plugins=[spec], seed=1)
     torch.manual_seed(1)

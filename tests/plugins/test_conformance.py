@@ -1,4 +1,4 @@
-"""Every built-in is what can be expected of any plugin; that they compose with each other is in test_pairs.py."""
+"""Every built-in plugin passes the checks of loopctl.testing; pairs of plugins are tested in test_pairs.py."""
 from functools import cache
 
 import pytest
@@ -7,12 +7,12 @@ from loopctl import available
 from loopctl.testing import plugin_checks
 from loopctl.testing.checks import CHECKS
 
-NAMES = sorted({*available()} - {"cudagraph"})      # which needs a GPU, and refuses to train without
+NAMES = sorted({*available()} - {"cudagraph"})      # it needs a GPU
 ARGUMENTS = {
-    "amp": {"skip": {"never_waits": "autocast knows no meta device, and float16 waits in GradScaler"}},
-    "checkpoint": {"skip": {"resumes": "it goes on from its own files, which its own tests do"}},
-    "nan_guard": {"waits": True},       # on a CPU, where values are there; with a GPU it does not, see its own tests
-    "sam": {"draws_random": True},      # it computes gradients twice per step, and Dropout draws each time
+    "amp": {"skip": {"never_waits": "autocast does not support the meta device, and GradScaler synchronizes with float16"}},
+    "checkpoint": {"skip": {"resumes": "it resumes from its own files, which test_checkpoint.py tests"}},
+    "nan_guard": {"waits": True},       # on a CPU; on a GPU it does not, see test_nan_guard.py
+    "sam": {"draws_random": True},      # it computes gradients twice per step, with new dropout masks
     "throughput": {"measured": ("samples_per_s", "data_wait", "memory_gb", "mfu")},
 }
 EXPECTED = [check.__name__ for check in CHECKS if check.__name__ != "composes"]
@@ -25,5 +25,5 @@ def checks(spec, name):
 
 @pytest.mark.parametrize("check", EXPECTED)
 @pytest.mark.parametrize("name", NAMES)
-def test_conforms(name, check, example):
+def test_passes_the_check(name, check, example):
     checks(example(name), name)[check]()

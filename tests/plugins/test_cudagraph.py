@@ -1,4 +1,4 @@
-"""Captured steps. A machine without a GPU plays one: it notes every operation of torch and does them again."""
+"""The plugin cudagraph. Without a GPU, a fake graph records the operations of a step on the CPU and repeats them."""
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,42 +15,42 @@ cross_entropy = nn.CrossEntropyLoss()
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True)
 
 
-class Tape(TorchDispatchMode):
-    """As a CUDA graph: operations on certain tensors, of which nothing is kept when it has been captured."""
+class FakeGraph(TorchDispatchMode):
+    """Behaves like a CUDA graph: while capturing, it records operations on tensors, and then undoes their effects."""
 
     def __init__(self):
         super().__init__()
-        self.operations, self.before, self.made, self.replays = [], {}, set(), 0
+        self.operations, self.before, self.created, self.replays = [], {}, set(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        for tensor in given:                # batch_norm changes tensors without saying so
-            if id(tensor) not in self.made:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for tensor in inputs:               # save all inputs: batch_norm changes tensors without declaring it
+            if id(tensor) not in self.created:
                 self.before.setdefault(id(tensor), (tensor, tensor.clone()))
         assert func is not torch.ops.aten._local_scalar_dense.default, "the host reads a tensor"
         results = func(*args, **(kwargs or {}))
-        self.made |= {id(leaf) for leaf in tree_leaves(results) if leaf is not None}
+        self.created |= {id(leaf) for leaf in tree_leaves(results) if leaf is not None}
         self.operations.append((func, args, kwargs or {}, results))
         return results
 
     def __enter__(self):
-        self.random = torch.get_rng_state()
+        self.rng_state = torch.get_rng_state()
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        torch.set_rng_state(self.random)
+        torch.set_rng_state(self.rng_state)
         with torch.no_grad():
-            for tensor, was in self.before.values():
-                tensor.copy_(was)
+            for tensor, saved in self.before.values():
+                tensor.copy_(saved)
 
     @torch.no_grad()
     def replay(self):
         self.replays += 1
         for func, args, kwargs, results in self.operations:
-            for held, new in zip(tree_leaves(results), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(held, torch.Tensor) and held is not new:
-                    held.copy_(new)
+            for result, new in zip(tree_leaves(results), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(result, torch.Tensor) and result is not new:
+                    result.copy_(new)
 
 
 class Stream:
@@ -62,25 +62,25 @@ class Stream:
 
 
 @pytest.fixture
-def tapes(monkeypatch):
-    """What was captured, in order."""
-    made = []
+def graphs(monkeypatch):
+    """The captured graphs, in order."""
+    captured = []
 
     @contextmanager
-    def nothing(stream):
+    def null_stream(stream):
         yield
 
     def graph():
-        made.append(Tape())
-        return made[-1]
+        captured.append(FakeGraph())
+        return captured[-1]
 
-    monkeypatch.setattr(cudagraph, "GRAPHS", ("cpu",))
+    monkeypatch.setattr(cudagraph, "DEVICES", ("cpu",))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", nothing)
-    return made
+    monkeypatch.setattr(torch.cuda, "stream", null_stream)
+    return captured
 
 
 def accuracy(output, target):
@@ -96,24 +96,24 @@ COMPOSITIONS = [
 
 
 @pytest.mark.parametrize("plugins", COMPOSITIONS, ids=lambda plugins: ",".join(plugins))
-def test_bit_for_bit_the_usual_steps(net, batches, valid, clone, same, tapes, plugins):
-    """Dropout, BatchNorm, momentum, a shorter last batch, metrics, a schedule."""
+def test_equals_steps_without_a_graph_to_the_bit(net, batches, valid, clone, same, graphs, plugins):
+    """With dropout, BatchNorm, momentum, a smaller last batch, metrics and a schedule."""
     one, other = clone(net), clone(net)
     runs = [fit(model, cross_entropy, sgd, batches, valid, epochs=6, plugins=[*plugins, *more], seed=1,
                 metrics={"accuracy": accuracy}) for model, more in ((one, []), (other, ["cudagraph"]))]
     same(one, other)
     for expected, found in zip(runs[0].history, runs[1].history, strict=True):
-        assert found.pop("lr") == pytest.approx(expected.pop("lr"), rel=1e-7)      # a float32 tensor
+        assert found.pop("lr") == pytest.approx(expected.pop("lr"), rel=1e-7)      # the learning rate is a float32 tensor
         assert repr(found) == repr(expected)
-    assert len(tapes) == 1
-    assert tapes[0].replays >= 5
+    assert len(graphs) == 1
+    assert graphs[0].replays >= 5
 
 
-REFUSED = {"amp", "cyclic", "ddp", "freeze", "fsdp", "nan_guard", "onecycle", "sam", "split"}      # with the options of `example`
+REFUSED = {"amp", "cyclic", "ddp", "freeze", "fsdp", "nan_guard", "onecycle", "sam", "split"}      # with the options that `example` passes
 
 
 @pytest.mark.parametrize("name", sorted({*available()} - {"cudagraph"}))
-def test_with_every_other_bit_for_bit_or_refused(net, batches, valid, clone, same, tapes, example, tmp_path, name):
+def test_every_other_plugin_equals_a_run_without_a_graph_or_is_refused(net, batches, valid, clone, same, graphs, example, tmp_path, name):
     one, other = clone(net), clone(net)
     batches = [*batches[:7], tuple(part[:6] for part in batches[6])]
     runs = [lambda model=model, more=more, number=number: fit(
@@ -121,17 +121,17 @@ def test_with_every_other_bit_for_bit_or_refused(net, batches, valid, clone, sam
         for number, (model, more) in enumerate(((one, []), (other, ["cudagraph"])))]
     runs[0]()
     if name in REFUSED:
-        with pytest.raises(UsageError, match=f"^cudagraph.* {name} .*(what it does there cannot be captured|both replace)"):
+        with pytest.raises(UsageError, match=f"^cudagraph.* {name} .*(cannot be captured|both replace)"):
             runs[1]()
         return
     runs[1]()
     same(one, other)
-    assert tapes[0].replays
+    assert graphs[0].replays
 
 
-def test_what_a_hook_sees(net, batches, clone, tapes):
-    """Losses, outputs and gradients of every step, also after a step that took the usual way."""
-    class Look:
+def test_hooks_see_loss_outputs_and_gradients_of_every_step(net, batches, clone, graphs):
+    """Also after a step without the graph."""
+    class Recorder:
         def __init__(self):
             self.seen = []
 
@@ -140,14 +140,14 @@ def test_what_a_hook_sees(net, batches, clone, tapes):
             gradients = [parameter.grad.clone() for parameter in run.model.parameters()]
             self.seen.append([run.loss, run.outputs.detach().clone(), run.weight, *gradients])
 
-    looks = [Look(), Look()]
-    fit(clone(net), cross_entropy, sgd, batches, epochs=2, plugins=[looks[0]], seed=1)
-    fit(net, cross_entropy, sgd, batches, epochs=2, plugins=[looks[1], "cudagraph"], seed=1)
-    assert tapes[0].replays == 7 + 7 - 3
-    torch.testing.assert_close(looks[0].seen, looks[1].seen, rtol=0, atol=0)
+    recorders = [Recorder(), Recorder()]
+    fit(clone(net), cross_entropy, sgd, batches, epochs=2, plugins=[recorders[0]], seed=1)
+    fit(net, cross_entropy, sgd, batches, epochs=2, plugins=[recorders[1], "cudagraph"], seed=1)
+    assert graphs[0].replays == 7 + 7 - 3
+    torch.testing.assert_close(recorders[0].seen, recorders[1].seen, rtol=0, atol=0)
 
 
-def test_metrics_of_plugins_go_on_after_an_evaluation(net, batches, valid, clone, tapes):
+def test_metrics_of_plugins_are_updated_after_an_evaluation(net, batches, valid, clone, graphs):
     runs = [fit(model, cross_entropy, sgd, batches[:7], valid, epochs=3, plugins=["clip", *more], seed=1)
             for model, more in ((clone(net), []), (net, ["cudagraph"]))]
     norms = [[row["grad_norm"] for row in run.history] for run in runs]
@@ -155,19 +155,19 @@ def test_metrics_of_plugins_go_on_after_an_evaluation(net, batches, valid, clone
     assert len(set(norms[1])) == 3
 
 
-def test_a_rate_that_somebody_sets(net, batches, clone, same, tapes):
-    class Sets:
+def test_a_learning_rate_set_by_other_code_is_used(net, batches, clone, same, graphs):
+    class SetLr:
         @hookimpl
         def after_step(self, run: Run):
             run.optimizer.param_groups[0]["lr"] = 0.1 / (1 + run.step)
 
     one, other = clone(net), clone(net)
-    fit(one, cross_entropy, sgd, batches, epochs=2, plugins=[Sets()], seed=1)
-    fit(other, cross_entropy, sgd, batches, epochs=2, plugins=[Sets(), "cudagraph"], seed=1)
+    fit(one, cross_entropy, sgd, batches, epochs=2, plugins=[SetLr()], seed=1)
+    fit(other, cross_entropy, sgd, batches, epochs=2, plugins=[SetLr(), "cudagraph"], seed=1)
     same(one, other)
 
 
-def test_a_run_that_was_killed_goes_on_exactly(net, batches, clone, same, tapes, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(net, batches, clone, same, graphs, tmp_path):
     class Kill:
         @hookimpl
         def safe_point(self, run: Run):
@@ -180,13 +180,13 @@ def test_a_run_that_was_killed_goes_on_exactly(net, batches, clone, same, tapes,
     with pytest.raises(KeyboardInterrupt):
         fit(clone(net), cross_entropy, sgd, batches, epochs=4, plugins=[*plugins, Kill()], seed=1, out=tmp_path)
     fit(other, cross_entropy, sgd, batches, epochs=4, plugins=plugins, seed=1, out=tmp_path, resume=tmp_path)
-    assert len(tapes) == 2
+    assert len(graphs) == 2
     same(whole, other)
 
 
-def test_what_is_no_tensor_must_be_the_same(plain, clone, same, tapes):
-    """A number in a batch is part of what was captured."""
-    class Scales:
+def test_a_batch_with_another_number_runs_without_the_graph(plain, clone, same, graphs):
+    """Values that are not tensors are constants of the graph."""
+    class ScaledLoss:
         capturable = True
 
         @hookimpl
@@ -196,15 +196,15 @@ def test_what_is_no_tensor_must_be_the_same(plain, clone, same, tapes):
 
     data = [{"x": torch.randn(4, 6), "scale": 1.0 if i % 3 else 2.0} for i in range(12)]
     one, other = clone(plain), clone(plain)
-    fit(one, None, sgd, data, epochs=2, plugins=[Scales()])
-    fit(other, None, sgd, data, epochs=2, plugins=[Scales(), "cudagraph"])
+    fit(one, None, sgd, data, epochs=2, plugins=[ScaledLoss()])
+    fit(other, None, sgd, data, epochs=2, plugins=[ScaledLoss(), "cudagraph"])
     same(one, other)
-    assert 0 < tapes[0].replays < 24 - 3
+    assert 0 < graphs[0].replays < 24 - 3
 
 
-def test_the_host_reads_nothing_while_it_captures(net, batches, tapes):
-    """The tape says so of a GPU's graph."""
-    class Reads:
+def test_reading_a_tensor_on_the_host_during_capture_is_an_error(net, batches, graphs):
+    """The fake graph raises an error, as a CUDA graph does."""
+    class ReadLoss:
         capturable = True
 
         @hookimpl
@@ -212,35 +212,35 @@ def test_the_host_reads_nothing_while_it_captures(net, batches, tapes):
             run.loss.item()
 
     with pytest.raises(AssertionError, match="the host reads a tensor") as error:
-        fit(net, cross_entropy, sgd, batches, plugins=["cudagraph", Reads()])
-    assert error.value.__notes__ == ["raised by plugin 'reads' in its hook grads_ready"]
+        fit(net, cross_entropy, sgd, batches, plugins=["cudagraph", ReadLoss()])
+    assert error.value.__notes__ == ["raised by plugin 'read_loss' in its hook grads_ready"]
 
 
 @pytest.mark.parametrize(("plugins", "optimizer", "message"), [
-    (["nan_guard"], sgd, "cudagraph: nan_guard joins before_step, and what it does there cannot be captured; leave one out"),
-    (["freeze:patterns=0,until=1ep"], sgd, "cudagraph: freeze joins before_step"),
-    (["onecycle:max_lr=0.1"], sgd, "cudagraph: onecycle joins before_step"),
-    (["sam"], sgd, "cudagraph: sam joins optimizer_step"),
-    (["split"], sgd, "cudagraph: split joins before_step"),
-    (["compile:mode=reduce-overhead"], sgd, "cudagraph: compile joins wrap_model"),
+    (["nan_guard"], sgd, "cudagraph: the hook before_step of nan_guard cannot be captured; leave out cudagraph or nan_guard"),
+    (["freeze:patterns=0,until=1ep"], sgd, "cudagraph: the hook before_step of freeze cannot be captured"),
+    (["onecycle:max_lr=0.1"], sgd, "cudagraph: the hook before_step of onecycle cannot be captured"),
+    (["sam"], sgd, "cudagraph: the hook optimizer_step of sam cannot be captured"),
+    (["split"], sgd, "cudagraph: the hook before_step of split cannot be captured"),
+    (["compile:mode=reduce-overhead"], sgd, "cudagraph: the hook wrap_model of compile cannot be captured"),
     (["amp:dtype=float16"], sgd, "cudagraph and amp both replace optimizer_step; choose one"),
-    ([], partial(torch.optim.SGD, lr=0.1), "cudagraph: SGD takes no tensor as learning rate; use one that is capturable"),
+    ([], partial(torch.optim.SGD, lr=0.1), "cudagraph: SGD does not take a tensor as learning rate; use an optimizer that is capturable"),
 ])
-def test_refused(net, batches, tapes, plugins, optimizer, message):
+def test_what_cannot_be_captured_is_refused(net, batches, graphs, plugins, optimizer, message):
     with pytest.raises(UsageError, match="^" + message):
         fit(net, cross_entropy, optimizer, batches, plugins=["cudagraph", *plugins])
-    assert not tapes
+    assert not graphs
 
 
-def test_a_metric_with_a_state_is_refused(net, batches, tapes):
+def test_a_metric_with_a_state_is_refused(net, batches, graphs):
     torchmetrics = pytest.importorskip("torchmetrics")
-    with pytest.raises(UsageError, match="^cudagraph: metric 'accuracy' keeps a state that cannot be captured; give a function"):
+    with pytest.raises(UsageError, match="^cudagraph: metric 'accuracy' keeps a state, which cannot be captured; pass a function"):
         fit(net, cross_entropy, sgd, batches, plugins=["cudagraph"],
             metrics={"accuracy": torchmetrics.Accuracy("multiclass", num_classes=3)})
 
 
-def test_on_a_cpu_it_is_refused(net, batches):
-    with pytest.raises(UsageError, match="^cudagraph: captures the work of a GPU, and this run is on cpu; leave it out"):
+def test_a_run_on_a_cpu_is_refused(net, batches):
+    with pytest.raises(UsageError, match="^cudagraph: CUDA graphs need a GPU, and this run is on cpu; leave out cudagraph"):
         fit(net, cross_entropy, sgd, batches, plugins=["cudagraph"])
 
 
@@ -252,12 +252,12 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 @pytest.mark.parametrize("optimizer", [
     sgd, partial(torch.optim.Adam, lr=1e-2), partial(torch.optim.AdamW, lr=1e-2, fused=True), partial(torch.optim.RMSprop, lr=1e-3)])
 @pytest.mark.parametrize("plugins", COMPOSITIONS, ids=lambda plugins: ",".join(plugins))
-def test_on_cuda_it_agrees_with_the_usual_steps(net, batches, valid, clone, same, plugins, optimizer):
+def test_on_cuda_it_agrees_with_steps_without_a_graph(net, batches, valid, clone, same, plugins, optimizer):
     one, other = clone(net), clone(net)
     capturable = partial(optimizer, **({} if "fused" in optimizer.keywords else {"capturable": True}))
     runs = [fit(model, cross_entropy, factory, batches, valid, epochs=6, plugins=[*plugins, *more], seed=1,
                 metrics={"accuracy": accuracy}, device="cuda")
             for model, factory, more in ((one, capturable, []), (other, optimizer, ["cudagraph"]))]
-    same(one, other, tolerance=1e-5)       # the rate is a float32 tensor in a graph, and was a float64 number
+    same(one, other, tolerance=1e-5)       # the learning rate is a float32 tensor instead of a float64 number
     for a, b in zip(runs[0].history, runs[1].history, strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)

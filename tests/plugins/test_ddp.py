@@ -1,4 +1,4 @@
-"""Several processes make the updates that one would make of all their batches."""
+"""The plugin ddp: several processes make the same updates as one process with all their batches."""
 from contextlib import nullcontext
 from functools import partial
 
@@ -29,8 +29,8 @@ def accuracy(output, target):
     return (output.argmax(1) == target).double().mean()
 
 
-def trained(plugins, optimizer, sizes, epochs, settings):
-    """What every process does: train with ddp, and tell what came of it."""
+def train_with_ddp(plugins, optimizer, sizes, epochs, settings):
+    """Runs in every process: train with ddp, and return the weights, the history and run.stop."""
     run = fit(network(), LOSS, optimizer, batches(*sizes), batches(8, 5, 7, seed=1), epochs=epochs, plugins=["ddp", *plugins],
               metrics={"accuracy": accuracy}, seed=0, **settings)
     return {name: value.clone() for name, value in run.model.state_dict().items()}, run.history, run.stop
@@ -50,34 +50,34 @@ CASES = {
 
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_the_weights_are_those_of_one_process_with_the_same_global_batches(ranks, case, number):
+def test_the_weights_equal_those_of_one_process_with_the_same_global_batches(ranks, case, number):
     plugins, optimizer, sizes = CASES[case]
     steps = -(-len(sizes) // number)
     epochs = -(-50 // steps)
-    found = ranks(number, trained, plugins, optimizer, sizes, epochs, {})
+    found = ranks(number, train_with_ddp, plugins, optimizer, sizes, epochs, {})
     every = 2 * number if case == "accumulate" else number
-    alone = [plugin for plugin in plugins if case != "accumulate"]
+    others = [plugin for plugin in plugins if case != "accumulate"]
     run = fit(network(), LOSS, optimizer, batches(*sizes), batches(8, 5, 7, seed=1), epochs=epochs,
-              plugins=[f"accumulate:every={every}", *alone], metrics={"accuracy": accuracy}, seed=0)
+              plugins=[f"accumulate:every={every}", *others], metrics={"accuracy": accuracy}, seed=0)
     for weights, history, _ in found:
         for name, value in run.model.state_dict().items():
             torch.testing.assert_close(weights[name], value, rtol=1e-10, atol=1e-10)
             assert torch.equal(weights[name], found[0][0][name])
         assert history == found[0][1]
-        for there, here in zip(history, run.history, strict=True):
-            assert there == pytest.approx(here, abs=1e-10)
+        for row, expected in zip(history, run.history, strict=True):
+            assert row == pytest.approx(expected, abs=1e-10)
 
 
-def looked(number):
-    """By the losses of their own parts alone, processes would end a search at different points."""
+def train_with_lbfgs(number):
+    """LBFGS compares losses. With the loss of its own shard only, each process would stop at another point."""
     optimizer = partial(torch.optim.LBFGS, lr=0.3, max_iter=20, tolerance_change=0.01)
     run = fit(network(), LOSS, optimizer, batches(*[8] * 2 * number), plugins=["ddp"], seed=0)
     return {name: value.clone() for name, value in run.model.state_dict().items()}, [len(run.optimizer.state), run.step]
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_an_optimizer_that_looks_at_the_loss_sees_the_same_everywhere(ranks, number):
-    found = ranks(number, looked, number)
+def test_an_optimizer_that_uses_the_loss_gets_the_same_loss_in_every_process(ranks, number):
+    found = ranks(number, train_with_lbfgs, number)
     single = fit(network(), LOSS, partial(torch.optim.LBFGS, lr=0.3, max_iter=20, tolerance_change=0.01), batches(*[8] * 2 * number),
                  plugins=[f"accumulate:every={number}"], seed=0)
     for weights, _ in found:
@@ -85,22 +85,22 @@ def test_an_optimizer_that_looks_at_the_loss_sees_the_same_everywhere(ranks, num
             torch.testing.assert_close(weights[name], value, rtol=1e-8, atol=1e-8)
 
 
-class Fails:
+class Fail:
     @hookimpl
     def after_step(self, run: Run):
         raise ValueError("on purpose")
 
 
-def left(plugins):
-    """What was around the model, and whether nothing is when the run is over."""
+def network_before_and_after(plugins):
+    """The class of run.network before training, and whether it is the plain model after training."""
     run = Run(network(), LOSS, SGD, batches(*EVEN), hook=compose(["ddp", *plugins], DEFAULTS))
     prepare(run, {}, None, 0)
-    before = type(run.network)
+    wrapper = type(run.network)
     with nullcontext() if not plugins else pytest.raises(ValueError, match="on purpose"):
         run.hook.train(run=run)
-    return before.__name__, run.network is run.model
+    return wrapper.__name__, run.network is run.model
 
 
-@pytest.mark.parametrize("plugins", [[], [Fails()]], ids=["ended", "failed"])
-def test_after_training_nothing_is_left_around_the_model(ranks, plugins):
-    assert ranks(2, left, plugins) == [("DistributedDataParallel", True)] * 2
+@pytest.mark.parametrize("plugins", [[], [Fail()]], ids=["ended", "failed"])
+def test_the_model_is_unwrapped_after_training(ranks, plugins):
+    assert ranks(2, network_before_and_after, plugins) == [("DistributedDataParallel", True)] * 2

@@ -1,4 +1,4 @@
-"""layerwise_lr against parameter groups written by hand."""
+"""The plugin layerwise_lr, compared with parameter groups written by hand."""
 from collections import OrderedDict
 from functools import partial
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from loopctl import Run, UsageError, explain, fit
 from loopctl.composition.compose import compose
-from loopctl.composition.options import to_spec as written
+from loopctl.composition.options import to_spec
 from loopctl.loop import DEFAULTS
 from loopctl.plugins.layerwise_lr import LayerwiseLr
 from loopctl.prepare import make_optimizer, prepare
@@ -31,7 +31,7 @@ def train(model, optimizer, batches, epochs=3):
 
 
 def groups(model, plugin, optimizer=sgd):
-    """What the optimizer gets: the names, the rate and the weight decay of each group."""
+    """The parameter names, the learning rate and the weight decay of each of the optimizer's groups."""
     run = Run(model, None, optimizer, [1], hook=compose([plugin], DEFAULTS), device=next(model.parameters()).device)
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [([names[parameter] for parameter in group["params"]], group["lr"], group["weight_decay"])
@@ -39,13 +39,13 @@ def groups(model, plugin, optimizer=sgd):
 
 
 def rates(model, plugin):
-    """The rate of each parameter by name."""
+    """The learning rate of each parameter by name."""
     return {name: lr for names, lr, _ in groups(model, plugin, partial(torch.optim.SGD, lr=1.0)) for name in names}
 
 
 @pytest.mark.parametrize("pattern", ["*convolution1*", "/convolution1/"])
-def test_one_layer_by_name_with_adam(batches, clone, same, pattern):
-    """A layer whose name contains convolution1 at 0.01, the rest at 0.001, one weight decay."""
+def test_another_rate_for_one_layer_with_adam(batches, clone, same, pattern):
+    """Layers whose names contain convolution1 have a rate of 0.01, all others 0.001, with the same weight decay."""
     torch.manual_seed(0)
     net = nn.Sequential(OrderedDict(unflatten=nn.Unflatten(1, (1, 6)), my_convolution1=nn.Conv1d(1, 4, 3), act=nn.ReLU(),
                                     convolution2=nn.Conv1d(4, 4, 3), flat=nn.Flatten(), fc=nn.Linear(8, 3)))
@@ -57,7 +57,7 @@ def test_one_layer_by_name_with_adam(batches, clone, same, pattern):
     same(net, other)
 
 
-# The groups that the options mean: parameters, rate, and whether they decay.
+# The expected groups by options: parameters, learning rate, and whether they have weight decay.
 GROUPS = {
     "rates=0=0.02,4.*=x3": lambda m, lr: [([m[1].weight, m[1].bias], lr, True), ([*m[0].parameters()], 0.02, True), ([*m[4].parameters()], lr * 3, True)],
     r"rates=/^4\.w/=0,4=x1": lambda m, lr: [([*m[:4].parameters()], lr, True), ([m[4].weight], 0.0, True), ([m[4].bias], lr, True)],
@@ -70,7 +70,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("optimizer", [sgd, adamw], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("options", GROUPS)
-def test_bit_for_bit_by_hand(net, batches, clone, same, optimizer, options):
+def test_equals_groups_written_by_hand_to_the_bit(net, batches, clone, same, optimizer, options):
     other = clone(net)
     expected = optimizer([{"params": parameters, "lr": lr} | ({} if decays else {"weight_decay": 0.0})
                           for parameters, lr, decays in GROUPS[options](other, optimizer.keywords["lr"])])
@@ -83,7 +83,7 @@ def test_bit_for_bit_by_hand(net, batches, clone, same, optimizer, options):
     assert [row["lr"] for row in run.history] == [optimizer.keywords["lr"]] * 3
 
 
-def test_layers_of_a_resnet():
+def test_layer_decay_of_a_resnet():
     with torch.device("meta"):
         found = rates(torchvision.models.resnet18(weights=None), "loopctl.plugins.layerwise_lr:LayerwiseLr:decay=0.5")
     order = ["conv1", *(f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)), "fc"]
@@ -92,7 +92,7 @@ def test_layers_of_a_resnet():
         assert rate == 0.5 ** (9 - order.index(part)), name
 
 
-def test_layers_of_a_vit_are_those_of_beit():
+def test_layer_decay_of_a_vit_counts_layers_as_beit():
     with torch.device("meta"):
         found = rates(torchvision.models.vit_b_16(weights=None), LayerwiseLr(decay=0.5))
     for name, rate in found.items():
@@ -103,8 +103,8 @@ def test_layers_of_a_vit_are_those_of_beit():
 
 
 @pytest.mark.parametrize(("name", "count"), [("convnext_tiny", 23), ("efficientnet_b0", 19), ("swin_t", 17), ("vgg11_bn", 11), ("densenet121", 63)])
-def test_layers_of_others(name, count):
-    """Stem, blocks, transitions and classifier; no block is taken apart, and nothing is left out."""
+def test_layer_decay_of_other_models_divides_no_block(name, count):
+    """The layers are stem, blocks, transitions and classifier, and have all parameters."""
     with torch.device("meta"):
         model = getattr(torchvision.models, name)(weights=None)
     found = rates(model, LayerwiseLr(decay=0.5))
@@ -112,7 +112,7 @@ def test_layers_of_others(name, count):
     assert len(set(found.values())) == count
 
 
-def test_layers_of_a_model_within_a_model_and_of_one_with_norms_alone():
+def test_layer_decay_of_a_nested_model_and_of_one_that_begins_with_a_norm():
     with torch.device("meta"):
         inner = rates(torchvision.models.resnet18(weights=None), LayerwiseLr(decay=0.5))
         outer = rates(nn.Sequential(nn.Identity(), torchvision.models.resnet18(weights=None)), LayerwiseLr(decay=0.5))
@@ -130,7 +130,7 @@ def test_a_shared_weight_is_in_one_group(net):
     assert groups(net, LayerwiseLr({"5": 0.3}))[1] == (["4.weight", "5.bias"], 0.3, 1e-2)
 
 
-def test_a_rate_in_a_tensor_stays_in_one(net):
+def test_a_tensor_learning_rate_stays_a_tensor(net):
     factory = partial(torch.optim.Adam, lr=torch.tensor(0.1))
     found = groups(net, LayerwiseLr({"0": 0.02, "1": "x2"}), factory)
     assert [type(lr) for _, lr, _ in found] == [torch.Tensor] * 3
@@ -138,14 +138,14 @@ def test_a_rate_in_a_tensor_stays_in_one(net):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_frozen_for_good_is_left_out_and_frozen_for_a_while_is_in(net, batches, order):
-    def names(freeze):
+def test_only_permanently_frozen_parameters_are_left_out(net, batches, order):
+    def group_sizes_and_rates(freeze):
         plugins = [f"{LAYERS}:rates=0=0.02,1=0.03", f"{FREEZE}:{freeze}"][::order]
         run = fit(net.requires_grad_(), cross_entropy, sgd, batches, plugins=plugins)
         return [(len(group["params"]), group["lr"]) for group in run.optimizer.param_groups]
 
-    assert names("patterns=0,until=1ep") == [(2, 0.1), (2, 0.02), (2, 0.03)]
-    assert names("patterns=0") == [(2, 0.1), (2, 0.03)]
+    assert group_sizes_and_rates("patterns=0,until=1ep") == [(2, 0.1), (2, 0.02), (2, 0.03)]
+    assert group_sizes_and_rates("patterns=0") == [(2, 0.1), (2, 0.03)]
 
 
 def test_explain_shows_the_optimizers_own_rate(net, batches):
@@ -155,37 +155,37 @@ def test_explain_shows_the_optimizers_own_rate(net, batches):
     assert "param_groups          layerwise_lr" in explain(run=run)
 
 
-def test_its_options_read_back_as_they_were_written():
+def test_its_options_can_be_parsed_from_its_spec():
     plugin = compose([f"{LAYERS}:rates=conv1.*=0.01,fc=x10,decay=0.5,no_decay=true"]).plugins["layerwise_lr"]
     assert plugin.rates == {"conv1.*": 0.01, "fc": "x10"}
-    assert written("layerwise_lr", plugin) == "layerwise_lr:rates=conv1.*=0.01,fc=x10,decay=0.5,no_decay=true"
+    assert to_spec("layerwise_lr", plugin) == "layerwise_lr:rates=conv1.*=0.01,fc=x10,decay=0.5,no_decay=true"
 
 
-HOW = "takes conv1.*=0.01, or conv1.*=x10 for ten times the optimizer's own rate, not"
+EXPECTED = "takes conv1.*=0.01, or conv1.*=x10 for ten times the optimizer's own rate, not"
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ("rates=conv9=0.1", "no parameter matches 'conv9'; the model's parameters start with 0, 1, 4"),
-    ("rates=[01]=0.1,1=0.2", "rates: patterns before '1' match all that it matches; put it before them"),
-    ("rates=0=fast", f"rates {HOW} 0=fast"),
-    ("rates=0=-1", f"rates {HOW} 0=-1.0"),
-    ("rates=0=xnan", f"rates {HOW} 0=xnan"),
-    ("rates=0.1", f"rates {HOW} =0.1"),
+    ("rates=[01]=0.1,1=0.2", "rates: earlier patterns match all parameters that '1' matches; put it first"),
+    ("rates=0=fast", f"rates {EXPECTED} 0=fast"),
+    ("rates=0=-1", f"rates {EXPECTED} 0=-1.0"),
+    ("rates=0=xnan", f"rates {EXPECTED} 0=xnan"),
+    ("rates=0.1", f"rates {EXPECTED} =0.1"),
     ("decay=1.5", "decay is above 0 and at most 1, not 1.5"),
     ("decay=0", "decay is above 0 and at most 1, not 0.0"),
-    ("no_decay=false", "takes rates, decay or no_decay; without them it changes nothing"),
+    ("no_decay=false", "one of rates, decay and no_decay is required; pass decay=0.75, for example"),
 ])
-def test_what_cannot_be_is_refused_in_one_line(net, batches, options, message):
+def test_wrong_options_are_refused_in_one_line(net, batches, options, message):
     with pytest.raises(UsageError) as refused:
         fit(net, cross_entropy, sgd, batches, plugins=[f"{LAYERS}:{options}"])
     assert str(refused.value) == f"layerwise_lr: {message}"
 
 
-def test_what_is_no_dict_is_refused():
-    with pytest.raises(ValueError, match=r"rates takes rates by pattern, such as \{'conv1.\*': 0.01\}, not 0.1"):
+def test_rates_that_are_not_a_dict_are_refused():
+    with pytest.raises(ValueError, match=r"rates takes a dict of rates by pattern, such as \{'conv1.\*': 0.01\}, not 0.1"):
         LayerwiseLr(rates=0.1)
 
 
-def test_an_optimizer_that_has_groups_of_its_own_is_refused(net, batches):
-    with pytest.raises(UsageError, match="layerwise_lr decides the parameter groups, so pass a factory"):
+def test_an_optimizer_instance_is_refused(net, batches):
+    with pytest.raises(UsageError, match="layerwise_lr sets the parameter groups, but the optimizer has its own; pass a factory"):
         fit(net, cross_entropy, sgd(net.parameters()), batches, plugins=[LayerwiseLr(decay=0.5)])

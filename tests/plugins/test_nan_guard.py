@@ -162,14 +162,14 @@ class Slow:
 @pytest.fixture
 def ahead(monkeypatch):
     """Have the CPU treated as a device that the host does not read."""
-    send = NanGuard.send
+    send = NanGuard.send_verdict
 
     def sent(self, run):
         send(self, run)
         self.coming[-1][2].event = Slow()
 
-    monkeypatch.setattr(nan_guard, "AHEAD", ("cpu",))
-    monkeypatch.setattr(NanGuard, "send", sent)
+    monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("cpu",))
+    monkeypatch.setattr(NanGuard, "send_verdict", sent)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -280,7 +280,7 @@ class Twice:
 @pytest.mark.parametrize("order", [1, -1])
 def test_each_time_counts(plain, batches, clone, same, monkeypatch, look, late, order):
     if late:
-        monkeypatch.setattr(nan_guard, "AHEAD", ("cpu",))
+        monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("cpu",))
     other = clone(plain)
     run = fit(plain, Loss({look: "gradient"}), sgd, batches, plugins=[Twice(), NanGuard("skip")][::order])
     fit(other, cross_entropy, sgd, [batches[0], *batches[2:]])
@@ -293,7 +293,7 @@ def test_each_time_counts(plain, batches, clone, same, monkeypatch, look, late, 
 def test_each_look_of_sam_counts(net, batches, clone, same, monkeypatch, look, late):
     """The second step's first or second."""
     if late:
-        monkeypatch.setattr(nan_guard, "AHEAD", ("cpu",))
+        monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("cpu",))
     other, sam = clone(net), "loopctl.plugins.sam:Sam"
     net[3].p = other[3].p = 0.0
     run = fit(net, Loss({look: "gradient"}), sgd, batches, plugins=[sam, NanGuard("skip")])
@@ -305,7 +305,7 @@ def test_each_look_of_sam_counts(net, batches, clone, same, monkeypatch, look, l
 @pytest.mark.parametrize("late", [False, True])
 def test_statistics_of_other_norms_and_double_precision(batches, clone, same, monkeypatch, late):
     if late:
-        monkeypatch.setattr(nan_guard, "AHEAD", ("cpu",))
+        monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("cpu",))
     model = nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(),
                           nn.Linear(8, 3))
     other, before = clone(model), clone(model)
@@ -436,7 +436,7 @@ def test_what_lbfgs_ends_with_is_judged(plain, batches, clone, same):
 def test_large_is_not_infinite(batches, clone, same, monkeypatch, late):
     """Here the sum of the gradient is infinite, and so is its 2-norm."""
     if late:
-        monkeypatch.setattr(nan_guard, "AHEAD", ("cpu",))
+        monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("cpu",))
     model = nn.Linear(6, 3)
     other, seen = clone(model), []
 
@@ -460,7 +460,7 @@ def test_large_is_not_infinite(batches, clone, same, monkeypatch, late):
 def test_stop_names_the_step_and_what_is_not_finite(net, batches, clone, same, what):
     other = clone(net)
     run = fit(net, Loss({12: what}), sgd, batches, epochs=5, plugins=["nan_guard"], seed=1)
-    assert run.stop == f"the {what} of step 12 is not finite; nothing of that step was kept, and action=skip would go on"
+    assert run.stop == f"the {what} of step 12 is not finite; the step was undone, and action=skip would continue"
     assert (run.step, run.attempts, run.epoch) == (11, 12, 2)
     assert "skipped_steps" not in run.metrics
     by_hand(other, sgd(other.parameters()), batches + batches[:4], 1, Loss({12: what}))
@@ -538,7 +538,7 @@ def test_options_refused(plain, batches):
         NanGuard(limit=0)
     with pytest.raises(UsageError, match=r"^nan_guard: action takes .*not 'ignore'$"):
         fit(plain, cross_entropy, sgd, batches, plugins=["nan_guard:action=ignore"])
-    with pytest.raises(UsageError, match=r"^nan_guard: action=rollback goes back to the last checkpoint.*add checkpoint$"):
+    with pytest.raises(UsageError, match=r"^nan_guard: action=rollback needs checkpoints.*add checkpoint$"):
         fit(plain, cross_entropy, sgd, batches, plugins=["nan_guard:action=rollback"])
 
 
@@ -654,7 +654,7 @@ def test_undone_on_the_device(net, batches, clone, same, ahead, number, value):
 def test_undone_on_the_device_with_others(net, batches, clone, same, monkeypatch, ahead, factory, plugins, order):
     other, bad = clone(net), dict.fromkeys([1, 6, 7, 9, 10, 14], "gradient")
     run = fit(net, Loss(bad, math.inf), factory, batches, epochs=2, plugins=[*plugins, NanGuard("skip")][::order], seed=1)
-    monkeypatch.setattr(nan_guard, "AHEAD", ())
+    monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ())
     at_once = fit(other, Loss(bad, math.inf), factory, batches, epochs=2, plugins=[*plugins, NanGuard("skip")], seed=1)
     same(net, other)
     assert (run.step, run.metrics["skipped_steps"]) == (at_once.step, at_once.metrics["skipped_steps"])
@@ -856,12 +856,12 @@ def test_the_host_reads_nothing_in_a_step(net, batches, ahead, factory):
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_host_could_not_read_anything_in_a_step(batches, monkeypatch, fused):
     """On the meta device no tensor has a value, so that reading one in whatever way is an error."""
-    monkeypatch.setattr(nan_guard, "AHEAD", ("meta",))
+    monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("meta",))
     sent = []
 
     class Deaf(NanGuard):
-        def send(self, run):
-            sent.append(self.bad)
+        def send_verdict(self, run):
+            sent.append(self.nonfinite)
 
     class Enough:
         @hookimpl
@@ -877,7 +877,7 @@ def test_the_host_could_not_read_anything_in_a_step(batches, monkeypatch, fused)
         optimizer._step_supports_amp_scaling, optimizer.step = True, lambda: optimizer.found_inf
     with pytest.raises(KeyboardInterrupt):
         fit(model, cross_entropy, optimizer, batches, plugins=[Deaf("skip"), Enough(), "clip"])
-    assert [bad.device.type for bad in sent if bad.shape == (2,)] == ["meta"] * 5
+    assert [flags.device.type for flags in sent if flags.shape == (2,)] == ["meta"] * 5
 
 
 # On CUDA

@@ -1,4 +1,4 @@
-"""Prefetching: the same batches, only sooner. Streams are played by objects that note what is asked of them."""
+"""The plugin prefetch. On a CPU, fake streams record the calls on them."""
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,7 +15,7 @@ adam = partial(torch.optim.Adam, lr=1e-2)
 
 
 class Noisy(Dataset):
-    """Samples that draw random numbers where they are read."""
+    """Samples that draw random numbers when they are read."""
 
     def __len__(self):
         return 30
@@ -25,39 +25,39 @@ class Noisy(Dataset):
 
 
 class Stream:
-    """Notes what happens on it; what is recorded is done at the second look."""
+    """A fake stream that records calls. Its events have passed at the second query."""
 
-    noted: list
+    calls: list
 
     def __init__(self, name):
         self.name = name
 
     def wait_event(self, event):
-        self.noted.append(f"{self.name} waits")
+        self.calls.append(f"{self.name} waits")
 
     def record_event(self):
-        self.noted.append(f"{self.name} records")
-        looks = iter([False, True, True, True])
-        return type("Event", (), {"query": lambda self: next(looks)})()
+        self.calls.append(f"{self.name} records")
+        answers = iter([False, True, True, True])
+        return type("Event", (), {"query": lambda self: next(answers)})()
 
 
 @pytest.fixture
-def noted(monkeypatch):
-    """What happens on the streams, in order."""
-    Stream.noted = noted = []
+def calls(monkeypatch):
+    """The calls on streams, in order."""
+    Stream.calls = calls = []
 
     @contextmanager
-    def stream(one):
-        noted.append(f"on {one.name}")
+    def stream(entered):
+        calls.append(f"on {entered.name}")
         yield
-        noted.append(f"off {one.name}")
+        calls.append(f"off {entered.name}")
 
-    monkeypatch.setattr(prefetch, "STREAMS", ("cpu",))
+    monkeypatch.setattr(prefetch, "DEVICES", ("cpu",))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return noted
+    return calls
 
 
 def loader(workers, **more):
@@ -66,8 +66,8 @@ def loader(workers, **more):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("plugins", [["prefetch", "accumulate:every=3"], ["accumulate:every=3", "prefetch", "cosine:by=step"]])
-def test_it_changes_nothing(net, clone, same, noted, workers, plugins):
-    """Dropout and samples draw from the same random numbers, whose order stays."""
+def test_the_run_equals_one_without_the_plugin(net, clone, same, calls, workers, plugins):
+    """Dropout and samples draw random numbers, whose order must not change."""
     without = [plugin for plugin in plugins if plugin != "prefetch"]
     one, other = clone(net), clone(net)
     expected = fit(one, cross_entropy, adam, loader(workers), epochs=3, plugins=without, seed=1)
@@ -77,7 +77,7 @@ def test_it_changes_nothing(net, clone, same, noted, workers, plugins):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_was_killed_goes_on_exactly(net, clone, same, noted, tmp_path, workers):
+def test_a_resumed_run_equals_an_uninterrupted_one(net, clone, same, calls, tmp_path, workers):
     class Kill:
         @hookimpl
         def safe_point(self, run: Run):
@@ -94,79 +94,80 @@ def test_a_run_that_was_killed_goes_on_exactly(net, clone, same, noted, tmp_path
     same(whole, other)
 
 
-def steps(noted, data, net, **more):
-    class Note:
+def calls_and_hooks(calls, data, net, **more):
+    """Train, and return the calls on streams together with the hooks, in order."""
+    class HookRecorder:
         @hookimpl
         def before_step(self):
-            noted.append("step")
+            calls.append("before_step")
 
         @hookimpl
         def after_backward(self):
-            noted.append("backward")
+            calls.append("after_backward")
 
         @hookimpl
         def after_step(self):
-            noted.append("stepped")
+            calls.append("after_step")
 
-    fit(net, cross_entropy, adam, data, plugins=[Note(), "prefetch"], **more)
-    return noted
+    fit(net, cross_entropy, adam, data, plugins=[HookRecorder(), "prefetch"], **more)
+    return calls
 
 
-def test_the_next_batch_is_on_its_way_before_the_update(net, batches, noted):
+def test_the_next_batch_is_fetched_before_the_update(net, batches, calls):
     fetch = ["on side", "side records", "off side"]
-    assert steps(noted, batches[:2], net) == [
-        *fetch, "main waits", "step", "backward", *fetch, "stepped", "main records",
-        "main waits", "step", "backward", *fetch, "stepped", "main records"]
+    assert calls_and_hooks(calls, batches[:2], net) == [
+        *fetch, "main waits", "before_step", "after_backward", *fetch, "after_step", "main records",
+        "main waits", "before_step", "after_backward", *fetch, "after_step", "main records"]
 
 
-def test_what_draws_random_numbers_is_read_in_its_turn(net, noted):
+def test_a_loader_without_workers_is_not_read_ahead(net, calls):
     fetch = ["on side", "side records", "off side"]
     data = DataLoader([(torch.randn(6), 1)] * 4, batch_size=2)
-    assert steps(noted, data, net, max_steps=1) == [
-        *fetch, "main waits", "step", "backward", "stepped"]
+    assert calls_and_hooks(calls, data, net, max_steps=1) == [
+        *fetch, "main waits", "before_step", "after_backward", "after_step"]
 
 
-def test_an_error_comes_when_its_batch_is_due(net, batches, noted):
-    """And not at all where the run ends before."""
+def test_a_loader_error_is_raised_when_its_batch_is_due(net, batches, calls):
+    """A run that ends before that batch does not raise it."""
     class Broken(list):
         def __iter__(self):
             yield from batches[:2]
-            raise OSError("the disk is gone")
+            raise OSError("simulated failure")
 
     fit(net, cross_entropy, adam, Broken(batches), plugins=["prefetch"], max_steps=2)
-    done = []
+    steps = []
 
-    class Count:
+    class Recorder:
         @hookimpl
         def after_step(self, run: Run):
-            done.append(run.step)
+            steps.append(run.step)
 
-    with pytest.raises(OSError, match="the disk is gone") as error:
-        fit(net, cross_entropy, adam, Broken(batches), plugins=["prefetch", Count()])
-    assert len(done) == 2
+    with pytest.raises(OSError, match="simulated failure") as error:
+        fit(net, cross_entropy, adam, Broken(batches), plugins=["prefetch", Recorder()])
+    assert len(steps) == 2
     assert error.value.__notes__ == ["raised by train in batch 3, epoch 1"]
 
 
-def test_what_the_gpu_may_still_read_is_kept(net, batches, noted):
-    """Until the event after its step has passed, which here the second look finds."""
+def test_batches_that_the_gpu_may_still_read_are_kept(net, batches, calls):
+    """Until the event after their step has passed, here at the second query."""
     from loopctl.plugins.prefetch import Prefetch
 
-    plugin, kept = Prefetch(), []
+    plugin, in_use = Prefetch(), []
 
-    class Look:
+    class Recorder:
         @hookimpl
         def before_step(self):
-            kept.append([group for group, _ in plugin.leaving])
+            in_use.append([group for group, _ in plugin.in_use])
 
-    fit(net, cross_entropy, adam, batches[:4], plugins=[plugin, Look()])
+    fit(net, cross_entropy, adam, batches[:4], plugins=[plugin, Recorder()])
     assert [[group[0] is batches[i] for group, i in zip(groups, (step - 1,), strict=True)] if groups else []
-            for step, groups in enumerate(kept)] == [[], [True], [True], [True]]
-    assert not plugin.leaving
+            for step, groups in enumerate(in_use)] == [[], [True], [True], [True]]
+    assert not plugin.in_use
     assert plugin.groups is None
 
 
-def test_counting_steps_within_an_epoch_disturbs_nothing(net, clone, same, batches, noted):
-    class Plans:
+def test_counting_the_steps_of_an_epoch_during_a_step_changes_nothing(net, clone, same, batches, calls):
+    class CountSteps:
         @hookimpl
         def after_backward(self, run: Run):
             run._plan = None
@@ -174,14 +175,14 @@ def test_counting_steps_within_an_epoch_disturbs_nothing(net, clone, same, batch
 
     one, other = clone(net), clone(net)
     fit(one, cross_entropy, adam, batches, seed=1)
-    fit(other, cross_entropy, adam, batches, plugins=["prefetch", Plans()], seed=1)
+    fit(other, cross_entropy, adam, batches, plugins=["prefetch", CountSteps()], seed=1)
     same(one, other)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_on_cuda_bit_for_bit(net, clone, same, workers):
+def test_on_cuda_the_run_equals_one_without_the_plugin(net, clone, same, workers):
     one, other = clone(net), clone(net)
     plugins = ["accumulate:every=2", "amp:dtype=float16", "clip"]
     for model, more in ((one, []), (other, ["prefetch"])):

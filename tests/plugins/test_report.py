@@ -381,7 +381,7 @@ def test_what_came_to_be_meanwhile_is_not_overwritten(net, batches, sgd, tmp_pat
     with caplog.at_level(logging.WARNING):
         fit(net, cross_entropy, sgd, batches, plugins=["report", Other()], out=tmp_path)
     assert (tmp_path / "report.html").read_text() == "precious"
-    assert "has come to be meanwhile and is not overwritten" in caplog.text
+    assert "was made by another program and is not overwritten" in caplog.text
 
 
 def test_a_page_that_cannot_be_written_costs_no_training(net, batches, sgd, tmp_path, caplog):
@@ -413,7 +413,7 @@ def test_a_resumed_run_replaces_its_own(net, batches, valid, sgd, clone, same, t
     text, read = pages(tmp_path / "report.html")
     assert "finished" in read.texts
     assert ["Epochs", "3 of 3"] in read.tables[0]
-    assert "Gone on at" in [row[0] for row in read.tables[0]]
+    assert "Resumed at" in [row[0] for row in read.tables[0]]
     assert [len(curves[0]) for curves, _ in drawn(drawings(text)["loss per epoch"])] == [3, 3]
     fit(other, cross_entropy, sgd, batches, valid, epochs=3, plugins=plugins, seed=1, out=tmp_path / "whole")
     same(run.model, other)

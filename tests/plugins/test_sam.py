@@ -1,4 +1,4 @@
-"""sam against the two steps of github.com/davda54/sam done by hand."""
+"""The plugin sam, compared with the two steps of github.com/davda54/sam in a plain loop."""
 from functools import partial
 
 import pytest
@@ -13,7 +13,10 @@ adam = partial(torch.optim.Adam, lr=1e-2)
 
 
 def by_hand(model, optimizer, groups, epochs, rho=0.05, adaptive=False, max_norm=None, dtype=None):
-    """Returns the mean loss of each epoch, at the weights themselves. BatchNorm rests during the second look."""
+    """Train, and return the mean loss of each epoch at the weights themselves.
+
+    In the second pass BatchNorm statistics do not change.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
     means = []
     torch.manual_seed(1)
@@ -23,7 +26,7 @@ def by_hand(model, optimizer, groups, epochs, rho=0.05, adaptive=False, max_norm
         for group in groups:
             size = sum(len(target) for _, target in group)
 
-            def look(group=group, size=size):
+            def compute_gradients(group=group, size=size):
                 optimizer.zero_grad()
                 summed = 0
                 for input, target in group:
@@ -35,7 +38,7 @@ def by_hand(model, optimizer, groups, epochs, rho=0.05, adaptive=False, max_norm
                     summed += loss.item()
                 return summed
 
-            total, count = total + look() * size, count + size
+            total, count = total + compute_gradients() * size, count + size
             weights = [weight for weight in model.parameters() if weight.grad is not None]
             with torch.no_grad():
                 parts = [((weight.abs() if adaptive else 1.0) * weight.grad).norm(p=2) for weight in weights]
@@ -46,30 +49,31 @@ def by_hand(model, optimizer, groups, epochs, rho=0.05, adaptive=False, max_norm
             momenta = [norm.momentum for norm in norms]
             for norm in norms:
                 norm.momentum = 0
-            look()
+            compute_gradients()
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-            for weight, was in zip(weights, old, strict=True):
-                weight.data.copy_(was)
+            for weight, saved in zip(weights, old, strict=True):
+                weight.data.copy_(saved)
             if max_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
         means.append(total / count)
     for norm in norms:
-        norm.num_batches_tracked //= 2          # davda54's counts the second look
+        norm.num_batches_tracked //= 2          # davda54's counts the second pass too
     return means
 
 
-def alone(batches):
+def single(batches):
+    """Groups of one batch each."""
     return [[batch] for batch in batches]
 
 
 @pytest.mark.parametrize("factory", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), adam], ids=["sgd", "adam"])
 @pytest.mark.parametrize("options", [{}, {"rho": 0.5}, {"rho": 0.5, "adaptive": True}], ids=str)
-def test_bit_for_bit_the_recipe(net, batches, clone, same, factory, options):
+def test_equals_davda54_sam_to_the_bit(net, batches, clone, same, factory, options):
     other = clone(net)
     run = fit(net, cross_entropy, factory, batches, epochs=3, plugins=[Sam(**options)], seed=1)
-    losses = by_hand(other, factory(other.parameters()), alone(batches), 3, **options)
+    losses = by_hand(other, factory(other.parameters()), single(batches), 3, **options)
     same(net, other)
     assert [row["train_loss"] for row in run.history] == pytest.approx(losses, rel=1e-6)
     assert run.step == 24
@@ -86,17 +90,17 @@ def test_with_accumulation_clipping_and_bfloat16(net, batches, clone, same, sgd,
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_clipping_by_value_leaves_the_first_gradient_as_it_is(plain, batches, clone, same, sgd, order):
-    """A norm's clipping would not show: the first gradient counts by its direction alone."""
+def test_clipping_changes_only_the_second_gradient(plain, batches, clone, same, sgd, order):
+    """Tested with clipping by value: clipping by norm would not change the direction of the first gradient."""
     other, seen = clone(plain), []
 
-    class Look:
+    class Recorder:
         @hookimpl
         def grads_ready(self, run: Run):
             seen.append([weight.detach().clone() for weight in run.model.parameters()])
 
     plugins = ["clip:value=0.01", Sam(0.1)][::order]
-    fit(plain, cross_entropy, sgd, batches[:1], plugins=[*plugins, Look()])
+    fit(plain, cross_entropy, sgd, batches[:1], plugins=[*plugins, Recorder()])
     before = [weight.detach().clone() for weight in other.parameters()]
     cross_entropy(other(batches[0][0]), batches[0][1]).backward()
     norm = torch.stack([weight.grad.norm() for weight in other.parameters()]).norm() + 1e-12
@@ -108,28 +112,28 @@ def test_clipping_by_value_leaves_the_first_gradient_as_it_is(plain, batches, cl
     cross_entropy(other(batches[0][0]), batches[0][1]).backward()
     nn.utils.clip_grad_value_(other.parameters(), 0.01)
     with torch.no_grad():
-        for weight, was in zip(other.parameters(), before, strict=True):
-            weight.copy_(was)
+        for weight, saved in zip(other.parameters(), before, strict=True):
+            weight.copy_(saved)
     optimizer.step()
     same(plain, other)
-    assert len(seen) == 2               # at both moments the weights are the true ones
-    assert all(torch.equal(weight, was) for weights in seen for weight, was in zip(weights, before, strict=True))
+    assert len(seen) == 2               # both times with the original weights
+    assert all(torch.equal(weight, saved) for weights in seen for weight, saved in zip(weights, before, strict=True))
 
 
-def test_weights_and_statistics_come_back_to_the_bit(net, batches, sgd, clone, same):
-    """With a rate of 0 nothing changes but the statistics, which are those of training without sam."""
+def test_weights_and_statistics_are_restored_to_the_bit(net, batches, sgd, clone, same):
+    """With a learning rate of 0 only BatchNorm statistics change, in the same way as without sam."""
     other = clone(net)
-    nothing = partial(sgd, lr=0.0)
+    no_update = partial(sgd, lr=0.0)
     net[3].p = other[3].p = 0.0
-    fit(net, cross_entropy, nothing, batches, epochs=2, plugins=[Sam(3.0)])
-    fit(other, cross_entropy, nothing, batches, epochs=2)
+    fit(net, cross_entropy, no_update, batches, epochs=2, plugins=[Sam(3.0)])
+    fit(other, cross_entropy, no_update, batches, epochs=2)
     same(net, other)
 
 
-def test_an_error_away_from_the_weights_leaves_them_as_they_were(net, batches, sgd, clone):
+def test_an_error_in_the_second_pass_restores_the_weights(net, batches, sgd, clone):
     before, calls = clone(net).state_dict(), []
 
-    class Fails:
+    class Fail:
         @hookimpl(wrapper=True)
         def compute_loss(self):
             calls.append(1)
@@ -140,14 +144,14 @@ def test_an_error_away_from_the_weights_leaves_them_as_they_were(net, batches, s
 
     sam = Sam(3.0)
     with pytest.raises(KeyboardInterrupt):
-        fit(net, cross_entropy, sgd, batches, plugins=[sam, Fails()])
+        fit(net, cross_entropy, sgd, batches, plugins=[sam, Fail()])
     for name, weight in net.named_parameters():
         assert torch.equal(weight, before[name])
     assert net[1].num_batches_tracked == 1
-    assert sam.kept == []
+    assert sam.saved == []
 
 
-def test_what_is_frozen_stays(plain, batches, sgd, clone):
+def test_frozen_parameters_do_not_change(plain, batches, sgd, clone):
     plain[0].requires_grad_(False)
     before = clone(plain)
     fit(plain, cross_entropy, sgd, batches, plugins=[Sam()])
@@ -155,11 +159,11 @@ def test_what_is_frozen_stays(plain, batches, sgd, clone):
     assert not torch.equal(plain[2].weight, before[2].weight)
 
 
-def test_refusals(plain, batches, sgd):
-    with pytest.raises(UsageError, match="sam: LBFGS looks at several points"):
+def test_lbfgs_float16_and_a_wrong_rho_are_refused(plain, batches, sgd):
+    with pytest.raises(UsageError, match="sam: LBFGS computes gradients at several points"):
         fit(plain, cross_entropy, torch.optim.LBFGS, batches, plugins=[Sam()])
     for plugins in (["amp:dtype=float16", Sam()], [Sam(), "amp:dtype=float16"]):
-        with pytest.raises(UsageError, match="amp: float16 scaling allows one computation of gradients per step; use dtype=bfloat16"):
+        with pytest.raises(UsageError, match="amp: float16 loss scaling allows one gradient computation per step; use dtype=bfloat16"):
             fit(plain, cross_entropy, sgd, batches, plugins=plugins)
     with pytest.raises(ValueError, match="rho is above 0, not 0"):
         Sam(0)

@@ -1,4 +1,4 @@
-"""Each schedule against torch's own class, at every step."""
+"""The schedule plugins, compared with torch's schedulers at every step."""
 import random
 from functools import cache, partial
 from importlib import import_module
@@ -17,54 +17,54 @@ BATCHES, EPOCHS = 25, 200
 TOTAL = BATCHES * EPOCHS      # 5,000
 
 
-def full(plugin):
-    """A spec that names the class in place of an installed plugin's name."""
+def full_spec(plugin):
+    """A spec with the import path of the class in place of the plugin's name."""
     name, _, options = plugin.partition(":") if isinstance(plugin, str) else (None, None, None)
     return f"loopctl.plugins.{name}:{''.join(map(str.title, name.split('_')))}:{options}" if name else plugin
 
 
 def cls(name):
-    """A plugin's class; one module is called lambda, which no import statement can say."""
+    """A plugin's class. `lambda` is a keyword, so it cannot be imported with a statement."""
     return getattr(import_module(f"loopctl.plugins.{name}"), "".join(map(str.title, name.split("_"))))
 
 
 def two_groups(kind=torch.optim.SGD):
-    """An optimizer of two parameter groups with different rates."""
+    """An optimizer with two parameter groups that have different learning rates."""
     weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
     return kind([{"params": weights[0], "lr": 0.1}, {"params": weights[1], "lr": 0.03}])
 
 
-def a_run(*plugins, optimizer=None, batches=BATCHES, epochs=EPOCHS):
+def make_run(*plugins, optimizer=None, batches=BATCHES, epochs=EPOCHS):
     optimizer = optimizer or two_groups()
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    return Run(None, None, optimizer, range(batches), epochs=epochs, hook=compose(map(full, plugins), DEFAULTS))
+    return Run(None, None, optimizer, range(batches), epochs=epochs, hook=compose(map(full_spec, plugins), DEFAULTS))
 
 
 @cache
-def ours(*plugins, **options):
-    """The rates of two parameter groups at every step."""
-    return [scheduled_rates for _, scheduled_rates in lr_curve(a_run(*plugins, **options), points=TOTAL)]
+def plugin_rates(*plugins, **options):
+    """The learning rates of two parameter groups at every step."""
+    return [rates for _, rates in lr_curve(make_run(*plugins, **options), points=TOTAL)]
 
 
-def theirs(by, factory, look=lambda group: group["lr"], kind=torch.optim.SGD):
-    """The rates that torch's schedule sets, stepped by hand."""
+def torch_values(by, factory, read=lambda group: group["lr"], kind=torch.optim.SGD):
+    """The values that torch's scheduler sets, at every step."""
     optimizer = two_groups(kind)
-    schedule, seen = factory(optimizer), []
+    schedule, values = factory(optimizer), []
     for _ in range(EPOCHS):
         for _ in range(BATCHES):
-            seen.append([look(group) for group in optimizer.param_groups])
+            values.append([read(group) for group in optimizer.param_groups])
             optimizer.step()
             if by == "step":
                 schedule.step()
         if by == "epoch":
             schedule.step()
-    return seen
+    return values
 
 
-def agree(mine, other):
-    # torch computes many rates from the one before and gathers rounding; ours are closed forms.
-    torch.testing.assert_close(torch.tensor(mine, dtype=torch.float64), torch.tensor(other, dtype=torch.float64),
+def assert_close(values, expected):
+    # torch computes many rates from the previous one and accumulates rounding errors; the plugins use closed forms.
+    torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64),
                                rtol=1e-12, atol=1e-17)
 
 
@@ -77,7 +77,7 @@ def waves(position):
 
 
 class ClosedCosine(lr_scheduler.CosineAnnealingLR):
-    """By torch's own closed form: over a hundred rises and falls its recursion drifts by more than 1e-12."""
+    """With torch's closed form: over a hundred cycles its recursion drifts by more than 1e-12."""
 
     def get_lr(self):
         return self._get_closed_form_lr()
@@ -151,12 +151,12 @@ def ident(plugin):
 
 
 @pytest.mark.parametrize(("plugin", "by", "factory"), CASES, ids=ident)
-def test_torch_gives_the_same_rates(plugin, by, factory):
-    agree(ours(plugin), theirs(by, factory))
+def test_rates_equal_those_of_torch(plugin, by, factory):
+    assert_close(plugin_rates(plugin), torch_values(by, factory))
 
 
 def test_cosine_rises_again_after_t_max():
-    first = [scheduled_rates[0] for scheduled_rates in ours("cosine:t_max=50")][::BATCHES]
+    first = [rates[0] for rates in plugin_rates("cosine:t_max=50")][::BATCHES]
     assert first[50] == pytest.approx(0, abs=1e-17)
     assert first[100] == pytest.approx(0.1)
     assert first[25] == pytest.approx(first[75])
@@ -164,12 +164,12 @@ def test_cosine_rises_again_after_t_max():
 
 @pytest.mark.parametrize("options", ["", ",by=epoch"])
 @pytest.mark.parametrize("base", [0.01, None])
-def test_trapezoidal_is_what_its_words_say(options, base):
+def test_trapezoidal_rises_holds_and_falls(options, base):
     size, anneal = (300, 3000) if not options else (30, 120)
-    here = f",base_lr={base}" if base else ""
+    base_option = f",base_lr={base}" if base else ""
 
-    def by_hand(position, own):
-        low = own if base is None else base
+    def expected(position, initial_lr):
+        low = initial_lr if base is None else base
         if position < size:
             return low + (0.4 - low) * position / size
         if position < anneal:
@@ -178,12 +178,12 @@ def test_trapezoidal_is_what_its_words_say(options, base):
             return 0.4 - (0.4 - low) * (position - anneal) / size
         return low
 
-    mine = ours(f"trapezoidal:max_lr=0.4,step_size={size},anneal_start={anneal}{here}{options}")
-    agree(mine, [[by_hand(step if not options else step // BATCHES, own) for own in (0.1, 0.03)] for step in range(TOTAL)])
+    rates = plugin_rates(f"trapezoidal:max_lr=0.4,step_size={size},anneal_start={anneal}{base_option}{options}")
+    assert_close(rates, [[expected(step if not options else step // BATCHES, lr) for lr in (0.1, 0.03)] for step in range(TOTAL)])
 
 
-def test_a_trapezoid_ends_with_the_run_unless_told_otherwise():
-    assert ours("trapezoidal:max_lr=0.4,step_size=10%") == ours("trapezoidal:max_lr=0.4,step_size=10%,anneal_start=90%")
+def test_trapezoidal_ends_with_the_run_without_anneal_start():
+    assert plugin_rates("trapezoidal:max_lr=0.4,step_size=10%") == plugin_rates("trapezoidal:max_lr=0.4,step_size=10%,anneal_start=90%")
 
 
 MOMENTA = [
@@ -203,38 +203,38 @@ MOMENTA = [
 @pytest.mark.parametrize("kind", [torch.optim.SGD, partial(torch.optim.Adam, betas=(0.9, 0.77)), torch.optim.RMSprop],
                          ids=["SGD", "Adam", "RMSprop"])
 @pytest.mark.parametrize(("plugin", "factory"), MOMENTA, ids=ident)
-def test_momentum_is_cycled_as_by_torch(plugin, factory, kind):
-    def look(group):
+def test_momentum_equals_that_of_torch(plugin, factory, kind):
+    def read(group):
         return [group["lr"], *group.get("betas", [group.get("momentum")])]
 
-    run, mine = a_run(plugin, optimizer=two_groups(kind)), []
-    for _, now in lr_curve(run, points=TOTAL):
+    run, values = make_run(plugin, optimizer=two_groups(kind)), []
+    for _, rates in lr_curve(run, points=TOTAL):
         run.hook.before_step(run=run)
-        mine.append([[lr, *look(group)[1:]] for lr, group in zip(now, run.optimizer.param_groups, strict=True)])
-    agree(mine, theirs("step", factory, look, kind))
+        values.append([[lr, *read(group)[1:]] for lr, group in zip(rates, run.optimizer.param_groups, strict=True)])
+    assert_close(values, torch_values("step", factory, read, kind))
 
 
 @pytest.mark.parametrize("plugin", ["onecycle:max_lr=1", "cyclic:base_lr=0.1,max_lr=1"])
 def test_an_optimizer_without_momentum_is_refused(net, batches, plugin):
     adagrad = partial(torch.optim.Adagrad, lr=0.1)
-    with pytest.raises(UsageError, match="Adagrad has no momentum to cycle; add cycle_momentum=false"):
-        fit(net, torch.nn.CrossEntropyLoss(), adagrad, batches, plugins=[full(plugin)])
-    fit(net, torch.nn.CrossEntropyLoss(), adagrad, batches, plugins=[f"{full(plugin)},cycle_momentum=false"])
+    with pytest.raises(UsageError, match="Adagrad has no momentum to cycle; pass cycle_momentum=false"):
+        fit(net, torch.nn.CrossEntropyLoss(), adagrad, batches, plugins=[full_spec(plugin)])
+    fit(net, torch.nn.CrossEntropyLoss(), adagrad, batches, plugins=[f"{full_spec(plugin)},cycle_momentum=false"])
 
 
-def test_momentum_left_alone_stays_what_it_was():
-    run = a_run("onecycle:max_lr=1,cycle_momentum=false", "cyclic:base_lr=1,max_lr=2,cycle_momentum=false")
+def test_with_cycle_momentum_false_no_hook_changes_momentum():
+    run = make_run("onecycle:max_lr=1,cycle_momentum=false", "cyclic:base_lr=1,max_lr=2,cycle_momentum=false")
     assert run.hook.acting["before_step"] == run.hook.acting["train_start"] == []
 
 
 def test_after_a_shorter_cycle_the_rate_stays_at_its_lowest():
-    short = ours("onecycle:max_lr=1.0,total_steps=1000,cycle_momentum=false")
+    short = plugin_rates("onecycle:max_lr=1.0,total_steps=1000,cycle_momentum=false")
     assert short[1000:] == short[999:-1]
     assert short[-1] == pytest.approx([1 / 25 / 1e4] * 2, rel=1e-12)
 
 
-def test_a_rise_of_one_step_is_no_division_by_zero():
-    lrs = ours("onecycle:max_lr=1.0,pct_start=0.1,cycle_momentum=false", epochs=1, batches=10)
+def test_onecycle_with_a_rise_of_one_step():
+    lrs = plugin_rates("onecycle:max_lr=1.0,pct_start=0.1,cycle_momentum=false", epochs=1, batches=10)
     assert lrs[0] == pytest.approx([1 / 25] * 2)
     assert 0.9 < lrs[1][0] < 1
     assert lrs[-1] == pytest.approx([1 / 25 / 1e4] * 2)
@@ -242,11 +242,11 @@ def test_a_rise_of_one_step_is_no_division_by_zero():
 
 @pytest.mark.parametrize("plugin", ALL, ids=ident)
 def test_a_schedule_is_a_pure_function_of_the_position(plugin):
-    run = a_run(plugin)
+    run = make_run(plugin)
     forward = dict(lr_curve(run, points=TOTAL))
     order = list(range(0, TOTAL, 7))
     for steps in (order[::-1], random.Random(0).sample(order, len(order))):
-        run = a_run(plugin)
+        run = make_run(plugin)
         for run.counters.attempts in steps:
             run.counters.epoch = run.attempts // BATCHES
             assert scheduled_rates(run) == forward[run.attempts]
@@ -254,21 +254,21 @@ def test_a_schedule_is_a_pure_function_of_the_position(plugin):
 
 @pytest.mark.parametrize("plugin", ALL, ids=ident)
 def test_warmup_multiplies_and_never_exceeds_the_schedule(plugin):
-    alone, warmed = torch.tensor(ours(plugin)), torch.tensor(ours("warmup:length=300", plugin))
-    assert (warmed <= alone).all()
-    assert torch.equal(warmed[300:], alone[300:])
-    assert (warmed[0] < alone[0]).all()
-    torch.testing.assert_close(warmed, torch.tensor(ours(plugin, "warmup:length=300")), rtol=1e-12, atol=0)
+    without, with_warmup = torch.tensor(plugin_rates(plugin)), torch.tensor(plugin_rates("warmup:length=300", plugin))
+    assert (with_warmup <= without).all()
+    assert torch.equal(with_warmup[300:], without[300:])
+    assert (with_warmup[0] < without[0]).all()
+    torch.testing.assert_close(with_warmup, torch.tensor(plugin_rates(plugin, "warmup:length=300")), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("plugin", [
     *(plugin for plugin, by, _ in CASES if by == "epoch"), "cosine:by=step", "onecycle:max_lr=1.0", "linear:total_iters=50%,by=step",
     "step:step_size=10%,by=step", "trapezoidal:max_lr=0.4,step_size=10%", "cyclic:base_lr=0.01,max_lr=0.1,step_size_up=4ep"], ids=ident)
 def test_accumulation_does_not_stretch_a_schedule(plugin):
-    assert ours("accumulate:every=4", plugin, batches=4 * BATCHES - 3) == ours(plugin)
+    assert plugin_rates("accumulate:every=4", plugin, batches=4 * BATCHES - 3) == plugin_rates(plugin)
 
 
-def test_a_skipped_step_does_not_hold_a_schedule_back(net, batches, sgd):
+def test_a_skipped_step_does_not_delay_a_schedule(net, batches, sgd):
     seen = []
 
     class Skip:
@@ -281,15 +281,15 @@ def test_a_skipped_step_does_not_hold_a_schedule_back(net, batches, sgd):
         def after_step(self, run: Run):
             seen.append(run.optimizer.param_groups[0]["lr"])
 
-    fit(net, torch.nn.CrossEntropyLoss(), sgd, batches, epochs=2, plugins=[full("polynomial:total_iters=100%,by=step"), Skip()])
+    fit(net, torch.nn.CrossEntropyLoss(), sgd, batches, epochs=2, plugins=[full_spec("polynomial:total_iters=100%,by=step"), Skip()])
     assert seen == pytest.approx([0.1 * (1 - step / 16) for step in range(16)])
 
 
 @pytest.mark.parametrize(("plugin", "message"), [
     ("step:step_size=3,gamma=-1", "gamma is above 0, not -1"),
-    ("step:step_size=-3", "step_size takes a length above 0, not '-3'"),
+    ("step:step_size=-3", "step_size takes a duration above 0, not '-3'"),
     ("multistep:milestones=3,gamma=0", "gamma is above 0, not 0"),
-    ("multistep:milestones=3,x", "milestones takes a length, not 'x'"),
+    ("multistep:milestones=3,x", "milestones takes a duration, not 'x'"),
     ("exponential:gamma=nan", "gamma takes a number of at most 3.4e38, not 'nan'"),
     ("linear:start_factor=0", "start_factor is above 0 and at most 1, not 0"),
     ("linear:end_factor=1.5", "end_factor is 0 to 1, not 1.5"),
@@ -309,11 +309,11 @@ def test_a_skipped_step_does_not_hold_a_schedule_back(net, batches, sgd):
     ("cyclic:base_lr=1,max_lr=1,max_momentum=2", "max_momentum is 0 to 1, not 2"),
     ("trapezoidal:max_lr=0,step_size=1", "max_lr is above 0, not 0"),
     ("trapezoidal:max_lr=1,step_size=1,base_lr=-1", "base_lr is at least 0, not -1"),
-    ("onecycle", "max_lr must be said"),
+    ("onecycle", "max_lr is required"),
 ])
 def test_options_out_of_range_are_refused(plugin, message):
     with pytest.raises(UsageError, match=f"^{plugin.partition(':')[0]}: {message}"):
-        compose([full(plugin)])
+        compose([full_spec(plugin)])
 
 
 @pytest.mark.parametrize("plugin", [
@@ -323,20 +323,20 @@ def test_a_list_has_a_value_for_every_group(net, batches, sgd, plugin):
         fit(net, torch.nn.CrossEntropyLoss(), sgd, batches, plugins=[plugin])
 
 
-def test_functions_come_by_import_path():
-    assert ours("lambda:lr_lambda=math:exp", epochs=2)[-1] == pytest.approx([0.1 * 2.718281828459045, 0.03 * 2.718281828459045])
-    assert ours("lambda:lr_lambda=math:exp,math:cos", epochs=2)[-1] == pytest.approx([0.1 * 2.718281828459045, 0.03 * cos(1)])
+def test_functions_are_given_by_import_path():
+    assert plugin_rates("lambda:lr_lambda=math:exp", epochs=2)[-1] == pytest.approx([0.1 * 2.718281828459045, 0.03 * 2.718281828459045])
+    assert plugin_rates("lambda:lr_lambda=math:exp,math:cos", epochs=2)[-1] == pytest.approx([0.1 * 2.718281828459045, 0.03 * cos(1)])
 
 
 def test_multiplicative_calls_its_function_once_per_position():
-    asked = []
-    run = a_run(cls("multiplicative")(lambda position: asked.append(position) or 0.5, by="step"))
+    positions = []
+    run = make_run(cls("multiplicative")(lambda position: positions.append(position) or 0.5, by="step"))
     for run.counters.attempts in (0, 1, 2, 9, 10, 4, 10):
         assert scheduled_rates(run) == pytest.approx([0.1 * 0.5**run.attempts, 0.03 * 0.5**run.attempts])
-    assert asked == list(range(1, 11))
+    assert positions == list(range(1, 11))
 
 
-def test_the_curve_leaves_the_run_where_it_was():
+def test_lr_curve_does_not_change_the_counters_of_the_run():
     run = Run(None, None, torch.optim.SGD([torch.zeros(1, requires_grad=True)]), range(5), epochs=3, hook=compose(["cosine"], DEFAULTS))
     run.optimizer.param_groups[0]["initial_lr"] = 0.1
     run.counters.epoch, run.counters.attempts, run.counters.seen = 1, 6, 6

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, which batch systems send: save at the next safe point, leave, and go on later with the same bits."""
+"""SIGTERM and SIGUSR1, which batch systems send: the run saves at the next safe point, exits, and resumes exactly."""
 import json
 import os
 import random
@@ -26,11 +26,11 @@ cross_entropy = nn.CrossEntropyLoss()
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
-# In this process: a plugin or the data sends the signal
+# In this process, to which a plugin or the data set sends the signal
 
 
 class Data(Dataset):
-    """Samples with noise; reading one of them, or what is given as `read`, may send a signal."""
+    """Samples with noise. Reading a sample calls `read`, which may send a signal."""
 
     def __init__(self, read=lambda: None):
         self.read = read
@@ -49,19 +49,19 @@ def small():
 
 
 def run(out, *plugins, read=lambda: None, epochs=3, **settings):
-    """Three epochs of five steps, two evaluations in each."""
+    """Train for three epochs of five steps, with two evaluations in each."""
     return fit(small(), cross_entropy, sgd, DataLoader(Data(read), 8, shuffle=True), DataLoader(Data(read), 20), epochs=epochs, out=out,
                eval_every=3, seed=1, **{"plugins": ["checkpoint", *plugins]} | settings)
 
 
 def send(number):
-    """Send this process a signal, unless it would die of it."""
+    """Send this process a signal, which must have a handler."""
     assert signal.getsignal(number) is not signal.SIG_DFL
     signal.raise_signal(number)
 
 
 class Send:
-    """Sends a signal at the first moment of a kind after so many steps."""
+    """Sends a signal in the hook `moment`, the first time after so many steps."""
 
     def __init__(self, number, moment, steps=7, times=1):
         self.number, self.moment, self.steps, self.times = number, moment, steps, times
@@ -110,21 +110,21 @@ class Send:
             self.at("read", self.run)
 
 
-# The first such moment after seven steps, and the step after which the run leaves.
+# The hook, or reading of data, in which the signal is sent after seven steps; and the step after which the run exits.
 MOMENTS = {"read": 8, "before_step": 8, "compute_loss": 8, "grads_ready": 8, "after_step": 7, "safe_point": 8, "evaluate": 10,
            "after_evaluate": 10, "epoch_end": 10, "epoch_start": 11}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nobody disturbed."""
+    """An uninterrupted run."""
     torch.set_num_threads(1)
     return run(tmp_path_factory.mktemp("whole"), Send(0, ""))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("number", SIGNALS)
-def test_it_saves_at_the_next_safe_point_and_goes_on_with_the_same_bits(number, moment, whole, tmp_path, same, caplog):
+def test_it_saves_at_the_next_safe_point_and_resumes_to_the_same_bits(number, moment, whole, tmp_path, same, caplog):
     sender = Send(number, moment)
     with pytest.raises(SystemExit) as end:
         run(tmp_path, sender, read=sender.read)
@@ -132,7 +132,7 @@ def test_it_saves_at_the_next_safe_point_and_goes_on_with_the_same_bits(number, 
     file, saved = find_checkpoint(tmp_path)
     assert saved["counters"]["step"] == MOMENTS[moment]
     (line,) = caplog.messages
-    assert re.fullmatch(rf"checkpoint: left on {number.name} after {MOMENTS[moment]} updates, in epoch [23]; resume continues from {re.escape(str(file))}", line)
+    assert re.fullmatch(rf"checkpoint: stopped by {number.name} after {MOMENTS[moment]} updates, in epoch [23]; resume continues from {re.escape(str(file))}", line)
     assert signal.getsignal(number) == signal.SIG_DFL
     resumed = run(tmp_path, Send(0, ""), resume=tmp_path)
     same(resumed.model, whole.model)
@@ -141,27 +141,27 @@ def test_it_saves_at_the_next_safe_point_and_goes_on_with_the_same_bits(number, 
 
 @pytest.mark.parametrize("second", SIGNALS)
 @pytest.mark.parametrize("moment", ["compute_loss", "evaluate", "read"])
-def test_a_second_one_ends_it_at_once(moment, second, tmp_path, caplog):
-    """Without a checkpoint, and without a word: somebody is in a hurry."""
-    sender, hurry = Send(signal.SIGTERM, moment), Send(second, moment)
+def test_a_second_signal_ends_the_run_at_once(moment, second, tmp_path, caplog):
+    """Without a checkpoint and without a message."""
+    sender, second_sender = Send(signal.SIGTERM, moment), Send(second, moment)
 
     def read():
         sender.read()
-        hurry.read()
+        second_sender.read()
 
     with pytest.raises(SystemExit) as end:
-        run(tmp_path, sender, hurry, read=read)
+        run(tmp_path, sender, second_sender, read=read)
     assert end.value.code == 128 + second
-    assert find_checkpoint(tmp_path)[1]["counters"]["step"] == 7           # which was there before
+    assert find_checkpoint(tmp_path)[1]["counters"]["step"] == 7           # the best checkpoint, written before
     assert not caplog.messages
     assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
 
 
 @pytest.mark.parametrize("write", [1, 5, 10, 15, 25])
 @pytest.mark.parametrize("kind", ["a second signal", "ctrl-c"])
-def test_what_ends_it_while_it_saves_leaves_nothing_half_written(kind, write, tmp_path, monkeypatch, caplog, same, whole):
-    """Torch calls back into Python while it writes, and has an error of its own where that does not return."""
-    writes, written = [], ChecksumWriter.write
+def test_an_interruption_while_saving_leaves_no_partial_file(kind, write, tmp_path, monkeypatch, caplog, same, whole):
+    """torch calls Python code to write, and raises an error of its own if that code raises one."""
+    writes, real_write = [], ChecksumWriter.write
 
     def interrupted(self, data):
         writes.append(len(data))
@@ -169,7 +169,7 @@ def test_what_ends_it_while_it_saves_leaves_nothing_half_written(kind, write, tm
             if kind == "ctrl-c":
                 raise KeyboardInterrupt
             send(signal.SIGUSR1)
-        return written(self, data)
+        return real_write(self, data)
 
     class Patch:
         @hookimpl
@@ -191,10 +191,10 @@ def test_what_ends_it_while_it_saves_leaves_nothing_half_written(kind, write, tm
 
 
 @pytest.mark.parametrize("moment", ["after_step", "evaluate", "epoch_end", "safe_point"])
-def test_one_that_comes_at_the_end_changes_nothing(moment, whole, tmp_path, same, caplog):
-    """The run is over before there is anything to leave."""
+def test_a_signal_at_the_end_of_the_run_changes_nothing(moment, whole, tmp_path, same, caplog):
+    """The run is finished before the next safe point."""
     sender = Send(signal.SIGTERM, moment, steps=15)
-    if moment == "after_step":          # the step's own safe point is before the epoch's end
+    if moment == "after_step":          # the safe point of the step comes before the end of the epoch
         with pytest.raises(SystemExit):
             run(tmp_path, sender)
         caplog.clear()
@@ -208,16 +208,16 @@ def test_one_that_comes_at_the_end_changes_nothing(moment, whole, tmp_path, same
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_in_another_thread_it_works_and_installs_nothing(tmp_path, whole, same):
+def test_a_run_in_another_thread_installs_no_handlers(tmp_path, whole, same):
     seen, done = [], []
 
-    class Look:
+    class Recorder:
         @hookimpl
         def before_step(self, run: Run):
             seen.append([signal.getsignal(number) for number in SIGNALS])
 
     torch.manual_seed(1)
-    thread = threading.Thread(target=lambda: done.append(run(tmp_path, Look())))
+    thread = threading.Thread(target=lambda: done.append(run(tmp_path, Recorder())))
     thread.start()
     thread.join()
     same(done[0].model, whole.model)
@@ -226,7 +226,7 @@ def test_in_another_thread_it_works_and_installs_nothing(tmp_path, whole, same):
 
 
 class Raise:
-    """Raises an error at a moment."""
+    """Raises an error in the hook `moment`."""
 
     def __init__(self, moment):
         self.moment = moment
@@ -245,7 +245,7 @@ class Raise:
 
 
 @pytest.mark.parametrize("moment", ["train_start", "grads_ready", "ctrl-c", "never"])
-def test_handlers_are_restored_afterwards_also_after_an_error(moment, tmp_path):
+def test_handlers_are_restored_after_the_run_and_after_an_error(moment, tmp_path):
     if moment == "never":
         run(tmp_path, Raise(moment), epochs=1)
     else:
@@ -255,21 +255,21 @@ def test_handlers_are_restored_afterwards_also_after_an_error(moment, tmp_path):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("mine", ["a function", "ignored"])
-def test_a_handler_of_the_users_own_is_left_alone(mine, number, tmp_path, whole, same):
-    heard = []
-    handler = signal.SIG_IGN if mine == "ignored" else lambda number, frame: heard.append(number)
+@pytest.mark.parametrize("kind", ["a function", "ignored"])
+def test_an_existing_handler_is_not_replaced(kind, number, tmp_path, whole, same):
+    received = []
+    handler = signal.SIG_IGN if kind == "ignored" else lambda number, frame: received.append(number)
     before = signal.signal(number, handler)
     try:
         done = run(tmp_path, Send(number, "compute_loss", times=2))
         assert signal.getsignal(number) == handler
     finally:
         signal.signal(number, before)
-    assert heard == ([] if mine == "ignored" else [number] * 2)
+    assert received == ([] if kind == "ignored" else [number] * 2)
     same(done.model, whole.model)
 
 
-def test_two_that_save_leave_once(whole, tmp_path, same, caplog):
+def test_with_two_checkpoint_plugins_the_run_exits_once(whole, tmp_path, same, caplog):
     plugins = [f"checkpoint:dir={folder}" for folder in "ab"]
     with pytest.raises(SystemExit) as end:
         run(tmp_path, plugins=[*plugins, Send(signal.SIGTERM, "compute_loss")])
@@ -281,25 +281,25 @@ def test_two_that_save_leave_once(whole, tmp_path, same, caplog):
     same(resumed.model, whole.model)
 
 
-def test_without_a_checkpoint_nothing_is_installed(tmp_path):
-    class Look:
+def test_without_the_plugin_no_handlers_are_installed(tmp_path):
+    class AssertDefault:
         @hookimpl
         def before_step(self, run: Run):
             assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
 
-    run(tmp_path, plugins=[Look()], epochs=1)
+    run(tmp_path, plugins=[AssertDefault()], epochs=1)
 
 
-# In a process of its own
+# In a separate process
 
 
-NURSERY = """
+FORK_SERVER = """
 import atexit, gc, json, os, runpy, sys
 import sklearn.datasets, torch._dynamo, torch.utils.data._utils.worker, torchvision.models
 import loopctl.cli.data, loopctl.cli.train, loopctl.plugins.checkpoint, loopctl.plugins.csv
 
 torch.set_num_threads(1)
-torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.2       # seconds in which a worker notices that nobody is left; else 5
+torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.2       # seconds until a worker notices that its parent has ended; default 5
 gc.freeze()
 for line in sys.stdin:
     folder, *words = json.loads(line)
@@ -310,7 +310,7 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
     os._exit(0)
-# From here on it is as if `python` had been called with these words.
+# The child runs the arguments as `python` would.
 os.setsid()
 os.chdir(folder)
 for number, name in enumerate((os.devnull, "out", "err")):
@@ -323,14 +323,15 @@ try:
         runpy.run_path(words[0], run_name="__main__")
 except SystemExit as end:
     status = end.code or 0
-# It ends as it would, but for taking down all that is imported, which takes longer than all else.
+# Exit as usual, but without the teardown of imported modules, which takes longer than the test.
 atexit._run_exitfuncs()
 sys.stdout.flush()
 os._exit(status)
 """
 
-# It says where it is, and waits there until it may go on, so that a signal comes at that moment and no other.
-TELL = """
+# The plugin creates the file "reached" in a hook, and waits there for the file "continue", so that the test can send a
+# signal at exactly that moment.
+PAUSE = """
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -338,15 +339,15 @@ import torch
 from loopctl import hookimpl
 
 @dataclass(eq=False)
-class Tell:
+class Pause:
     moment: str = ""
     slow: float = 0.0
 
     def at(self, moment, run):
-        if moment == self.moment and run.attempts >= 7 and not run.resume and not Path("there").exists():
-            Path("there").touch()
-            until = time.monotonic() + 200          # else it would wait for ever where the tests are killed
-            while not Path("go").exists() and time.monotonic() < until:
+        if moment == self.moment and run.attempts >= 7 and not run.resume and not Path("reached").exists():
+            Path("reached").touch()
+            until = time.monotonic() + 200          # the test that should continue it may have been killed
+            while not Path("continue").exists() and time.monotonic() < until:
                 time.sleep(0.01)
 
     @hookimpl
@@ -361,7 +362,7 @@ class Tell:
         return (yield)
 """
 
-# Samples whose noise is drawn in the loader's workers.
+# A script that trains on samples with random noise, drawn in loader workers if there are any.
 SCRIPT = """
 import json, sys
 from functools import partial
@@ -369,7 +370,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from loopctl import fit
-from tell import Tell
+from pause import Pause
 
 class Noisy(Dataset):
     def __len__(self):
@@ -382,60 +383,60 @@ loaders = [DataLoader(Noisy(), size, shuffle, num_workers=workers, persistent_wo
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
 fit(model, nn.CrossEntropyLoss(), partial(torch.optim.SGD, lr=0.1, momentum=0.9), *loaders, epochs=2, seed=1, out=out,
-    resume=resume, plugins=["checkpoint", "csv", Tell(moment)])
+    resume=resume, plugins=["checkpoint", "csv", Pause(moment)])
 torch.save(model.state_dict(), f"{out}/final")
 """
 
 
 @pytest.fixture(scope="module")
-def nursery():
-    """A process that has imported everything, and forks one that runs what it is told."""
-    process = subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def fork_server():
+    """A process that has imported everything, and forks a child for each command line that it reads."""
+    process = subprocess.Popen([sys.executable, "-c", FORK_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     yield process
     process.stdin.close()
     assert process.wait(60) == 0
     process.stdout.close()
 
 
-def about(process):
-    """A process's state, parent, group and session."""
+def process_status(process):
+    """The state, parent, process group and session of a process."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:4]
-    except OSError:                     # it has ended
+    except OSError:                     # the process has ended
         return "X", 0, 0, 0
 
 
 class Child:
-    """A process that was begun, the leader of a session of its own."""
+    """A forked process, which is the leader of its own session."""
 
-    def __init__(self, nursery, folder, *words):
-        self.nursery, self.folder, self.status = nursery, folder, None
-        for name in ("there", "go"):
+    def __init__(self, fork_server, folder, *words):
+        self.fork_server, self.folder, self.status = fork_server, folder, None
+        for name in ("reached", "continue"):
             (folder / name).unlink(missing_ok=True)
-        nursery.stdin.write(json.dumps([str(folder), *map(str, words)]) + "\n")
-        nursery.stdin.flush()
-        self.pid = int(nursery.stdout.readline())
+        fork_server.stdin.write(json.dumps([str(folder), *map(str, words)]) + "\n")
+        fork_server.stdin.flush()
+        self.pid = int(fork_server.stdout.readline())
         self.limit = threading.Timer(200, os.kill, (self.pid, signal.SIGKILL))
         self.limit.start()
 
     def session(self):
-        """The processes of its session that are at work, itself among them; a worker's parent may be gone."""
+        """The running processes of its session, including itself. They include workers whose parent has ended."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
-            state, _, _, session = about(folder.name)
+            state, _, _, session = process_status(folder.name)
             if int(session) == self.pid and state not in "ZX":
                 found.append(int(folder.name))
         return found
 
-    def until(self, fact):
-        """Wait for a fact, or for its end."""
-        while not fact() and about(self.pid)[0] not in "ZX":
+    def wait_for(self, condition):
+        """Wait until `condition()` is true; fail if the process ends before."""
+        while not condition() and process_status(self.pid)[0] not in "ZX":
             time.sleep(0.01)
-        assert fact(), self.errors()
+        assert condition(), self.errors()
 
     def end(self):
-        """Wait for its end; its exit status. Nothing that it began is left soon after."""
-        self.status = int(self.nursery.stdout.readline())
+        """Wait for the end of the process; return its exit status. All processes that it started must end, too."""
+        self.status = int(self.fork_server.stdout.readline())
         self.limit.cancel()
         for _ in range(2000):
             if not self.session():
@@ -443,7 +444,7 @@ class Child:
             time.sleep(0.01)
         left = self.session()
         self.kill()
-        raise AssertionError(f"{len(left)} processes are left")
+        raise AssertionError(f"{len(left)} processes are still running")
 
     def kill(self):
         for process in self.session():
@@ -454,32 +455,33 @@ class Child:
 
 
 @pytest.fixture
-def start(nursery, tmp_path):
-    place(tmp_path)
-    begun = []
+def start(fork_server, tmp_path):
+    """Start a child process with the given arguments."""
+    write_files(tmp_path)
+    children = []
 
-    def child(*words):
-        begun.append(Child(nursery, tmp_path, *words))
-        return begun[-1]
+    def start_child(*words):
+        children.append(Child(fork_server, tmp_path, *words))
+        return children[-1]
 
-    yield child
-    for one in begun:
-        if one.status is None:          # the test failed before its end
-            os.kill(one.pid, signal.SIGKILL)
-            one.end()
+    yield start_child
+    for child in children:
+        if child.status is None:        # the test failed before the end of the child
+            os.kill(child.pid, signal.SIGKILL)
+            child.end()
 
 
-def place(folder):
-    """Put the plugin and the script there."""
+def write_files(folder):
+    """Write the plugin and the script."""
     if sys.platform != "linux":
-        pytest.skip("looks into /proc")
-    (folder / "tell.py").write_text(TELL)
+        pytest.skip("reads /proc")
+    (folder / "pause.py").write_text(PAUSE)
     (folder / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(folder)!r})\n{SCRIPT}")
 
 
 def command(out, workers=0, moment="none", more=""):
     return ["loopctl", "run", "--model", "linear", "--epochs", 2, "--workers", workers, "--without", "progress", "--plugin",
-            f"tell.py:Tell:moment={moment}{more}", "--plugin", "checkpoint:every_steps=3", "--out", out]
+            f"pause.py:Pause:moment={moment}{more}", "--plugin", "checkpoint:every_steps=3", "--out", out]
 
 
 def script(out, workers, persist, moment="none", resume=None):
@@ -487,29 +489,29 @@ def script(out, workers, persist, moment="none", resume=None):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(nursery, tmp_path_factory):
-    """The folder of a run that nobody disturbed, by the words that begin it."""
+def uninterrupted(fork_server, tmp_path_factory):
+    """The folder of an uninterrupted run with the given arguments."""
     known = {}
 
     def find(*words):
         if words not in known:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            place(folder)
-            assert Child(nursery, folder, *words).end() == 0
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            write_files(folder)
+            assert Child(fork_server, folder, *words).end() == 0
             known[words] = folder / "whole"
         return known[words]
     return find
 
 
-def same_end(folder, whole, *names):
+def assert_same_files(folder, whole, *names):
     for name in names:
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
-def left(child, number, out):
-    """It saved and left, having said so in one line."""
+def assert_stopped_by(number, child, out):
+    """Assert that the child saved and exited, with one line on stderr."""
     assert child.end() == 128 + number
-    assert re.fullmatch(rf"checkpoint: left on {number.name} after \d+ updates, in epoch [12]; resume continues from "
+    assert re.fullmatch(rf"checkpoint: stopped by {number.name} after \d+ updates, in epoch [12]; resume continues from "
                         rf"{out}/checkpoints/step-\d+\.pt\n", child.errors())
     assert not list(child.folder.rglob("*.new"))
 
@@ -518,78 +520,80 @@ def left(child, number, out):
     (signal.SIGTERM, 0, "train", False), (signal.SIGUSR1, 2, "train", False), (signal.SIGTERM, 2, "train", True),
     (signal.SIGTERM, 2, "evaluate", True),
 ])
-def test_loopctl_run_saves_leaves_and_goes_on(number, workers, moment, group, start, undisturbed, tmp_path):
-    """The signal comes to the process, or to its workers too, as from a batch system or a terminal."""
+def test_loopctl_run_saves_exits_and_resumes(number, workers, moment, group, start, uninterrupted, tmp_path):
+    """The signal is sent to the process, or to its process group, as batch systems do."""
     child = start(*command("part", workers, moment))
-    child.until((tmp_path / "there").exists)
+    child.wait_for((tmp_path / "reached").exists)
     assert len(child.session()) >= 1 + workers
     (os.killpg if group else os.kill)(child.pid, number)
-    time.sleep(0.3 if group else 0)                 # in which a worker could die of it
-    (tmp_path / "go").touch()
-    left(child, number, "part")
+    time.sleep(0.3 if group else 0)                 # time for a worker to end if it does not ignore the signal
+    (tmp_path / "continue").touch()
+    assert_stopped_by(number, child, "part")
     assert not (tmp_path / "part" / "weights.safetensors").exists()
     resumed = start("loopctl", "run", "--resume", "part")
     assert resumed.end() == 0
     assert resumed.errors() == ""
-    same_end(tmp_path / "part", undisturbed(*command("whole")), "weights.safetensors", "metrics.csv")
+    assert_same_files(tmp_path / "part", uninterrupted(*command("whole")), "weights.safetensors", "metrics.csv")
 
 
 @pytest.mark.parametrize(("number", "workers", "persist", "moment"), [
     (signal.SIGTERM, 0, False, "train"), (signal.SIGTERM, 2, False, "evaluate"), (signal.SIGUSR1, 2, True, "train"),
     (signal.SIGTERM, 2, True, "evaluate"),
 ])
-def test_fit_in_a_script_saves_leaves_and_goes_on(number, workers, persist, moment, start, undisturbed, tmp_path):
-    """The signal comes to all its processes."""
+def test_fit_in_a_script_saves_exits_and_resumes(number, workers, persist, moment, start, uninterrupted, tmp_path):
+    """The signal is sent to the process group."""
     child = start(*script("part", workers, persist, moment))
-    child.until((tmp_path / "there").exists)
+    child.wait_for((tmp_path / "reached").exists)
     assert len(child.session()) >= 1 + workers
     os.killpg(child.pid, number)
     time.sleep(0.3)
-    (tmp_path / "go").touch()
-    left(child, number, "part")
+    (tmp_path / "continue").touch()
+    assert_stopped_by(number, child, "part")
     assert start(*script("part", workers, persist, resume="part")).end() == 0
-    same_end(tmp_path / "part", undisturbed(*script("whole", workers, persist)), "metrics.csv", "final")
+    assert_same_files(tmp_path / "part", uninterrupted(*script("whole", workers, persist)), "metrics.csv", "final")
 
 
 @pytest.mark.parametrize(("workers", "moment"), [(0, "train"), (2, "train"), (2, "evaluate")])
 def test_a_second_signal_to_all_processes_ends_them_at_once(workers, moment, start, tmp_path):
-    """It stands still at that moment, and nobody lets it go on."""
+    """While the run is paused in a hook."""
     child = start(*command("part", workers, moment))
-    child.until((tmp_path / "there").exists)
+    child.wait_for((tmp_path / "reached").exists)
+    lock = tmp_path / "part" / ".lock"              # which the run holds, and removes when it ends
+    assert lock.exists()
     before = set(tmp_path.rglob("*"))
     os.killpg(child.pid, signal.SIGTERM)
-    os.killpg(child.pid, signal.SIGUSR1)            # another one, for two that are alike may count as one
+    os.killpg(child.pid, signal.SIGUSR1)            # another signal, because two pending signals of a kind count as one
     assert child.end() in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
     assert child.errors() == ""
-    assert set(tmp_path.rglob("*")) == before
+    assert set(tmp_path.rglob("*")) == before - {lock}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(workers, start, undisturbed, tmp_path):
-    """At random moments after each time that it has come further; its workers notice and end."""
-    chance, killed, words = random.Random(workers), 0, command("part", workers, more=",slow=0.02")
+def test_a_run_that_is_killed_repeatedly_ends_with_the_same_bits(workers, start, uninterrupted, tmp_path):
+    """With SIGKILL, each time at a random moment after a new checkpoint. Its workers notice and end."""
+    generator, killed, words = random.Random(workers), 0, command("part", workers, more=",slow=0.02")
 
     def saved():
         return {file.name for file in tmp_path.glob("part/checkpoints/step-*.pt")}
 
     while killed < 3:
         before, child = saved(), start(*words)
-        child.until(lambda before=before: saved() - before)
-        time.sleep(chance.random() * 0.2)
+        child.wait_for(lambda before=before: saved() - before)
+        time.sleep(generator.random() * 0.2)
         os.kill(child.pid, signal.SIGKILL)
         assert child.end() == -signal.SIGKILL
         killed, words = killed + 1, ["loopctl", "run", "--resume", "part"]
     child = start(*words)
     assert child.end() == 0, child.errors()
     assert not list(tmp_path.rglob("*.new"))
-    same_end(tmp_path / "part", undisturbed(*command("whole")), "weights.safetensors", "metrics.csv")
+    assert_same_files(tmp_path / "part", uninterrupted(*command("whole")), "weights.safetensors", "metrics.csv")
 
 
-# Processes that nobody shields
+# Signals in loader workers
 
 
-class Masks(Dataset):
-    """Samples that tell how many signals their process holds back, and how many it heeds in a way of its own."""
+class SignalState(Dataset):
+    """Samples with the number of blocked signals in the process that reads them, and of signals with a handler."""
 
     def __len__(self):
         return 4
@@ -599,17 +603,17 @@ class Masks(Dataset):
         return torch.tensor([len(signal.pthread_sigmask(signal.SIG_BLOCK, [])), len(own)]), index
 
 
-@pytest.mark.parametrize(("plugins", "expected"), [([], [0, 0]), (["checkpoint"], [0, 2])], ids=["nobody saves", "somebody saves"])
-def test_the_workers_of_a_run_that_nobody_saves_are_as_ever(plugins, expected, tmp_path):
-    """Else nobody could end one that hangs."""
-    class Look:
+@pytest.mark.parametrize(("plugins", "expected"), [([], [0, 0]), (["checkpoint"], [0, 2])], ids=["without checkpoint", "with checkpoint"])
+def test_loader_workers_ignore_signals_only_with_the_plugin(plugins, expected, tmp_path):
+    """Without it, signals must still end a worker that hangs."""
+    class Recorder:
         @hookimpl
         def compute_loss(self, run: Run, batch):
             seen.append(batch[0].tolist())
             run.outputs = batch[0]
             return run.model.weight.sum()
 
-    seen, loader = [], DataLoader(Masks(), 4, num_workers=1)
-    fit(nn.Linear(1, 1), None, sgd, loader, loader, out=tmp_path, plugins=[Look(), *plugins])
+    seen, loader = [], DataLoader(SignalState(), 4, num_workers=1)
+    fit(nn.Linear(1, 1), None, sgd, loader, loader, out=tmp_path, plugins=[Recorder(), *plugins])
     assert seen == [[expected] * 4] * 2
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()

@@ -1,4 +1,4 @@
-"""throughput against a clock that the test sets, FLOPs counted by hand, and a loop by hand that knows nothing of it."""
+"""The plugin throughput, tested with a fake clock, FLOPs counted by hand, and a plain loop."""
 import math
 import time
 from types import SimpleNamespace
@@ -11,24 +11,24 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.composition.compose import compose
 from loopctl.plugins import throughput
-from loopctl.plugins.throughput import Throughput, compiled, memory, peak_of
+from loopctl.plugins.throughput import Throughput, is_compiled, peak_memory, peak_of
 
 cross_entropy = nn.CrossEntropyLoss()
-# Of nn.Linear(6, 16) and nn.Linear(16, 3), per sample, two per multiply-add: forward, then the gradients of both weights
-# and of the second layer's input; nobody asks for the gradient of the first one's.
+# Of nn.Linear(6, 16) and nn.Linear(16, 3), per sample, two per multiply-add: the forward pass, the gradients of both
+# weights, and the gradient of the second layer's input. The first layer's input needs no gradient.
 FLOPS = 2 * ((6 * 16 + 16 * 3) + (6 * 16 + 16 * 3) + 16 * 3)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The clock of the plugin, which only the test moves."""
+    """The clock of the plugin, which only the test advances."""
     clock = SimpleNamespace(time=100.0)
     monkeypatch.setattr(throughput, "perf_counter", lambda: clock.time)
     return clock
 
 
-class Slow(list):
-    """Batches that take a second each."""
+class SlowData(list):
+    """Batches that take a second each to load."""
 
     def __init__(self, batches, clock):
         super().__init__(batches)
@@ -40,8 +40,8 @@ class Slow(list):
             yield batch
 
 
-class Work:
-    """A step takes 3 s, what comes after it 5 s, and evaluation 1000."""
+class SlowSteps:
+    """A step takes 3 s, the time after it 5 s, and evaluation 1000 s."""
 
     def __init__(self, clock):
         self.clock = clock
@@ -60,10 +60,10 @@ class Work:
         return (yield)
 
 
-def test_bit_for_bit_by_hand(net, batches, valid, clone, same, sgd):
+def test_equals_a_plain_loop_to_the_bit(net, batches, valid, clone, same, sgd):
     other = clone(net)
     fit(net, cross_entropy, sgd, batches, valid, epochs=2, plugins=["throughput:peak=1"], seed=1)
-    here = torch.get_rng_state()
+    rng_state = torch.get_rng_state()
     torch.manual_seed(1)
     optimizer = sgd(other.parameters())
     for _ in range(2):
@@ -72,11 +72,11 @@ def test_bit_for_bit_by_hand(net, batches, valid, clone, same, sgd):
             cross_entropy(other(input), target).backward()
             optimizer.step()
     same(net, other)
-    assert torch.equal(here, torch.get_rng_state())
+    assert torch.equal(rng_state, torch.get_rng_state())
 
 
-class Everything(nn.Module):
-    """Layers that a count might take another way through torch."""
+class ManyLayers(nn.Module):
+    """Layers that torch might compute with other kernels while it counts FLOPs."""
 
     def __init__(self):
         super().__init__()
@@ -90,9 +90,9 @@ class Everything(nn.Module):
 
 
 @pytest.mark.parametrize("plugins", [[], ["amp:dtype=bfloat16"], ["amp:dtype=float16"], ["sam"]], ids=str)
-def test_the_count_changes_no_bit(batches, clone, same, sgd, plugins):
+def test_counting_flops_changes_no_bit(batches, clone, same, sgd, plugins):
     torch.manual_seed(0)
-    model = Everything()
+    model = ManyLayers()
     other = clone(model)
     run = fit(model, cross_entropy, sgd, batches, plugins=[*plugins, "throughput:peak=1"], seed=1)
     fit(other, cross_entropy, sgd, batches, plugins=plugins, seed=1)
@@ -102,10 +102,10 @@ def test_the_count_changes_no_bit(batches, clone, same, sgd, plugins):
 
 @pytest.mark.parametrize(("plugins", "options"), [
     ([], {}), (["accumulate:every=3"], {}), (["split:into=2"], {}), ([], {"eval_every": 3}), ([], {"eval_every": 4})], ids=str)
-def test_speed_and_the_wait_for_data(plain, batches, valid, sgd, clock, plugins, options):
-    """59 samples in 8 batches; what was not evaluation took 8 s for data, and 3 s and 5 s in and after every step."""
-    plugins = [Throughput(peak=2), *plugins, Work(clock)]
-    run = fit(plain, cross_entropy, sgd, Slow(batches, clock), valid, epochs=2, plugins=plugins, **options)
+def test_speed_data_wait_and_mfu(plain, batches, valid, sgd, clock, plugins, options):
+    """59 samples in 8 batches. Without evaluation, an epoch takes 8 s for data, and 3 s + 5 s for every step."""
+    plugins = [Throughput(peak=2), *plugins, SlowSteps(clock)]
+    run = fit(plain, cross_entropy, sgd, SlowData(batches, clock), valid, epochs=2, plugins=plugins, **options)
     seconds = 8 + 8 * run.planned_steps / 2
     for row in run.history:
         assert row["samples_per_s"] == 59 / seconds
@@ -113,105 +113,106 @@ def test_speed_and_the_wait_for_data(plain, batches, valid, sgd, clock, plugins,
         assert row["mfu"] == pytest.approx(FLOPS * 59 / seconds / 2e12, rel=1e-12)
 
 
-def test_the_wait_for_a_data_set_that_sleeps(plain, batches, sgd):
-    class Sleeps(list):
+def test_data_wait_of_a_data_set_that_sleeps(plain, batches, sgd):
+    class SleepingData(list):
         def __iter__(self):
             for batch in super().__iter__():
                 time.sleep(0.02)
                 yield batch
 
-    row, = fit(plain, cross_entropy, sgd, Sleeps(batches), plugins=["throughput"]).history
+    row, = fit(plain, cross_entropy, sgd, SleepingData(batches), plugins=["throughput"]).history
     waited = row["data_wait"] * 59 / row["samples_per_s"]           # in seconds
     assert waited >= 8 * 0.02
     assert 0.3 < row["data_wait"] < 1
 
 
-def test_flops_of_a_sample_are_those_of_the_first_step(plain, batches, sgd, clock):
-    plain[0].requires_grad_(False)                                  # then only the last weight has a gradient
+def test_flops_of_a_sample_are_counted_in_the_first_step(plain, batches, sgd, clock):
+    plain[0].requires_grad_(False)                                  # so only the last weight has a gradient
     plugin = Throughput(peak=1)
-    fit(plain, cross_entropy, sgd, batches, plugins=[plugin, "accumulate:every=2", Work(clock)])
+    fit(plain, cross_entropy, sgd, batches, plugins=[plugin, "accumulate:every=2", SlowSteps(clock)])
     assert plugin.per_sample == 2 * (6 * 16 + 16 * 3 + 16 * 3)
 
 
-def test_one_step_is_counted_and_no_other(plain, batches, sgd):
-    class Look:
+def test_flops_are_counted_only_in_the_first_step(plain, batches, sgd):
+    class Recorder:
         modes = []
 
         @hookimpl
         def after_backward(self):
             self.modes.append(_get_current_dispatch_mode())
 
-    fit(plain, cross_entropy, sgd, batches, plugins=["throughput:peak=1", Look()])
-    assert Look.modes[0] is not None
-    assert Look.modes[1:] == [None] * 7
+    fit(plain, cross_entropy, sgd, batches, plugins=["throughput:peak=1", Recorder()])
+    assert Recorder.modes[0] is not None
+    assert Recorder.modes[1:] == [None] * 7
 
 
-def test_flops_that_are_given_are_not_counted(plain, batches, sgd, clock, monkeypatch):
+def test_flops_given_as_an_option_are_not_counted(plain, batches, sgd, clock, monkeypatch):
     monkeypatch.setattr(throughput, "FlopCounterMode", None)
-    run = fit(plain, cross_entropy, sgd, batches, plugins=["throughput:peak=3,flops=6e12", Work(clock)])
+    run = fit(plain, cross_entropy, sgd, batches, plugins=["throughput:peak=3,flops=6e12", SlowSteps(clock)])
     assert run.metrics["mfu"] == pytest.approx(2 * run.metrics["samples_per_s"])
 
 
-def test_without_a_peak_nothing_is_counted(plain, batches, sgd, monkeypatch):
+def test_without_a_peak_flops_are_not_counted(plain, batches, sgd, monkeypatch):
     monkeypatch.setattr(throughput, "FlopCounterMode", None)
     run = fit(plain, cross_entropy, sgd, batches, plugins=["throughput"])
     assert list(run.history[0]) == ["epoch", "step", "train_loss", "samples_per_s", "data_wait", "memory_gb", "lr"]
 
 
-def test_tokens_that_are_counted_on_the_device(plain, batches, sgd, clock):
+def test_tokens_counted_on_the_device(plain, batches, sgd, clock):
     class Tokens:
         @hookimpl
         def batch_weight(self, batch):
             return torch.tensor(10.0) * len(batch[0])
 
-    run = fit(plain, cross_entropy, sgd, batches, plugins=["throughput:unit=tokens,peak=1", Tokens(), Work(clock)])
+    run = fit(plain, cross_entropy, sgd, batches, plugins=["throughput:unit=tokens,peak=1", Tokens(), SlowSteps(clock)])
     assert run.metrics["tokens_per_s"] == 590 / 64
     assert run.metrics["mfu"] == pytest.approx(FLOPS * 59 / 64 / 1e12, rel=1e-6)
     assert "samples_per_s" not in run.metrics
 
 
-def test_others_know_the_metrics_before_there_are_any(plain, batches, sgd):
+def test_other_plugins_can_monitor_its_metrics(plain, batches, sgd):
     plugins = ["early_stopping:monitor=mfu,mode=max", "throughput:peak=1"]
     run = fit(plain, cross_entropy, sgd, batches, plugins=plugins)
     assert run.hook.plugins["early_stopping"].watch.best == run.metrics["mfu"]
 
 
-def compiled_model():
-    class Compiled:
+def fake_compile():
+    """A plugin that marks the network as compiled."""
+    class FakeCompile:
         @hookimpl
         def wrap_model(self, run: Run):
             def network(input):
                 return run.model(input)
             network._orig_mod = run.model
             run.network = network
-    return Compiled()
+    return FakeCompile()
 
 
-def test_a_compiled_model_is_not_counted(plain, batches, sgd, caplog, monkeypatch):
+def test_flops_of_a_compiled_model_are_not_counted(plain, batches, sgd, caplog, monkeypatch):
     monkeypatch.setattr(throughput, "FlopCounterMode", None)
-    run = fit(plain, cross_entropy, sgd, batches, plugins=["throughput:peak=1", compiled_model()])
+    run = fit(plain, cross_entropy, sgd, batches, plugins=["throughput:peak=1", fake_compile()])
     assert math.isnan(run.metrics["mfu"])
-    assert caplog.messages == ["throughput: mfu is left out, as a count would run a step of the compiled model "
+    assert caplog.messages == ["throughput: mfu is left out, because counting FLOPs would run a step of the compiled model "
                                "uncompiled; pass flops=... of one sample"]
-    run = fit(plain, cross_entropy, sgd, batches, plugins=["throughput:peak=1,flops=1", compiled_model()])
+    run = fit(plain, cross_entropy, sgd, batches, plugins=["throughput:peak=1,flops=1", fake_compile()])
     assert run.metrics["mfu"] > 0
     assert len(caplog.messages) == 1
 
 
-@pytest.mark.filterwarnings("ignore")                   # torch's own, where it imports its compiler
-def test_what_torch_compiles_is_known(plain):
+@pytest.mark.filterwarnings("ignore")                   # from the import of torch's compiler
+def test_compiled_models_are_recognized(plain):
     def run(network, model):
         return SimpleNamespace(network=network, model=model)
 
-    assert not compiled(run(plain, plain))
-    assert compiled(run(torch.compile(plain, backend="eager"), plain))
-    assert compiled(run(torch.compile(lambda x: plain(x), backend="eager"), plain))
+    assert not is_compiled(run(plain, plain))
+    assert is_compiled(run(torch.compile(plain, backend="eager"), plain))
+    assert is_compiled(run(torch.compile(lambda x: plain(x), backend="eager"), plain))
     plain[0].compile(backend="eager")
-    assert compiled(run(plain, plain))
+    assert is_compiled(run(plain, plain))
 
 
 class Fail:
-    """Ends the run like an accident would, once, where `when(run)` is true."""
+    """Raises an error when `when(run)` is true."""
 
     def __init__(self, when):
         self.when = when
@@ -219,36 +220,36 @@ class Fail:
     @hookimpl
     def before_step(self, run: Run):
         if self.when(run):
-            raise RuntimeError("an accident")
+            raise RuntimeError("simulated failure")
 
     @hookimpl(wrapper=True)
     def evaluate(self, run: Run):
         if self.when(run):
-            raise RuntimeError("an accident")
+            raise RuntimeError("simulated failure")
         return (yield)
 
 
-def test_an_accident_in_the_step_that_is_counted_leaves_nothing_on(plain, batches, sgd):
-    with pytest.raises(RuntimeError, match="an accident"):
+def test_counting_stops_after_an_error_in_the_counted_step(plain, batches, sgd):
+    with pytest.raises(RuntimeError, match="simulated failure"):
         fit(plain, cross_entropy, sgd, batches, plugins=["throughput:peak=1", Fail(lambda run: True)])
     assert _get_current_dispatch_mode() is None
 
 
-def test_a_run_that_goes_on(net, batches, valid, clone, same, sgd, clock, tmp_path):
-    whole, plugins = clone(net), ["throughput:peak=1", "checkpoint:every_steps=1", Work(clock)]
+def test_a_resumed_run_measures_the_steps_since_the_resume(net, batches, valid, clone, same, sgd, clock, tmp_path):
+    whole, plugins = clone(net), ["throughput:peak=1", "checkpoint:every_steps=1", SlowSteps(clock)]
     fit(whole, cross_entropy, sgd, batches, valid, epochs=2, plugins=plugins, seed=1, out=tmp_path / "whole")
     with pytest.raises(RuntimeError):
         fit(clone(net), cross_entropy, sgd, batches, valid, epochs=2, seed=1, out=tmp_path,
             plugins=[*plugins, Fail(lambda run: run.attempts == 3)])
-    run = fit(net, cross_entropy, sgd, Slow(batches, clock), valid, epochs=2, plugins=plugins,
+    run = fit(net, cross_entropy, sgd, SlowData(batches, clock), valid, epochs=2, plugins=plugins,
               resume=tmp_path, out=tmp_path)
     same(net, whole)
-    # The list is read again up to where it goes on, which takes 3 s; then there are 35 samples in 5 steps.
+    # Reading the list again up to the resume takes 3 s; then there are 35 samples in 5 steps.
     assert [row["samples_per_s"] for row in run.history] == [35 / (3 + 5 * 9), 59 / (8 * 9)]
     assert run.history[0]["data_wait"] == 8 / 48
 
 
-def test_a_run_that_goes_on_where_nothing_is_left_of_the_epoch(plain, batches, sgd, tmp_path):
+def test_a_run_resumed_at_the_end_of_an_epoch_reports_nan(plain, batches, sgd, tmp_path):
     plugins = ["throughput", "checkpoint:every_steps=1"]
     with pytest.raises(RuntimeError):
         fit(plain, cross_entropy, sgd, batches, plugins=[*plugins, Fail(lambda run: run.attempts == 8)], out=tmp_path)
@@ -256,11 +257,11 @@ def test_a_run_that_goes_on_where_nothing_is_left_of_the_epoch(plain, batches, s
     assert math.isnan(run.history[0]["samples_per_s"])
 
 
-def test_memory():
-    before = memory(torch.device("cpu"))
-    much = torch.ones(2**26)                                       # 256 MB, all of them touched
-    assert 2**26 < before < memory(torch.device("cpu")) + 1 < 2**40
-    assert memory(torch.device("cpu")) > much.numel() * 4
+def test_peak_memory_of_the_process():
+    before = peak_memory(torch.device("cpu"))
+    large = torch.ones(2**26)                                      # 256 MB, all written to
+    assert 2**26 < before < peak_memory(torch.device("cpu")) + 1 < 2**40
+    assert peak_memory(torch.device("cpu")) > large.numel() * 4
 
 
 @pytest.mark.parametrize(("name", "peak"), [
@@ -269,13 +270,13 @@ def test_memory():
     ("Tesla V100-SXM2-16GB", 125), ("Tesla T4", 65), ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA A10G", None),
 ])
-def test_peaks(name, peak):
+def test_peak_by_the_name_of_the_gpu(name, peak):
     assert peak_of(name) == peak
 
 
 @pytest.mark.parametrize(("spec", "message"), [
     ("throughput:peak=0", "throughput: peak is above 0, not 0.0"), ("throughput:flops=-1", "throughput: flops is above 0, not -1.0")])
-def test_wrong_options(spec, message):
+def test_wrong_options_are_refused(spec, message):
     with pytest.raises(UsageError) as refused:
         compose([spec])
     assert str(refused.value) == message
@@ -283,13 +284,13 @@ def test_wrong_options(spec, message):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_a_gpu_no_step_waits_for_it(plain, batches, valid, sgd):
+def test_on_a_gpu_no_step_synchronizes(plain, batches, valid, sgd):
     class Tokens:
         @hookimpl
         def batch_weight(self, batch):
             return (batch[1] >= 0).sum()
 
-    class Watch:
+    class ForbidSync:
         @hookimpl
         def before_step(self):
             torch.cuda.set_sync_debug_mode("error")
@@ -298,10 +299,10 @@ def test_on_a_gpu_no_step_waits_for_it(plain, batches, valid, sgd):
         def after_step(self):
             torch.cuda.set_sync_debug_mode("default")
 
-    torch.ones(2**28, device="cuda")                                # before the run, and none of its memory
+    torch.ones(2**28, device="cuda")                                # allocated before the run, so not part of its memory
     try:
         run = fit(plain, cross_entropy, sgd, batches, valid, epochs=2, device="cuda",
-                  plugins=[Watch(), "throughput:peak=1,unit=tokens", Tokens()])
+                  plugins=[ForbidSync(), "throughput:peak=1,unit=tokens", Tokens()])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert run.metrics["memory_gb"] == torch.cuda.max_memory_allocated() / 2**30 < 1

@@ -1,4 +1,4 @@
-"""A plugin with a fault fails the check that is meant for it, and no other; one without passes all."""
+"""The checks of loopctl.testing: a plugin with one fault fails exactly one check; a plugin without faults passes all."""
 import random
 import re
 import subprocess
@@ -27,16 +27,16 @@ ROOT = Path(__file__).parents[2]
 
 
 @dataclass(eq=False)
-class Good:
+class ScaleGradients:
     """Scale gradients down as the run goes on.
 
-    rate: how fast, 0 to 1
+    rate: how much per step, 0 to 1
     """
 
     rate: float = 0.01
 
     def __init_subclass__(cls):
-        cls.__doc__ = cls.__doc__ or Good.__doc__
+        cls.__doc__ = cls.__doc__ or ScaleGradients.__doc__
 
     @hookimpl
     def train_start(self, run: Run):
@@ -56,22 +56,22 @@ class Good:
         self.count = state["count"]
 
 
-# One fault each.
+# Plugins with one fault each.
 
 
-class OptionWithoutHelp(Good):
+class OptionWithoutHelp(ScaleGradients):
     """Scale gradients down as the run goes on."""
 
 
 @dataclass(eq=False)
-class NoDocstring(Good):
+class NoDocstring(ScaleGradients):
     more: int = 1
 
 
-NoDocstring.__doc__ = "NoDocstring(rate: float = 0.01, more: int = 1)"          # what dataclass writes where there is none
+NoDocstring.__doc__ = "NoDocstring(rate: float = 0.01, more: int = 1)"          # what dataclass generates without a docstring
 
 
-class OptionWithoutType(Good):
+class OptionWithoutType(ScaleGradients):
     """Scale gradients.
 
     rate: how fast
@@ -82,7 +82,7 @@ class OptionWithoutType(Good):
 
 
 @dataclass(eq=False)
-class OptionOfAnyType(Good):
+class OptionOfAnyType(ScaleGradients):
     """Scale gradients.
 
     rate: how fast
@@ -93,7 +93,7 @@ class OptionOfAnyType(Good):
 
 
 @dataclass(eq=False)
-class DefaultOfAnotherType(Good):
+class DefaultOfAnotherType(ScaleGradients):
     """Scale gradients.
 
     rate: how fast
@@ -107,7 +107,7 @@ class DefaultOfAnotherType(Good):
 
 
 @dataclass(eq=False)
-class OptionThatDoesNotReadBack(Good):
+class OptionThatDoesNotReadBack(ScaleGradients):
     """Scale gradients.
 
     rate: how fast
@@ -117,7 +117,7 @@ class OptionThatDoesNotReadBack(Good):
     word: list[str] = field(default_factory=lambda: ["a,b"])
 
 
-class NoDataclass:
+class NotADataclass:
     """Scale gradients."""
 
     def __init__(self, rate=0.1):
@@ -127,50 +127,50 @@ class NoDataclass:
     def after_step(self, run: Run): ...
 
 
-class MisspeltHook(Good):
+class MisspeltHook(ScaleGradients):
     @hookimpl
     def after_stpe(self, run): ...
 
 
-class MisspeltArgument(Good):
+class MisspeltArgument(ScaleGradients):
     @hookimpl
     def after_step(self, rnu): ...
 
 
-class Raises(Good):
+class Raises(ScaleGradients):
     @hookimpl
     def after_step(self, run: Run):
         raise ZeroDivisionError("nothing to divide")
 
 
-class NoUpdate(Good):
+class NoUpdate(ScaleGradients):
     @hookimpl
     def optimizer_step(self, run: Run, closure):
         run.skipped = True
         return closure()
 
 
-class SeedOfItsOwn(Good):
+class DrawsFromTheSystem(ScaleGradients):
     @hookimpl
     def before_step(self, run: Run):
         self.count += random.SystemRandom().random()
 
 
-class ClashesUnclearly(Good):
+class RefusesByTypeError(ScaleGradients):
     @hookimpl
     def setup(self, run: Run):
         if "clip" in run.hook.plugins:
-            raise TypeError("clip has no such thing")
+            raise TypeError("clip has no attribute")
 
 
-class ClashesInTwoLines(Good):
+class RefusesInTwoLines(ScaleGradients):
     @hookimpl
     def setup(self, run: Run):
         if "clip" in run.hook.plugins:
-            raise UsageError("does not go\nwith clip")
+            raise UsageError("does not work\nwith clip")
 
 
-class LeaksAutocast(Good):
+class LeavesAutocastOn(ScaleGradients):
     @hookimpl(wrapper=True)
     def compute_loss(self, run: Run):
         cast = torch.autocast("cpu", torch.bfloat16)
@@ -180,7 +180,7 @@ class LeaksAutocast(Good):
         return loss
 
 
-class LeavesGradModeOff(Good):
+class LeavesGradModeOff(ScaleGradients):
     @hookimpl(wrapper=True)
     def evaluate(self):
         torch.set_grad_enabled(False)
@@ -189,84 +189,84 @@ class LeavesGradModeOff(Good):
         return metrics
 
 
-class LeavesDefaultDtype(Good):
+class LeavesDefaultDtype(ScaleGradients):
     @hookimpl
     def train_end(self):
         torch.set_default_dtype(torch.float64)
 
 
-class LeavesDeterminism(Good):
+class LeavesDeterministicAlgorithmsOn(ScaleGradients):
     @hookimpl(wrapper=True)
     def group_batches(self):
         torch.use_deterministic_algorithms(True)
         groups = yield
-        return self.until_done(groups)
+        return self.then_restore(groups)
 
-    def until_done(self, groups):
+    def then_restore(self, groups):
         yield from groups
         torch.use_deterministic_algorithms(False)
 
 
-class LeavesEvaluationMode(Good):
+class LeavesEvalMode(ScaleGradients):
     @hookimpl
     def train_end(self, run: Run):
         run.model.eval()
 
 
-class LeavesBatchNormInEvaluationMode(Good):
+class LeavesBatchNormInEvalMode(ScaleGradients):
     @hookimpl(wrapper=True)
     def compute_loss(self, run: Run):
-        was = run.model[1].training
+        before = run.model[1].training
         run.model[1].eval()
         loss = yield
-        run.model[1].train(was)
+        run.model[1].train(before)
         return loss
 
 
-class SwallowsErrors(Good):
+class SwallowsErrors(ScaleGradients):
     @hookimpl(wrapper=True)
     def train(self):
         with suppress(PlantedError):
             yield
 
 
-class DrawsInSetup(Good):
+class DrawsInSetup(ScaleGradients):
     @hookimpl
     def setup(self, run: Run):
         torch.rand(1)
 
 
 @dataclass(eq=False)
-class DrawsWhenMade(Good):
+class DrawsInInit(ScaleGradients):
     def __post_init__(self):
         random.random()
 
 
-class DrawsInWrapper(Good):
+class DrawsInWrapper(ScaleGradients):
     @hookimpl(wrapper=True)
     def compute_loss(self):
         np.random.rand()
         return (yield)
 
 
-class ForgetsState:
+class HasNoStateDict:
     """Scale gradients down as the run goes on."""
 
-    train_start, grads_ready, rate = Good.train_start, Good.grads_ready, 0.01
+    train_start, grads_ready, rate = ScaleGradients.train_start, ScaleGradients.grads_ready, 0.01
 
 
-class LoadsWrongly(Good):
+class LoadsAnotherState(ScaleGradients):
     def load_state_dict(self, state):
         self.count = 0
 
 
-class StateThatCannotBeSaved(Good):
+class StateThatCannotBeSaved(ScaleGradients):
     def state_dict(self):
         return {"count": self.count, "self": self}
 
 
 @dataclass(eq=False)
-class BeginsWhereItEnded(Good):
+class KeepsStateOfTheFirstRun(ScaleGradients):
     def __post_init__(self):
         self.count = 0
 
@@ -274,7 +274,7 @@ class BeginsWhereItEnded(Good):
     def train_start(self): ...
 
 
-class SharesClassState(Good):
+class SharesClassState(ScaleGradients):
     seen: ClassVar[list] = []
 
     @hookimpl
@@ -285,18 +285,18 @@ class SharesClassState(Good):
 STEPS = 0
 
 
-class SharesModuleState(Good):
+class SharesModuleState(ScaleGradients):
     @hookimpl
     def after_step(self, run: Run):
         global STEPS
         STEPS += 1
 
 
-class Hidden:
+class Registry:
     latest = None
 
 
-class SharesHiddenState(Good):
+class SharesStateOfAnotherClass(ScaleGradients):
     """Scale gradients.
 
     rate: how fast
@@ -304,14 +304,14 @@ class SharesHiddenState(Good):
 
     @hookimpl
     def epoch_start(self):
-        Hidden.latest = self
+        Registry.latest = self
 
     @hookimpl
     def before_step(self):
-        Hidden.latest.count += 1
+        Registry.latest.count += 1
 
 
-class ReadsEachStep(Good):
+class ReadsEachStep(ScaleGradients):
     @hookimpl
     def after_step(self, run: Run):
         self.last = run.loss.item()
@@ -324,124 +324,124 @@ FAULTS = {
     OptionOfAnyType: ("options_are_documented", "power has the type typing.Any"),
     DefaultOfAnotherType: ("options_are_documented", "power takes a number, and its default is None"),
     OptionThatDoesNotReadBack: ("options_are_documented", "is written as 'rate=0.01,word=a,b'"),
-    NoDataclass: ("options_are_documented", "rate cannot be an option"),
+    NotADataclass: ("options_are_documented", "rate cannot be an option"),
     MisspeltHook: ("hooks_exist", "did you mean 'after_step'"),
     MisspeltArgument: ("hooks_exist", "did you mean 'run'"),
     Raises: ("trains", "nothing to divide"),
     NoUpdate: ("trains", "made no update"),
-    SeedOfItsOwn: ("repeats", "differ: history[0]['train_loss'] is"),
-    ClashesUnclearly: ("composes", "before clip: TypeError: clip has no such thing"),
-    ClashesInTwoLines: ("composes", "before clip: UsageError"),
-    LeaksAutocast: ("cleans_up", "after an error in forward, the autocast for cpu is True"),
+    DrawsFromTheSystem: ("repeats", "differ: history[0]['train_loss'] is"),
+    RefusesByTypeError: ("composes", "before clip: TypeError: clip has no attribute"),
+    RefusesInTwoLines: ("composes", "before clip: UsageError"),
+    LeavesAutocastOn: ("cleans_up", "after an error in forward, the autocast for cpu is True"),
     LeavesGradModeOff: ("cleans_up", "after an error in forward, in validation, the grad mode is False"),
     LeavesDefaultDtype: ("cleans_up", "after the run, the default dtype is torch.float64"),
-    LeavesDeterminism: ("cleans_up", "after an error in forward, the debug mode of deterministic algorithms is 2"),
-    LeavesEvaluationMode: ("cleans_up", "after the run, the model is left in evaluation mode"),
-    LeavesBatchNormInEvaluationMode: ("cleans_up", "after an error in forward, 1 is left in evaluation mode"),
-    SwallowsErrors: ("cleans_up", "an error in forward does not come out of the run"),
-    DrawsInSetup: ("draws_nothing", "setup draws random numbers of torch"),
-    DrawsWhenMade: ("draws_nothing", "making it draws random numbers of python"),
-    DrawsInWrapper: ("draws_nothing", "compute_loss draws random numbers of numpy"),
-    ForgetsState: ("resumes", "write state_dict and load_state_dict"),
-    LoadsWrongly: ("resumes", "load_state_dict does not bring back what state_dict gave: count is 5 and 0"),
+    LeavesDeterministicAlgorithmsOn: ("cleans_up", "after an error in forward, the debug mode of deterministic algorithms is 2"),
+    LeavesEvalMode: ("cleans_up", "after the run, the model is left in eval mode"),
+    LeavesBatchNormInEvalMode: ("cleans_up", "after an error in forward, 1 is left in eval mode"),
+    SwallowsErrors: ("cleans_up", "an error in forward is not raised by fit"),
+    DrawsInSetup: ("draws_nothing", "setup draws random numbers from torch"),
+    DrawsInInit: ("draws_nothing", "creating it draws random numbers from python"),
+    DrawsInWrapper: ("draws_nothing", "compute_loss draws random numbers from numpy"),
+    HasNoStateDict: ("resumes", "write state_dict and load_state_dict"),
+    LoadsAnotherState: ("resumes", "load_state_dict does not restore what state_dict returned: count is 5 and 0"),
     StateThatCannotBeSaved: ("resumes", "its state has a"),
-    BeginsWhereItEnded: ("runs_twice", "a second run with the same instance differs"),
+    KeepsStateOfTheFirstRun: ("runs_twice", "a second run with the same instance differs"),
     SharesClassState: ("shares_nothing", "SharesClassState.seen has "),
     SharesModuleState: ("shares_nothing", "STEPS is "),
-    SharesHiddenState: ("shares_nothing", "a run around another"),
+    SharesStateOfAnotherClass: ("shares_nothing", "a run around another"),
     ReadsEachStep: ("never_waits", "after_step reads a tensor in each step"),
 }
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """Two built-ins to compose with, in place of all."""
+def two_built_ins(monkeypatch):
+    """Let the check `composes` use two built-ins only, to save time."""
     entries = available()
     monkeypatch.setattr(conformance, "available", lambda: {name: entries[name] for name in ("clip", "cosine")})
 
 
 def failing(plugin, **arguments):
-    """What each failing check says."""
-    found = {}
+    """Return the messages of the checks that fail, by check."""
+    messages = {}
     for check in plugin_checks(plugin, **arguments):
         try:
             check()
         except SkipTest:
             pass
         except Exception as error:
-            found[check.__name__] = str(error)
-    return found
+            messages[check.__name__] = str(error)
+    return messages
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("two_built_ins")
 @pytest.mark.parametrize("plugin", FAULTS, ids=lambda plugin: plugin.__name__)
-def test_a_fault_fails_the_check_that_is_meant_for_it_and_no_other(plugin):
+def test_a_fault_fails_its_check_and_no_other(plugin):
     before = read_switches()
     name, message = FAULTS[plugin]
-    found = failing(plugin)
-    assert found.keys() == {name}
-    assert message in found[name]
+    messages = failing(plugin)
+    assert messages.keys() == {name}
+    assert message in messages[name]
     assert read_switches() == before
 
 
-def test_every_check_has_its_fault():
+def test_every_check_is_tested_with_a_plugin_that_fails_it():
     assert {name for name, _ in FAULTS.values()} == {check.__name__ for check in CHECKS}
 
 
-@pytest.mark.parametrize("check", plugin_checks(Good))
-def test_a_good_plugin_passes(check):
+@pytest.mark.parametrize("check", plugin_checks(ScaleGradients))
+def test_a_plugin_without_faults_passes_each_check(check):
     check()
 
 
-@pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("plugin", [f"{__file__}:Good:rate=0.1", lambda: Good(rate=0.1)], ids=["text", "factory"])
-def test_text_and_a_factory_will_do(plugin):
+@pytest.mark.usefixtures("two_built_ins")
+@pytest.mark.parametrize("plugin", [f"{__file__}:ScaleGradients:rate=0.1", lambda: ScaleGradients(rate=0.1)], ids=["text", "factory"])
+def test_checks_accept_command_line_text_and_a_factory(plugin):
     assert failing(plugin) == {}
 
 
-@pytest.mark.usefixtures("few")
-def test_the_report():
-    report = check_plugin(Good, {"rate": 0.1}, skip={"composes": "seen elsewhere"})
-    assert re.search(r"^good\noptions_are_documented +ok\n", report)
-    assert re.search(r"^composes +left out: seen elsewhere$", report, re.MULTILINE)
+@pytest.mark.usefixtures("two_built_ins")
+def test_check_plugin_reports_each_check_and_the_cost():
+    report = check_plugin(ScaleGradients, {"rate": 0.1}, skip={"composes": "tested elsewhere"})
+    assert re.search(r"^scale_gradients\noptions_are_documented +ok\n", report)
+    assert re.search(r"^composes +left out: tested elsewhere$", report, re.MULTILINE)
     assert re.search(r"^costs +-?[\d.]+ us per batch$", report, re.MULTILINE)
 
 
-@pytest.mark.usefixtures("few")
-def test_a_failing_report_names_the_check_and_what_it_hides():
+@pytest.mark.usefixtures("two_built_ins")
+def test_the_report_names_the_failing_check_and_those_that_were_skipped_because_of_it():
     with pytest.raises(AssertionError) as failed:
         check_plugin(Raises)
     lines = str(failed.value).splitlines()
     assert lines[0] == "raises: 1 of 11 checks fail"
     assert any(re.match("trains +FAILS: ZeroDivisionError: nothing to divide", line) for line in lines)
-    assert any(re.match("resumes +left out: means nothing where trains does not pass", line) for line in lines)
+    assert any(re.match("resumes +left out: needs trains, which does not pass", line) for line in lines)
 
 
-def test_what_a_plugin_must_do_it_may_say():
+def test_draws_random_waits_and_measured_allow_what_the_checks_forbid():
     assert not failing(DrawsInSetup, draws_random=True, skip={"composes": "takes long"})
     assert not failing(ReadsEachStep, waits=True, skip={"composes": "takes long"})
 
-    class Measures(Good):
+    class Measures(ScaleGradients):
         @hookimpl
         def setup(self, run: Run):
-            run.metrics["luck"] = 0.0
+            run.metrics["noise"] = 0.0
 
         @hookimpl
         def after_evaluate(self, run: Run):
-            run.metrics["luck"] = random.SystemRandom().random()
+            run.metrics["noise"] = random.SystemRandom().random()
 
     assert failing(Measures, skip={"composes": "takes long"}).keys() == {"repeats"}
-    assert not failing(Measures, measured=("luck",), skip={"composes": "takes long"})
+    assert not failing(Measures, measured=("noise",), skip={"composes": "takes long"})
 
 
-def test_a_check_that_does_not_exist_cannot_be_left_out():
+def test_skipping_an_unknown_check_is_refused():
     with pytest.raises(UsageError, match="no check is called 'compose'; did you mean 'composes'"):
-        plugin_checks(Good, skip={"compose": ""})
+        plugin_checks(ScaleGradients, skip={"compose": ""})
 
 
-@pytest.mark.usefixtures("few")
-def test_a_plugin_may_need_a_model_and_data_of_its_own():
-    class OfThree(Good):
+@pytest.mark.usefixtures("two_built_ins")
+def test_checks_accept_another_model_and_other_data_and_leave_the_model_unchanged():
+    class OwnInputs(ScaleGradients):
         @hookimpl
         def compute_loss(self, run: Run, batch):
             run.outputs = run.network(batch["x"])
@@ -450,12 +450,12 @@ def test_a_plugin_may_need_a_model_and_data_of_its_own():
     batches = [{"x": torch.randn(4, 3)} for _ in range(4)]
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     before = model[0].weight.clone()
-    assert not failing(OfThree, model=model, loss_fn=None, train=batches, valid=batches[:1])
+    assert not failing(OwnInputs, model=model, loss_fn=None, train=batches, valid=batches[:1])
     assert torch.equal(model[0].weight, before)
 
 
-def test_collecting_checks_makes_no_plugin():
-    class CannotBeMade(Good):
+def test_collecting_checks_creates_no_plugin():
+    class CannotBeMade(ScaleGradients):
         def __post_init__(self):
             raise AssertionError
 
@@ -463,14 +463,14 @@ def test_collecting_checks_makes_no_plugin():
     assert plugin_checks("no_such_plugin")[0].__name__ == "options_are_documented"
 
 
-def test_every_built_in_has_an_example():
+def test_every_built_in_can_be_created_from_its_example():
     for name in available():
         build_plugin(f"{name}:{conformance.EXAMPLES[name]}" if name in EXAMPLES else name)
     assert set(EXAMPLES) <= set(available())
 
 
-def test_what_the_docs_say(tmp_path):
-    """Its block runs under pytest, on the README's plugin, and each check is in its list."""
+def test_docs_plugins_md_lists_each_check_and_its_example_runs(tmp_path):
+    """The example runs under pytest, with the plugin of the README."""
     text = (ROOT / "docs" / "plugins.md").read_text().partition("## Test your plugin")[2].partition("\n## ")[0]
     assert re.findall(r"^- `(\w+)`: ", text, re.MULTILINE) == [check.__name__ for check in CHECKS]
     (tmp_path / "test_noise.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
@@ -485,7 +485,7 @@ def test_what_the_docs_say(tmp_path):
 # tiny_run
 
 
-def test_a_tiny_run_is_whole():
+def test_a_tiny_run_trains_two_epochs_and_validates():
     run = tiny_run("clip")
     kinds = {type(module) for module in run.model}
     assert {nn.BatchNorm1d, nn.Dropout} <= kinds
@@ -495,14 +495,14 @@ def test_a_tiny_run_is_whole():
     assert run.optimizer.defaults["momentum"]
 
 
-def test_tiny_runs_are_the_same_and_in_folders_of_their_own(same):
+def test_tiny_runs_are_equal_and_write_to_different_folders(same):
     one, other = tiny_run("csv"), tiny_run("csv")
     same(one.model, other.model)
     assert (one.out / "metrics.csv").read_text() == (other.out / "metrics.csv").read_text()
     assert one.out != other.out
 
 
-def test_every_argument_of_fit_can_be_given(tmp_path, plain, batches):
+def test_tiny_run_accepts_the_arguments_of_fit(tmp_path, plain, batches):
     run = tiny_run("clip", plugins=["cosine"], model=plain, train=batches, valid=None, epochs=1, max_steps=3, out=tmp_path)
     assert run.model is plain
     assert run.train is batches
@@ -510,7 +510,7 @@ def test_every_argument_of_fit_can_be_given(tmp_path, plain, batches):
     assert list(run.hook.plugins) == ["clip", "cosine"]
 
 
-def test_making_the_model_draws_none_of_the_callers_random_numbers():
+def test_creating_the_model_draws_no_random_numbers_from_the_global_generator():
     before = torch.get_rng_state()
     default_arguments()
     assert torch.equal(torch.get_rng_state(), before)

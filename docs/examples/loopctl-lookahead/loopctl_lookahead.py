@@ -1,4 +1,4 @@
-"""Lookahead."""
+"""The Lookahead optimizer as a plugin: slow weights that follow the weights of any torch optimizer."""
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +11,13 @@ from loopctl.model.weight_averages import copy_weights, swapped_weights
 
 @dataclass(eq=False)
 class Lookahead:
-    """Let the optimizer run ahead for k updates, then follow it a part of the way, and have it run on from there.
+    """Wrap the optimizer with Lookahead: every k updates, slow weights move towards its weights, which restart there.
 
-    It is Lookahead, arXiv:1907.08610, around any optimizer, whose momentum stays as it is. The weights that follow are
-    what is evaluated and what the run ends with. An average, of ema or swa, is of the weights that run ahead.
+    The method is Lookahead (arXiv:1907.08610); the optimizer keeps its state, such as momentum. The slow weights are
+    evaluated, and the run ends with them. The plugins ema and swa average the fast weights, those of the optimizer.
 
-    k: updates that the optimizer runs ahead, skipped ones not counted
-    alpha: the part of the way, above 0, up to 1, where it is the optimizer alone
+    k: updates of the optimizer between two moves of the slow weights; skipped steps do not count
+    alpha: the fraction of the distance that the slow weights move, above 0 and up to 1; with 1 it is the optimizer alone
     """
 
     k: int = 5
@@ -36,7 +36,7 @@ class Lookahead:
         self.fast = {name: weight.detach() for name, weight in run.model.named_parameters() if id(weight) in trained}
         self.slow = {name: weight.clone() for name, weight in self.fast.items()}
 
-    # Before others look at the weights that the step has led to.
+    # First, so that other plugins, such as ema, see the weights after this update.
     @hookimpl(tryfirst=True)
     def after_step(self, run: Run) -> None:
         if not run.skipped and run.step % self.k == 0:
@@ -44,7 +44,7 @@ class Lookahead:
             torch._foreach_lerp_(slow, fast, self.alpha)
             torch._foreach_copy_(fast, slow)
 
-    # Around all others, wherever it stands in the composition: the average that another one puts in is what counts.
+    # Outermost, wherever the plugin is listed: the weights of an averaging plugin inside replace the slow weights.
     @hookimpl(wrapper=True, tryfirst=True)
     def evaluate(self, run: Run) -> Generator[None, dict[str, Any], dict[str, Any]]:
         with swapped_weights(run.model, self.slow):

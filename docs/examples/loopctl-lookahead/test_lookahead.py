@@ -1,4 +1,4 @@
-"""lookahead against loops written by hand, bit for bit."""
+"""Tests of lookahead: runs with it equal training loops written by hand, bit for bit."""
 import copy
 from functools import partial
 from math import isfinite
@@ -23,27 +23,27 @@ def _one_thread():
 
 @pytest.fixture
 def net():
-    """A small network with BatchNorm and Dropout, whose state and random numbers a wrong loop disturbs."""
+    """A small network whose BatchNorm statistics and Dropout depend on every forward pass."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
 
 
 @pytest.fixture
 def batches():
-    """Seven batches of 8 samples: k=3 does not divide an epoch."""
+    """Seven batches of 8 samples, a number that k=3 does not divide."""
     generator = torch.Generator().manual_seed(0)
     return [(torch.randn(8, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)) for _ in range(7)]
 
 
 class ByHand:
-    """The paper's algorithm 1 around a torch optimizer; both sets of weights can be looked at."""
+    """Algorithm 1 of the paper, written around a torch optimizer."""
 
     def __init__(self, model, optimizer, k, alpha):
         self.model, self.optimizer, self.k, self.alpha, self.updates = model, optimizer, k, alpha, 0
         self.slow = [weight.detach().clone() for weight in model.parameters()]
 
-    def updated(self):
-        """To be called after each update by the optimizer."""
+    def after_update(self):
+        """Move the slow weights if due. Must be called after each update by the optimizer."""
         self.updates += 1
         if self.updates % self.k == 0:
             with torch.no_grad():
@@ -51,7 +51,7 @@ class ByHand:
                     slow.lerp_(weight, self.alpha)          # slow + alpha * (fast - slow)
                     weight.copy_(slow)
 
-    def result(self):
+    def slow_model(self):
         """A copy of the model with the slow weights."""
         model = copy.deepcopy(self.model)
         with torch.no_grad():
@@ -60,7 +60,7 @@ class ByHand:
         return model
 
 
-def train_by_hand(model, factory, batches, epochs, k=3, alpha=0.5, after=lambda: None):
+def train_by_hand(model, factory, batches, epochs, k=3, alpha=0.5, after_update=lambda: None):
     torch.manual_seed(1)
     optimizer = factory(model.parameters())
     lookahead = ByHand(model, optimizer, k, alpha)
@@ -70,8 +70,8 @@ def train_by_hand(model, factory, batches, epochs, k=3, alpha=0.5, after=lambda:
             optimizer.zero_grad()
             cross_entropy(model(input), target).backward()
             optimizer.step()
-            lookahead.updated()
-            after()
+            lookahead.after_update()
+            after_update()
     return lookahead
 
 
@@ -80,54 +80,58 @@ def train(model, factory, batches, epochs, plugins, valid=None, **more):
 
 
 def assert_same(one, other):
-    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    for (name, value), expected in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.8, 1.0])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_bit_for_bit_the_loop_written_by_hand(net, batches, optimizer, alpha):
+def test_a_run_equals_the_loop_written_by_hand(net, batches, optimizer, alpha):
     raw, valid = copy.deepcopy(net), batches[:1]
     run = train(net, OPTIMIZERS[optimizer], batches, 2, [Lookahead(3, alpha)], valid)
-    expected = train_by_hand(raw, OPTIMIZERS[optimizer], batches, 2, 3, alpha).result()
+    expected = train_by_hand(raw, OPTIMIZERS[optimizer], batches, 2, 3, alpha).slow_model()
     assert_same(net, expected)
     with torch.no_grad():
         loss = cross_entropy(expected.eval()(valid[0][0]), valid[0][1])
     assert run.history[-1]["val_loss"] == loss.item()
 
 
-def test_all_the_way_is_the_optimizer_alone(net, batches):
-    alone = copy.deepcopy(net)
+def test_alpha_1_is_the_optimizer_without_lookahead(net, batches):
+    without = copy.deepcopy(net)
     train(net, sgd, batches[:6], 2, [Lookahead(3, 1.0)])
-    train(alone, sgd, batches[:6], 2, [])
-    assert_same(net, alone)
+    train(without, sgd, batches[:6], 2, [])
+    assert_same(net, without)
 
 
-class Judge:
+class CopyAfterEvaluate:
+    """Keeps a copy of the model as a plugin sees it in `after_evaluate`."""
+
     @hookimpl
     def after_evaluate(self, run: Run) -> None:
-        self.seen = copy.deepcopy(run.model)
+        self.model = copy.deepcopy(run.model)
 
 
 @pytest.mark.parametrize("plugins", [["lookahead:k=3"], ["lookahead:k=3", "ema:decay=0.9"], ["ema:decay=0.9", "lookahead:k=3"]])
-def test_what_is_judged_is_what_is_kept(net, batches, plugins):
-    judge = Judge()
-    train(net, sgd, batches, 1, [judge, *plugins], batches[:1])
-    assert_same(judge.seen, net)
+def test_the_final_weights_are_those_that_after_evaluate_saw(net, batches, plugins):
+    copies = CopyAfterEvaluate()
+    train(net, sgd, batches, 1, [copies, *plugins], batches[:1])
+    assert_same(copies.model, net)
 
 
-def test_looking_more_often_changes_nothing(net, batches):
+def test_evaluating_more_often_changes_nothing(net, batches):
     other = copy.deepcopy(net)
     train(net, sgd, batches, 2, [Lookahead(3)], batches[:1])
     train(other, sgd, batches, 2, [Lookahead(3)], batches[:1], eval_every=1)
     assert_same(net, other)
 
 
-class Cut(Exception):
-    """The power fails."""
+class Interrupted(Exception):
+    pass
 
 
-class Fail:
+class Interrupt:
+    """Raises an exception after a number of attempted updates."""
+
     observer_only = True
 
     def __init__(self, attempts):
@@ -136,27 +140,27 @@ class Fail:
     @hookimpl
     def safe_point(self, run: Run) -> None:
         if run.attempts == self.attempts:
-            raise Cut
+            raise Interrupted
 
 
-@pytest.mark.parametrize("cut", [3, 5, 7])
-def test_a_resumed_run_ends_with_the_same_bits(net, batches, tmp_path, cut):
-    whole, again = copy.deepcopy(net), copy.deepcopy(net)
+@pytest.mark.parametrize("attempts", [3, 5, 7])
+def test_a_resumed_run_ends_with_the_same_bits(net, batches, tmp_path, attempts):
+    whole, resumed = copy.deepcopy(net), copy.deepcopy(net)
     plugins = ["lookahead:k=3", "ema:decay=0.9", "checkpoint:every_steps=1"]
     expected = train(whole, sgd, batches, 3, plugins, batches[:1], out=tmp_path / "whole")
-    with pytest.raises(Cut):
-        train(net, sgd, batches, 3, [*plugins, Fail(cut)], batches[:1], out=tmp_path / "cut")
-    run = train(again, sgd, batches, 3, plugins, batches[:1], out=tmp_path / "cut", resume=tmp_path / "cut")
-    assert_same(again, whole)
+    with pytest.raises(Interrupted):
+        train(net, sgd, batches, 3, [*plugins, Interrupt(attempts)], batches[:1], out=tmp_path / "cut")
+    run = train(resumed, sgd, batches, 3, plugins, batches[:1], out=tmp_path / "cut", resume=tmp_path / "cut")
+    assert_same(resumed, whole)
     assert run.history == expected.history
 
 
-def test_a_run_that_is_made_longer_goes_on_with_the_fast_weights(net, batches, tmp_path):
-    whole, again = copy.deepcopy(net), copy.deepcopy(net)
+def test_a_finished_run_resumed_for_more_epochs_continues_with_the_fast_weights(net, batches, tmp_path):
+    whole, resumed = copy.deepcopy(net), copy.deepcopy(net)
     train(whole, sgd, batches, 3, ["lookahead:k=3"])
     train(net, sgd, batches, 2, ["lookahead:k=3", "checkpoint"], out=tmp_path)
-    train(again, sgd, batches, 3, ["lookahead:k=3", "checkpoint"], out=tmp_path, resume=tmp_path)
-    assert_same(again, whole)
+    train(resumed, sgd, batches, 3, ["lookahead:k=3", "checkpoint"], out=tmp_path, resume=tmp_path)
+    assert_same(resumed, whole)
 
 
 OTHERS = ["accumulate:every=2", "amp:dtype=bfloat16", "amp:dtype=float16", "clip:max_norm=0.1", "ema:decay=0.9",
@@ -164,33 +168,34 @@ OTHERS = ["accumulate:every=2", "amp:dtype=bfloat16", "amp:dtype=float16", "clip
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_before_or_after_another_plugin_is_the_same(net, batches, other):
-    first = copy.deepcopy(net)
-    ahead = train(first, sgd, batches, 2, ["lookahead:k=3", other], batches[:1])
-    after = train(net, sgd, batches, 2, [other, "lookahead:k=3"], batches[:1])
-    assert_same(first, net)
-    assert ahead.history == after.history
+def test_the_order_with_another_plugin_does_not_matter(net, batches, other):
+    reordered = copy.deepcopy(net)
+    run = train(reordered, sgd, batches, 2, ["lookahead:k=3", other], batches[:1])
+    other_run = train(net, sgd, batches, 2, [other, "lookahead:k=3"], batches[:1])
+    assert_same(reordered, net)
+    assert run.history == other_run.history
 
 
 @pytest.mark.parametrize("name", ["ema:decay=0.9,warmup=false", "swa:start=1ep"])
-def test_an_average_is_of_the_fast_weights_and_stands(batches, name):
+def test_the_run_ends_with_an_average_of_the_fast_weights(batches, name):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
     raw, steps = copy.deepcopy(net), []
     train(net, sgd, batches, 3, ["lookahead:k=3", name])
-    train_by_hand(raw, sgd, batches, 3, after=lambda: steps.append([one.detach().clone() for one in raw.parameters()]))
+    train_by_hand(raw, sgd, batches, 3, 
+                  after_update=lambda: steps.append([weight.detach().clone() for weight in raw.parameters()]))
     if name.startswith("ema"):
         expected = steps[0]
         for weights in steps[1:]:
             for average, weight in zip(expected, weights, strict=True):
                 average.lerp_(weight, 1 - 0.9)
     else:
-        expected = [torch.lerp(one, other, 0.5) for one, other in zip(steps[13], steps[20], strict=True)]
+        expected = [torch.lerp(epoch_2, epoch_3, 0.5) for epoch_2, epoch_3 in zip(steps[13], steps[20], strict=True)]
     for weight, average in zip(net.parameters(), expected, strict=True):
         assert torch.equal(weight, average)
 
 
-def test_a_batch_that_accumulates_is_no_update(batches):
+def test_several_accumulated_batches_count_as_one_update(batches):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
     raw = copy.deepcopy(net)
@@ -202,12 +207,12 @@ def test_a_batch_that_accumulates_is_no_update(batches):
         if number % 2 == 0:
             optimizer.step()
             optimizer.zero_grad()
-            lookahead.updated()
+            lookahead.after_update()
     assert run.step == lookahead.updates == 6
-    assert_same(net, lookahead.result())
+    assert_same(net, lookahead.slow_model())
 
 
-def test_an_update_that_float16_skips_does_not_count(batches):
+def test_a_step_skipped_for_a_float16_overflow_does_not_count(batches):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
     raw = copy.deepcopy(net)
@@ -223,13 +228,13 @@ def test_an_update_that_float16_skips_does_not_count(batches):
         scaler.step(optimizer)
         scaler.update()
         if scaler.get_scale() >= before:
-            lookahead.updated()
+            lookahead.after_update()
     assert 0 < run.step == lookahead.updates < run.attempts
-    assert_same(net, lookahead.result())
+    assert_same(net, lookahead.slow_model())
 
 
 @pytest.mark.parametrize("plugins", [["lookahead:k=1", "nan_guard:action=skip"], ["nan_guard:action=skip", "lookahead:k=1"]])
-def test_a_step_that_is_not_finite_reaches_neither_set_of_weights(net, batches, plugins):
+def test_a_skipped_step_with_nan_changes_neither_fast_nor_slow_weights(net, batches, plugins):
     batches[3] = (batches[3][0] / 0, batches[3][1])
     run = train(net, sgd, batches, 1, plugins, batches[:1])
     assert run.step == 6
@@ -237,24 +242,26 @@ def test_a_step_that_is_not_finite_reaches_neither_set_of_weights(net, batches, 
     assert all(weight.isfinite().all() for weight in net.parameters())
 
 
-class Watch:
+class CopyAfterEachStep:
+    """Keeps a copy of the model after each step."""
+
     def __init__(self):
-        self.seen = []
+        self.models = []
 
     @hookimpl
     def safe_point(self, run: Run) -> None:
-        self.seen.append(copy.deepcopy(run.model))
+        self.models.append(copy.deepcopy(run.model))
 
 
-def test_a_step_that_rolls_back_moves_nothing(net, batches, tmp_path):
-    """From the bad fourth batch to the state of step 2, though run.step is still 3, where the slow weights move."""
+def test_the_slow_weights_do_not_move_in_a_step_that_rolls_back(net, batches, tmp_path):
+    """The fourth batch has NaN: the run rolls back to step 2. run.step is still 3, a multiple of k."""
     batches[3] = (batches[3][0] / 0, batches[3][1])
-    watch = Watch()
-    train(net, sgd, batches, 1, ["lookahead:k=3", "nan_guard:action=rollback", "checkpoint:every_steps=2", watch], out=tmp_path)
-    assert_same(watch.seen[3], watch.seen[1])
+    copies = CopyAfterEachStep()
+    train(net, sgd, batches, 1, ["lookahead:k=3", "nan_guard:action=rollback", "checkpoint:every_steps=2", copies], out=tmp_path)
+    assert_same(copies.models[3], copies.models[1])
 
 
-def test_what_is_not_trained_is_not_copied(net, batches):
+def test_frozen_parameters_have_no_slow_weights(net, batches):
     lookahead = Lookahead(3)
     train(net, sgd, batches, 1, ["freeze:patterns=0", lookahead])
     assert list(lookahead.slow) == ["1.weight", "1.bias", "4.weight", "4.bias"]
@@ -272,5 +279,5 @@ def test_a_wrong_option_is_refused(net, batches, spec, message):
 
 
 @pytest.mark.parametrize("check", plugin_checks(Lookahead, {"k": 3}))
-def test_it_is_as_can_be_expected_of_any_plugin(check):
+def test_it_passes_the_checks_for_all_plugins(check):
     check()
