@@ -109,8 +109,8 @@ def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
             content = stream.read(2**20 + 1)
         if len(content) > 2**20:                           # also of a file without an end, such as /dev/zero
             raise ValueError("it is larger than 1 MiB")
-        found = tomllib.loads(content.decode("utf-8-sig"))
-        str(found)                                         # raises for a number too long for the messages below
+        values = tomllib.loads(content.decode("utf-8-sig"))
+        str(values)                                        # raises for a number too long for the messages below
     except FileNotFoundError:
         raise click.UsageError(f"--{param.name}: there is no file {file}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -119,7 +119,7 @@ def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
         raise click.UsageError(f"--{param.name}: {file} is not TOML: {error}") from None
     command_line_only = ("config", "resume", "out", "traceback")
     known = {option.name: option for option in ctx.command.params if option.name not in command_line_only}
-    for key, value in found.items():
+    for key, value in values.items():
         if key not in known:
             advice = "pass it on the command line" if key in command_line_only else nearest(key, known, "there are")
             raise click.UsageError(f"--{param.name}: {file}: {key!r} is not a key of a configuration; {advice}")
@@ -127,11 +127,11 @@ def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
             kind = "a list" if key in ("plugin", "without") else "one value"
             raise click.UsageError(f"--{param.name}: {file}: {key} takes {kind}, not {value!r}")
         try:                        # as text, so that it is checked as on the command line: epochs = 1.5 is refused
-            found[key] = [str(item) for item in value] if isinstance(value, list) else str(value)
-            known[key].type_cast_value(ctx, found[key])
+            values[key] = [str(item) for item in value] if isinstance(value, list) else str(value)
+            known[key].type_cast_value(ctx, values[key])
         except click.BadParameter as error:
             raise click.UsageError(f"--{param.name}: {file}: {key}: {error.message}") from None
-    ctx.default_map = {**(ctx.default_map or {}), **found}
+    ctx.default_map = {**(ctx.default_map or {}), **values}
     return path
 
 

@@ -53,7 +53,7 @@ def launch(devices: list[int], arguments: list[str]) -> int:
     config = LaunchConfig(1, 1, len(devices), run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                           local_addr="localhost", max_restarts=0, monitor_interval=0.1)
     try:
-        # -m puts the working directory on the path of the processes; -P keeps it off, unless it is on this one's.
+        # -m would add the working directory to the processes' sys.path. -P prevents it, unless it is on sys.path here.
         safe_path = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
         elastic_launch(config, sys.executable)(*safe_path, "-m", "loopctl", *arguments)
     except ChildFailedError as error:

@@ -198,6 +198,7 @@ class Recorder:
     next_check: float = 0.0             # by time.monotonic()
 
     def check_lock(self) -> None:
+        """Raise an exception that ends the run if its folder is no longer locked by this process."""
         try:
             if self.lock:
                 self.lock.check()
@@ -210,7 +211,7 @@ class Recorder:
             self.next_check = now + 1
             self.check_lock()
 
-    @hookimpl(wrapper=True)             # wrappers, so that they come before plugins that write
+    @hookimpl(wrapper=True)             # a wrapper runs before the plain hooks of plugins that write files
     def after_evaluate(self) -> Generator[None, None, None]:
         self.check_lock()
         return (yield)
@@ -255,14 +256,14 @@ class Recorder:
 
 @contextmanager
 def run_folder(path: Path | None, recorder: Recorder) -> Iterator[Path]:
-    """Give the run's folder, new or that of the run to resume, and hold a lock on it.
+    """Give the run's folder, new or that of the run to resume, and lock it.
 
     A new folder is removed if training never started. Raises UsageError where another process uses the folder.
     """
     folder, made = make_folder(path) if recorder.new else (path or Path(), [])
     try:
         with FolderLock(folder) as recorder.lock:
-            if recorder.new and files_in(folder):           # of a run that started and ended in the meantime
+            if recorder.new and files_in(folder):           # another run started and ended in the meantime
                 raise UsageError(f"--out {folder} exists and is not overwritten; choose another folder")
             try:
                 store_note("out", str(folder))
@@ -278,7 +279,7 @@ def run_folder(path: Path | None, recorder: Recorder) -> Iterator[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """What is in a folder besides its lock."""
+    """The files and folders in a folder, except for its lock."""
     return [child for child in folder.iterdir() if child.name != LOCK]
 
 

@@ -1,4 +1,4 @@
-"""Two processes and one run folder: the second is refused while the first lives, and nothing of the first is lost."""
+"""Two processes with the same run folder: the second is refused while the first runs, and the files of the first are kept."""
 import os
 import shutil
 import signal
@@ -9,7 +9,7 @@ import time
 import pytest
 
 RUN = ["run", "--model", "linear", "--epochs", "3", "--out", "a"]
-# A model that says when it is being built, and waits until a file appears.
+# A model whose factory makes the file `building`, then waits for the file `go`.
 SLOW = """
 import time
 from pathlib import Path
@@ -20,7 +20,7 @@ def model():
         time.sleep(0.02)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
-# A plugin that says when training is in its second epoch, and waits there.
+# A plugin that makes the file `training` in the second epoch, then waits for the file `go`.
 WAIT = """
 import time
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Wait:
 
 @pytest.fixture
 def start(tmp_path):
-    """Start `loopctl` in a process of its own."""
+    """Start `loopctl` in a new process, which is killed at the end of the test. Return the process."""
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "wait.py").write_text(WAIT)
     processes = []
@@ -58,7 +58,7 @@ def start(tmp_path):
 
 @pytest.fixture
 def call(start):
-    """Run `loopctl` to its end: its exit status and what it says on stderr."""
+    """Run `loopctl` in a new process. Return its exit status and stderr."""
     def called(*words):
         process = start(*words)
         errors = process.communicate(timeout=100)[1]
@@ -75,14 +75,14 @@ def wait_for(path):
 
 @pytest.fixture
 def training(start, tmp_path):
-    """A run that is in its second epoch, and stays there until `go`."""
+    """The process of a run that waits in its second epoch for the file `go`."""
     process = start(*RUN, "--plugin", "wait.py:Wait")
     wait_for(tmp_path / "training")
     return process
 
 
 def finish(process, tmp_path):
-    """Let a run go on, and see that it ends as it should."""
+    """Let a waiting run continue. Assert that it ends with all its files and without its lock."""
     (tmp_path / "go").touch()
     _, errors = process.communicate(timeout=100)
     assert (process.returncode, errors) == (0, "")
@@ -92,8 +92,8 @@ def finish(process, tmp_path):
     assert not (tmp_path / "a" / ".lock").exists()
 
 
-def test_a_run_that_finds_another_ones_folder_after_it_has_built_its_model(start, call, tmp_path):
-    """The folder belongs to the run that makes it first, and the slower one takes nothing of it away."""
+def test_a_run_is_refused_if_another_makes_its_folder_while_it_builds_the_model(start, call, tmp_path):
+    """The refused run does not change the files of the other."""
     slow = start(*RUN, "--model", "slow.py:model")
     wait_for(tmp_path / "building")
     assert call(*RUN) == (0, "")
@@ -105,8 +105,8 @@ def test_a_run_that_finds_another_ones_folder_after_it_has_built_its_model(start
     assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == before
 
 
-def test_two_runs_that_start_at_once(start, tmp_path):
-    """One of them trains, the other is refused; whichever."""
+def test_of_two_runs_started_together_one_trains_and_one_is_refused(start, tmp_path):
+    """Either of them may be refused."""
     processes = [start(*RUN) for _ in range(2)]
     errors = [process.communicate(timeout=100)[1] for process in processes]
     assert sorted(process.returncode for process in processes) == [0, 2]
@@ -123,7 +123,7 @@ def test_a_second_process_is_refused_while_the_first_trains(training, call, tmp_
     finish(training, tmp_path)
 
 
-def test_a_stopped_run_is_not_resumed_elsewhere(training, call, tmp_path):
+def test_a_run_suspended_by_sigstop_cannot_be_resumed_by_another_process(training, call, tmp_path):
     training.send_signal(signal.SIGSTOP)
     status, errors = call("run", "--resume", "a")
     assert (status, f"a is in use by process {training.pid} on " in errors) == (2, True)
@@ -131,8 +131,8 @@ def test_a_stopped_run_is_not_resumed_elsewhere(training, call, tmp_path):
     finish(training, tmp_path)
 
 
-def test_three_resumes_at_once(training, start, tmp_path):
-    """After a kill; one of them goes on, the others are refused."""
+def test_of_three_processes_that_resume_a_killed_run_at_least_one_finishes_it(training, start, tmp_path):
+    """A process that starts while another one has the folder is refused."""
     training.kill()
     training.communicate()
     (tmp_path / "go").touch()
@@ -144,7 +144,7 @@ def test_three_resumes_at_once(training, start, tmp_path):
     assert len((tmp_path / "a" / "metrics.csv").read_text().splitlines()) == 4
 
 
-def test_a_killed_run_is_resumed_at_once(training, start, tmp_path):
+def test_a_killed_run_can_be_resumed_although_its_lock_file_remains(training, start, tmp_path):
     training.kill()
     training.communicate()
     assert (tmp_path / "a" / ".lock").exists()
@@ -156,7 +156,7 @@ def test_a_killed_run_is_resumed_at_once(training, start, tmp_path):
 def test_a_run_that_loses_its_lock_ends_without_writing(training, tmp_path, lose):
     lose(tmp_path / "a")
     before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    time.sleep(1.1)                 # the lock is looked at once a second
+    time.sleep(1.1)                 # a run checks its lock once a second
     (tmp_path / "go").touch()
     _, errors = training.communicate(timeout=100)
     assert training.returncode == 1

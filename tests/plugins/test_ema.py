@@ -133,7 +133,7 @@ def loader():
 
 @pytest.mark.parametrize("ends", [3, 5])
 def test_a_run_that_went_on_equals_one_that_never_ended(net, clone, same, tmp_path, ends):
-    """It goes on from the raw weights (hard case D3), before and after averaging has started."""
+    """It resumes from the raw weights, not from the average, before and after averaging has started."""
     def plugins():
         return [Ema(0.9, start="4ep"), "amp:dtype=float16", "accumulate:every=2", "clip", "early_stopping:patience=3"]
 
@@ -155,7 +155,7 @@ def test_a_run_that_went_on_equals_one_that_never_ended(net, clone, same, tmp_pa
 
 
 def test_it_counts_updates_not_micro_batches_and_not_skipped_steps(plain, batches, clone, sgd):
-    """Hard case D4. A scale of 2^40 makes float16 skip the first steps."""
+    """A scale of 2^40 makes float16 skip the first steps."""
     ema, watch = Ema(0.9), Watch()
     run = fit(plain, cross_entropy, sgd, batches, epochs=12, plugins=["accumulate:every=3", Amp("float16", 2.0**40), ema, watch])
     assert 0 < run.step < run.attempts == 36

@@ -170,7 +170,7 @@ def test_training_is_what_it_would_be_without(net, clone, generator):
 
 
 def test_batchnorm_collects_over_all_data_and_keeps_its_momentum(net, batches, sgd):
-    """Hard case D1: with a momentum of 0 in place of None the statistics would stay what they were."""
+    """With a momentum of 0 in place of None the statistics would stay what they were."""
     net[1].momentum = 0.3
     net[3].p = 0.0
     fit(net, cross_entropy, sgd, batches, epochs=4, plugins=[Swa("50%")])
@@ -250,7 +250,7 @@ def test_checkpoint_and_early_stopping_keep_the_average(net, batches, valid, sgd
 
 @pytest.mark.parametrize("ends", [3, 6])
 def test_a_run_that_went_on_equals_one_that_never_ended(net, clone, same, tmp_path, ends):
-    """It goes on from the raw weights (hard case D3), before and after averaging has started."""
+    """It resumes from the raw weights, not from the average, before and after averaging has started."""
     def plugins():
         return [Swa(4, 0.02, 3), "amp:dtype=float16", "accumulate:every=2", "clip", "cosine", "early_stopping:patience=9"]
 
