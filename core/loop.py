@@ -120,7 +120,9 @@ def run_epoch(run: Run) -> None:
 
 def epoch_finished(run: Run) -> bool:
     """Whether the epoch ends here although its data may go on."""
-    return run.should_stop or run.counters.attempts_in_epoch == run.steps_per_epoch
+    counters = run.counters             # asked after every step, so without properties: they take time
+    return (bool(run.stop) or counters.step >= run.max_steps
+            or counters.attempts - counters.began[1] == run.steps_per_epoch)
 
 
 def run_step(run: Run, batches: list[Any]) -> None:

@@ -54,18 +54,32 @@ def test_it_ends_with_the_process(tmp_path, holder):
     assert taken(tmp_path)
 
 
+FORK = """
+import os, sys, time
+from pathlib import Path
+from loopctl.checkpoint.folder_lock import FolderLock
+ready, started = os.pipe()
+with FolderLock(Path(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        os.write(started, b".")
+        time.sleep(60)
+    os.read(ready, 1)               # the child runs, and has let go of the lock
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
 def test_a_forked_process_does_not_hold_it(tmp_path):
     """A loader's worker may live some seconds longer than the run."""
-    code = HOLD.replace('print("held"', 'import os\n    child = os.fork()\n    if not child: time.sleep(60)\n    print("held" if child else ""')
-    process = subprocess.Popen([sys.executable, "-c", code.replace("flush=True)", "child, flush=True)"), str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    word, child = process.stdout.readline().split()
-    assert word == "held"
+    process = subprocess.Popen([sys.executable, "-c", FORK, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
     try:
         process.kill()
         process.wait()
         assert taken(tmp_path)
     finally:
-        os.kill(int(child), signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)
         process.stdout.close()
 
 
