@@ -67,7 +67,7 @@ def call(start):
 
 
 def wait_for(path):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while not path.exists():
         assert time.monotonic() < end, f"{path} does not appear"
         time.sleep(0.02)
