@@ -2,6 +2,7 @@
 
     python benchmarks/kill_resume.py                    50 kills of one combination of plugins, then 3 of each plugin
     python benchmarks/kill_resume.py --kills 5 --only amp,swa
+    python benchmarks/kill_resume.py --kills 0 --only stateful      two processes, metrics and a loss that keep a state
 
 The process and its loader workers are killed with SIGKILL at a random moment: usually during training, sometimes while
 it starts. At the end the weights, metrics.csv and the whole last checkpoint, with the optimizer state and the states of
@@ -47,6 +48,73 @@ def digits():
     plain = data.digits()
     return data.Data(Noisy(plain.train), plain.valid, plain.classes, plain.shape)
 """
+# A run from Python in two processes, with a loss function that has a parameter and a buffer, and two validation metrics
+# that keep a state over all evaluations.
+STATEFUL = """
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+import torch
+from torch import nn
+from torchmetrics import MeanMetric
+from loopctl import fit
+from loopctl.checkpoint.atomic_files import save_weights
+from loopctl.checkpoint.state import find_candidates
+
+if "RANK" not in os.environ:        # start both processes, in one process group, which is killed as a whole
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port})
+        for rank in range(2)]
+    sys.exit(max(abs(rank.wait()) for rank in ranks))
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("calls", torch.zeros(()))
+    def forward(self, output, target):
+        self.calls += torch.is_grad_enabled()
+        return nn.functional.cross_entropy(output * self.scale, target)
+
+class Best(MeanMetric):
+    best, evaluations = 0.0, 0
+    def update(self, output, target):
+        super().update((output.argmax(1) == target).float())
+    def compute(self):
+        self.evaluations += 1
+        self.best = max(self.best, super().compute().item())
+        return torch.tensor(self.best + self.evaluations)
+
+class Seen:
+    seen = 0
+    def __call__(self, output, target): ...
+    def reset(self): ...
+    def update(self, output, target):
+        self.seen += len(target)
+    def compute(self):
+        return float(self.seen)
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+out = sys.argv[1]
+data = torch.utils.data.TensorDataset(torch.randn(400, 8), torch.randint(0, 3, (400,)))
+train, valid = torch.utils.data.random_split(data, [320, 80])
+model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3))
+loss_fn = Scaled()
+fit(model, loss_fn, partial(torch.optim.AdamW, lr=0.01), torch.utils.data.DataLoader(train, 8, shuffle=True),
+    torch.utils.data.DataLoader(valid, 8), epochs=int(sys.argv[2]), eval_every=7,
+    metrics={"best": Best(), "seen": Seen()},
+    plugins=["ddp", "csv", "checkpoint:every_steps=4", "cosine", "ema:decay=0.9"], seed=0, out=out,
+    resume=out if find_candidates(__import__("pathlib").Path(out)) else None)
+if torch.distributed.get_rank() == 0:
+    save_weights(nn.ModuleDict({"model": model, "loss_fn": loss_fn}),
+                 __import__("pathlib").Path(out, "weights.safetensors"))
+"""
 RUN = ["--data", "noisy.py:digits", "--model", "cnn:width=8,dropout=0.2", "--workers", "2", "--eval-every", "9",
        "--lr", "0.002"]
 FEATURED = ["amp", "accumulate:every=2", "clip:max_norm=1", "warmup:length=1ep", "cosine", "ema:decay=0.99"]
@@ -63,6 +131,8 @@ LEFT_OUT = {"cudagraph", "throughput"}
 
 
 def command(plugins: list[str], epochs: int, *more: str) -> list[str]:
+    if plugins == ["stateful"]:
+        return [sys.executable, "stateful.py", more[1], str(epochs)]
     saving = [] if any(name.startswith("checkpoint") for name in plugins) else ["checkpoint:every_steps=4"]
     chosen = [part for plugin in [*plugins, *saving] for part in ("--plugin", plugin)]
     return [sys.executable, "-m", "loopctl", "run", *RUN, "--epochs", str(epochs), *chosen, *more]
@@ -151,10 +221,12 @@ def main() -> None:
     only = [name for name in available() if name not in LEFT_OUT] if args.only is None else args.only.split(",")
     programs = [(FEATURED, args.epochs, args.kills)] * bool(args.kills)
     programs += [([f"{name}:{EXAMPLES[name]}" if name in EXAMPLES else name], 4, args.each)
-                 for name in only if name != "none"]
+                 for name in only if name not in ("none", "stateful")]
+    programs += [(["stateful"], 100, args.each)] * (args.only is None or "stateful" in only)
     for plugins, epochs, kills in programs:
         with TemporaryDirectory() as folder:
             (Path(folder) / "noisy.py").write_text(DATA)
+            (Path(folder) / "stateful.py").write_text(STATEFUL)
             try:
                 killed, slower = survive(plugins, epochs, kills, Path(folder), draw)
                 result = f"equal after {killed} kills, in {slower:.1f} times the uninterrupted run's time"

@@ -15,6 +15,7 @@ from click.shell_completion import CompletionItem
 from loopctl.cli.parameters import DevicesType, FloatType, IntegerType, PathType, TextType
 from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.errors import UsageError, nearest, one_line
+from loopctl.report.terminal import say, use_plain_letters
 
 
 class Commands(click.Group):
@@ -26,6 +27,7 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
+        use_plain_letters()
         try:
             sys.exit(super().main(*args, **kwargs) or 0)
         except click.ClickException as error:
@@ -117,6 +119,8 @@ def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
         raise click.UsageError(f"--{param.name}: {file} cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:          # also for a number too long, or lists nested too deep
         raise click.UsageError(f"--{param.name}: {file} is not TOML: {error}") from None
+    if param.name == "resume" and not values:
+        raise click.UsageError(f"--resume: {file} is empty, so what to train is unknown; start a new run")
     command_line_only = ("config", "resume", "out", "traceback")
     known = {option.name: option for option in ctx.command.params if option.name not in command_line_only}
     for key, value in values.items():
@@ -167,7 +171,7 @@ SHARED_OPTIONS = (
     shared_option("--batch-size", default=64, type=COUNT, metavar="N", help="Images per batch, in each process."),
     shared_option("--plugin", plugin_names, multiple=True, type=TextType(), metavar="NAME[:option=value,...]",
                   help="Add a plugin (see `loopctl plugins`); repeat the option for more, which act in the "
-                       "order given."),
+                       "order given. A value with a comma is put in double quotes."),
     shared_option("--without", type=click.Choice(DEFAULT_PLUGINS), multiple=True,
                   help="Leave out a plugin that `run` adds by default."),
     shared_option("--device", default="auto", type=TextType(), metavar="DEVICE",
@@ -226,7 +230,7 @@ def explain(**settings: Any) -> None:
     The planned number of updates, the batch size and the learning rates are shown too.
     """
     from loopctl.cli import train
-    click.echo(train.explanation(settings))
+    say(train.explanation(settings))
 
 
 @main.command()
@@ -236,7 +240,7 @@ def explain(**settings: Any) -> None:
 def lr(out: Path | None, **settings: Any) -> None:
     """Draw the learning rate over a whole run, without training."""
     from loopctl.cli import curve
-    click.echo(curve.draw(settings, out))
+    say(curve.draw(settings, out))
 
 
 @main.command()
@@ -244,7 +248,7 @@ def lr(out: Path | None, **settings: Any) -> None:
 def summary(**settings: Any) -> None:
     """Show a model's layers, output shapes and parameters."""
     from loopctl.cli import train
-    click.echo(train.layer_summary(settings))
+    say(train.layer_summary(settings))
 
 
 @main.command()
@@ -253,7 +257,7 @@ def summary(**settings: Any) -> None:
 def compare(runs: tuple[Path, ...], out: Path | None) -> None:
     """Show how the options and the results of runs differ. RUNS are the folders of two runs or more."""
     from loopctl.cli.compare import compare_runs  # by its full path, for `compare` is this command
-    click.echo(compare_runs(runs, out))
+    say(compare_runs(runs, out))
 
 
 @main.command()
@@ -263,10 +267,10 @@ def plugins(name: str | None, check: bool) -> None:
     """List the installed plugins, or describe one of them: its options, hooks and origin."""
     from loopctl.cli import listing
     if name is not None:
-        click.echo(listing.page(name))
+        say(listing.page(name))
     else:
         listed, broken = listing.table(check)
-        click.echo(listed)
+        say(listed)
         if broken:
             raise click.ClickException(f"broken plugins: {', '.join(broken)}; see their lines above")
 
@@ -275,7 +279,7 @@ def plugins(name: str | None, check: bool) -> None:
 def hooks() -> None:
     """Show every hook that a plugin can implement, in order."""
     from loopctl import hooks
-    click.echo((hooks.__doc__ or "").rstrip())
+    say((hooks.__doc__ or "").rstrip())
 
 
 @main.command("new-plugin")
@@ -289,4 +293,4 @@ def hooks() -> None:
 def new_plugin(name: str, kind: str, out: Path | None) -> None:
     """Write a package with a new plugin, ready to install. It has tests and a README."""
     from loopctl.cli import scaffold
-    click.echo(scaffold.write(name, kind, out))
+    say(scaffold.write(name, kind, out))

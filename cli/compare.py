@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loopctl.composition.quoting import unquote
 from loopctl.errors import UsageError, one_line
 from loopctl.report import charts, html
 
@@ -90,7 +91,10 @@ def log_path(config: dict[str, Any]) -> str:
     """The path, within the run's folder, that its csv plugin writes to."""
     specs = config.get("plugin")
     paths = [str(spec)[9:] for spec in (specs if isinstance(specs, list) else []) if str(spec).startswith("csv:path=")]
-    return paths[0] if paths else "metrics.csv"
+    try:
+        return unquote(paths[0]) if paths else "metrics.csv"
+    except ValueError:
+        return paths[0]
 
 
 def read_history(file: Path) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ from loopctl.checkpoint.state import parameter_names
 from loopctl.cli.train import prepare_run
 from loopctl.composition.compose import blame_plugin
 from loopctl.errors import UsageError, names
-from loopctl.optim.learning_rate import lr_curve
+from loopctl.optim.learning_rate import divisor, lr_curve
 from loopctl.report import plots
 from loopctl.run import Run
 
@@ -46,10 +46,8 @@ def chart(values: list[float], length: str, width: int | None = None, height: in
 def schedule_factors(run: Run) -> dict[str, float]:
     """The factor of each schedule at the current step of `run`, for the first parameter group, by the plugin's name."""
     group = run.optimizer.param_groups[0]
-    arguments = {"run": run, "initial_lr": group["initial_lr"], "group": group}
+    arguments = {"run": run, "initial_lr": divisor(group), "group": group}
     factors: dict[str, float] = {}
-    if not group["initial_lr"]:
-        return factors
     for impl in reversed([impl for impl in run.hook.hookimpls if impl.function.__name__ == "lr_scale"]):
         result = impl.function(*(arguments[name] for name in impl.argnames))
         if impl.wrapper:                # its factor is its own rate over the rate of the schedules that it wraps

@@ -5,8 +5,9 @@ The function of each name returns its `Data`. Its arguments are the options on t
 """
 from __future__ import annotations
 
+import logging
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,16 @@ import torch
 from torch.utils.data import TensorDataset
 
 from loopctl.cli.specs import at_least_one, at_most, call_factory, resolve
+from loopctl.composition.compose import compose
 from loopctl.composition.options import Option
 from loopctl.data import on_device
-from loopctl.data.dataset import Data
+from loopctl.data.dataset import Data, check_last_batch
 from loopctl.data.memory import check_memory
 from loopctl.errors import UsageError, one_line
+from loopctl.hooks import hookimpl
+from loopctl.run import Run
+
+log = logging.getLogger("loopctl")
 
 # The option that every data set has, besides the arguments of its function.
 COMMON_OPTIONS = {"on_device": Option("on_device", bool, False, "")}
@@ -150,9 +156,12 @@ def imagenet(root: str, size: int = 224, augment: bool = True) -> Data:
     """ImageNet 2012, 1,000 classes, from its original archives in `root`; the transforms are those of `imagefolder`."""
     from torchvision.datasets import ImageNet
 
+    from loopctl.cli.image_folder import load_image
+
     check_image_size("data imagenet", size=size)
     try:
-        sets = [ImageNet(root, split=split, transform=photo_transforms(size, augment and split == "train"))
+        sets = [ImageNet(root, split=split, transform=photo_transforms(size, augment and split == "train"),
+                         loader=load_image)
                 for split in ("train", "val")]
     except (RuntimeError, OSError) as error:
         raise UsageError(f"data imagenet is missing or incomplete in {Path(root).absolute()}; put "
@@ -162,12 +171,12 @@ def imagenet(root: str, size: int = 224, augment: bool = True) -> Data:
 
 
 def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
-    """Image files in `root`/train/CLASS and `root`/val/CLASS.
+    """Image files in `root`/train/CLASS and `root`/val/CLASS. Names that start with a dot are left out.
 
     A training image is a random crop, mirrored at random. A validation image is the centre, after the shorter side is
     resized to 256 pixels (for size=224). augment=false uses the centre for both.
     """
-    from torchvision.datasets import ImageFolder
+    from loopctl.cli.image_folder import IMG_EXTENSIONS, VisibleImageFolder
 
     check_image_size("data imagefolder", size=size)
     folders = [Path(root, split).absolute() for split in ("train", "val")]
@@ -176,10 +185,14 @@ def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
         if not folder.is_dir():
             raise UsageError(f"data imagefolder: there is no folder {folder}; {advice}")
     try:
-        sets = [ImageFolder(str(folder), photo_transforms(size, augment and folder.name == "train"))
+        sets = [VisibleImageFolder(str(folder), photo_transforms(size, augment and folder.name == "train"))
                 for folder in folders]
     except FileNotFoundError as error:         # no class, or a class without images
-        raise UsageError(f"data imagefolder: {one_line(error)}; {advice}") from error
+        raise UsageError(f"data imagefolder: {one_line(error).rstrip('. ')}; {advice}, with names that end in "
+                         f"{', '.join(IMG_EXTENSIONS)}") from error
+    if hidden := [path for part in sets for path in part.hidden]:
+        log.warning("data imagefolder: %s%s left out, because the name starts with a dot", one_line(hidden[0]),
+                    f" and {len(hidden) - 1:,} more" if hidden[1:] else "")
     if sets[0].classes != sets[1].classes:
         differ = sorted(set(sets[0].classes) ^ set(sets[1].classes))
         raise UsageError(f"data imagefolder: train and val in {root} have different classes; "
@@ -221,3 +234,26 @@ def fake(size: int = 1000, image: int = 32, classes: int = 10, channels: int = 3
 
 NAMES = {function.__name__: function for function in
          (digits, mnist, fashionmnist, cifar10, cifar100, imagenet, imagefolder, fake)}
+
+
+@dataclass(eq=False)
+class BatchSize:
+    """A plugin that refuses, before the first step, a last batch of one sample that a BatchNorm cannot train on.
+
+    All processes try it together, because the model may be sharded, or synchronize its BatchNorm.
+    """
+
+    observer_only = True
+
+    tried: bool = False
+
+    @hookimpl
+    def epoch_start(self, run: Run) -> None:
+        if not self.tried:
+            self.tried = True
+            check_last_batch(run)
+
+
+def has_default_loss(plugins: list[Any]) -> bool:
+    """Whether none of these plugins replaces the command line's loss, which takes labels of classes."""
+    return "compute_loss" not in compose(plugins).replaced

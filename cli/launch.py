@@ -5,12 +5,15 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
+from threading import Thread
+from typing import Any
 
 import click
 import torch
 
-from loopctl.distributed.process_group import launched_processes
+from loopctl.distributed.process_group import launched_processes, torchrun_serves_store
 from loopctl.errors import UsageError
 
 
@@ -37,11 +40,20 @@ def check_devices(devices: str | None, device: str) -> None:
 
 
 def launch(devices: list[int], arguments: list[str]) -> int:
-    """Run `loopctl` with these arguments in a process per device. Return the exit status of the first to fail, or 0."""
+    """Run `loopctl` with these arguments in a process per device. Return the exit status of the first to fail, or 0.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on to the processes, which have 30 seconds to save and end.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    def end_processes(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)           # the processes are being ended already
+        raise SignalException(f"received signal {number}", signal.Signals(number))
+
+    if hasattr(signal, "SIGUSR1"):                      # torch handles the others in the same way
+        signal.signal(signal.SIGUSR1, end_processes)
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)              # processes print their own errors
@@ -66,3 +78,24 @@ def launch(devices: list[int], arguments: list[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def end_with_launcher() -> None:
+    """Make this process end when torchrun, or the launcher of --devices, that has started it is gone.
+
+    Without it, nothing would end the processes of a run together. They get SIGTERM, at which `checkpoint` saves, and 30
+    seconds later SIGKILL. A thread watches the parent, because PR_SET_PDEATHSIG is specific to Linux and cannot do the
+    second. Before the thread runs, joining the process group fails if the launcher is gone.
+    """
+    if not torchrun_serves_store():
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Thread(target=watch, daemon=True).start()

@@ -13,10 +13,10 @@ from textwrap import wrap
 
 import loopctl.plugins  # noqa: F401  so that `source_file` finds its folder; it imports no plugin
 from loopctl.composition.compose import SPECS
-from loopctl.composition.discovery import available, load, load_class, plugin_name, split_spec
+from loopctl.composition.discovery import available, load, load_class, package_name, plugin_name, split_spec
 from loopctl.composition.option_types import describe_type, format_value
-from loopctl.composition.options import parse_options, plugin_options
-from loopctl.errors import UsageError
+from loopctl.composition.options import Option, parse_options, plugin_options
+from loopctl.errors import UsageError, harmless, one_line
 
 
 def table(check: bool) -> tuple[str, list[str]]:
@@ -31,7 +31,7 @@ def table(check: bool) -> tuple[str, list[str]]:
             except UsageError as error:
                 broken.append(name)
                 line = f"BROKEN  {error}"
-        rows.append((name, line, "" if origin(entry).startswith("loopctl ") else f"  [{origin(entry)}]"))
+        rows.append((name, harmless(line), "" if origin(entry).startswith("loopctl ") else f"  [{origin(entry)}]"))
     width = max(len(name) for name in plugins)
     return "\n".join(f"{name:{width}}  {line}{package}" for name, line, package in rows), broken
 
@@ -54,8 +54,7 @@ def page(spec: str) -> str:
         lines.append("options")
         width = max(map(len, known))
         for option in known.values():
-            shown = "" if option.default is MISSING else format_value(option.default)
-            default = "required" if option.default is MISSING else f"default {shown or '(empty)'}"
+            default = "required" if option.default is MISSING else f"default {default_text(option) or '(empty)'}"
             text = [*wrap(option.help, 96 - width), f"{describe_type(option.type)}; {default}"]
             lines += [f"  {option.name if line is text[0] else '':{width}}  {line}" for line in text]
         lines.append("")
@@ -64,12 +63,20 @@ def page(spec: str) -> str:
     wraps = {hook for hook in hooks if getattr(cls, hook).loopctl_impl["wrapper"]}
     lines.append("hooks    " + ", ".join(f"{hook} (wraps)" if hook in wraps else hook for hook in hooks))
     lines.append(f"from     {origin(entry) + ', ' if entry else ''}{cls.__module__}:{cls.__qualname__}")
-    return "\n".join(lines)
+    return harmless("\n".join(lines))
+
+
+def default_text(option: Option) -> str:
+    """The default of an option, as it would be written on the command line if it can be."""
+    try:
+        return format_value(option.default, option.type)
+    except UsageError:
+        return one_line(repr(option.default))
 
 
 def origin(entry: EntryPoint) -> str:
     """The name and the version of the package that a plugin comes from."""
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else ""
+    return one_line(package_name(entry.dist)) if entry.dist else ""
 
 
 def first_line(entry: EntryPoint) -> str:
@@ -78,8 +85,8 @@ def first_line(entry: EntryPoint) -> str:
     if file is None:
         return ""
     try:
-        body = ast.parse(file.read_text()).body
-    except (OSError, SyntaxError, UnicodeDecodeError):
+        body = ast.parse(file.read_bytes()).body
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return ""
     classes = [node for node in body if isinstance(node, ast.ClassDef) and node.name == entry.attr]
     return ((ast.get_docstring(classes[0]) or "") if classes else "").split("\n")[0]

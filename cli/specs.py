@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from loopctl.composition.discovery import load
+from loopctl.composition.discovery import load, split_head
 from loopctl.composition.options import Option, option_type, parse_options
 from loopctl.errors import UsageError, nearest, one_line
 
@@ -30,13 +30,11 @@ def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Calla
     known: returns all names. get: returns the factory of a name. more: options that are not arguments of a factory.
     Raises UsageError for an unknown name, an unknown option or a wrong value.
     """
-    head, _, text = spec.partition(":")
     names = list(known())
-    attr, _, rest = text.partition(":")
-    if "." in head or (attr.isidentifier() and head not in names):
-        if not attr:
+    head, text = split_head(spec, names)
+    if "." in head or ":" in head:
+        if ":" not in head:
             raise UsageError(f"{kind} {head}: name a class or function in it, as in {head}:name")
-        head, text = f"{head}:{attr}", rest
         try:
             factory: Any = load(head)
         except UsageError as error:
@@ -122,4 +120,5 @@ def names_in_source(package: str, folder: str, pattern: str) -> list[str]:
     if spec is None or not spec.submodule_search_locations:
         return []
     files = Path(spec.submodule_search_locations[0], folder).glob("*.py")
-    return sorted({name for file in files for name in re.findall(pattern, file.read_text(), re.MULTILINE)})
+    texts = (file.read_text(encoding="utf-8") for file in files)
+    return sorted({name for text in texts for name in re.findall(pattern, text, re.MULTILINE)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -12,8 +13,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
-from itertools import count
-from math import inf
+from itertools import count, takewhile
+from math import inf, isfinite
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -24,27 +25,39 @@ from torch import nn
 
 from loopctl import Parallel, explain, fit, hookimpl
 from loopctl.checkpoint.atomic_files import Weights, atomic_write, save_weights
-from loopctl.checkpoint.folder_lock import NAME as LOCK
+from loopctl.checkpoint.folder_lock import RUN as LOCK
 from loopctl.checkpoint.folder_lock import FolderLock, LostLock
-from loopctl.checkpoint.state import find_candidates
+from loopctl.checkpoint.state import checkpoints_in, find_candidates
 from loopctl.cli import data, launch, models, optimizers
+from loopctl.cli.lasting_output import lasting_output
 from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.composition.compose import blame_plugin, compose
 from loopctl.composition.discovery import build_plugin, split_spec
 from loopctl.composition.options import to_spec
 from loopctl.distributed.process_group import launched_processes, rank, read_note, restart_count, store_note
-from loopctl.errors import UsageError
+from loopctl.errors import UsageError, one_line
 from loopctl.loop import DEFAULTS
 from loopctl.model.eval_mode import eval_mode
 from loopctl.model.summary import record_forward, render, table
+from loopctl.plugins.checkpoint import Checkpoint
 from loopctl.prepare import build_run, find_device
 from loopctl.rng import seed_everything
 from loopctl.run import Run
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The fraction of a batch whose highest logit is that of its class."""
-    return (output.argmax(1) == target).float().mean()
+    """The fraction of a batch whose highest logit is that of its class, or of the highest of its probabilities.
+
+    output: logits of shape (N, C, ...). target: classes of shape (N, ...), or probabilities of the shape of `output`.
+    Raises UsageError for other shapes.
+    """
+    predicted = output.argmax(1)
+    if target.shape == output.shape:
+        target = target.argmax(1)
+    if target.shape != predicted.shape:
+        raise UsageError(f"accuracy: the output has shape {tuple(output.shape)} and the target {tuple(target.shape)}; "
+                         f"use classes of shape {tuple(predicted.shape)}, or probabilities of the output's shape")
+    return (predicted == target).float().mean()
 
 
 def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,7 +72,7 @@ def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     seed_everything(settings["seed"])
     dataset = data.make(settings["data"], settings["data_root"], settings["download"])
     model = models.make(settings["model"], dataset)
-    train, valid = dataset.loaders(settings["batch_size"], settings["workers"], device)
+    train, valid = dataset.loaders(settings["batch_size"], settings["workers"], device, data.has_default_loss(plugins))
     arguments = {
         "model": model, "loss_fn": nn.CrossEntropyLoss(), "optimizer": factory, "train": train, "valid": valid,
         "epochs": settings["epochs"], "max_steps": settings["max_steps"], "eval_every": settings["eval_every"],
@@ -97,6 +110,7 @@ def run(settings: dict[str, Any], arguments: list[str]) -> None:
     if len(numbers := launch.device_numbers(settings["devices"])) > 1 and launched_processes() == 1:
         build_plugins(settings)             # a wrong composition is reported here, once, before any process is started
         sys.exit(launch.launch(numbers, arguments))
+    launch.end_with_launcher()
     out, resume = settings.pop("out"), settings.pop("resume")
     settings.pop("config")
     if resume and out:
@@ -106,26 +120,33 @@ def run(settings: dict[str, Any], arguments: list[str]) -> None:
     elif restart_count() and not resume:
         folder = Path(read_note("out") or out or "")                    # of the attempt before the restart
         out, resume = (None, folder) if folder.name and folder.exists() else (out, None)
-    train(settings, out, resume)
+    with lasting_output():
+        try:
+            train(settings, out, resume)
+        except LostLock as error:
+            raise click.ClickException(str(error)) from error
 
 
 def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> None:
     """Train in this process, in a new folder or in that of the run to resume, and save the final weights there."""
     arguments, resolved = build_arguments(settings)
-    if resume and (resume / "weights.safetensors").exists() and not find_candidates(resume):
+    savers = [plugin for plugin in arguments["plugins"] if isinstance(plugin, Checkpoint)]
+    if resume and (resume / "weights.safetensors").exists() and not (
+            find_candidates(resume) or any(checkpoints_in(resume / plugin.dir) for plugin in savers)):
         raise UsageError(f"--resume {resume}: this run is finished and has no checkpoint to resume from; "
                          "start a new run")
     recorder = Recorder(resolved, new=not resume)
-    arguments["plugins"].append(recorder)
+    arguments["plugins"] += [data.BatchSize(), recorder]
     # Only rank 0 makes the folder; the other processes get its path from rank 0 when they join the process group.
     opened = run_folder(resume or out, recorder) if rank() == 0 else nullcontext(Path())
     with opened as folder, matmul_precision(settings["matmul"]):
         try:
             result = fit(**arguments, resume=resume, out=folder)
         except KeyboardInterrupt:
-            where = f"; what was written is in {folder}" if recorder.started else ""
+            more = (f"; to go on: loopctl run --resume {shlex.quote(str(folder))}" if savers
+                    else f"; what was written is in {folder}") if recorder.started else ""
             if rank() == 0:
-                click.echo(f"interrupted{where}", err=True)
+                click.echo(f"interrupted{more}", err=True)
             raise SystemExit(130) from None
         weights = folder / "weights.safetensors"
         if not recorder.started and weights.exists():
@@ -134,15 +155,30 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
         final = Weights(result.model)         # a collective operation if the model's tensors are sharded
         if rank():
             return
-        recorder.check_lock()
         try:
+            recorder.check_lock()
             save_weights(final, weights)
         except OSError as error:
             raise click.ClickException(f"{weights} cannot be written ({error.strerror or error}); "
                                        f"use loopctl run --resume {folder} to try again") from error
-    click.echo(f"stopped early: {result.stop}" if result.stop
+    click.echo(f"stopped early: {one_line(result.stop)}" if result.stop
                else f"finished: {result.epoch} epochs, {result.step:,} updates")
     click.echo(f"run folder: {folder}")
+    check_losses(result, weights)
+
+
+def check_losses(run: Run, weights: Path) -> None:
+    """Raise an exception that ends the command with status 1 if the losses at the end of the run are not finite.
+
+    A script that goes on with the weights would go on with NaN.
+    """
+    last = run.history[-1] if run.history else {}
+    for name in ("train_loss", "val_loss"):
+        if not isfinite(last.get(name, 0.0)):
+            lasting = takewhile(lambda row: not isfinite(row.get(name, 0.0)), reversed(run.history))    # noqa: B023
+            advice = "" if "nan_guard" in run.hook.plugins else ", or --plugin nan_guard, which skips such steps"
+            raise click.ClickException(f"{name} is {last[name]} since epoch {[*lasting][-1]['epoch']}, so {weights} is "
+                                       f"of no use; begin a new run with a lower --lr{advice}")
 
 
 @contextmanager
@@ -185,11 +221,11 @@ def layer_summary(settings: dict[str, Any]) -> str:
 class Recorder:
     """A plugin that writes the run's configuration to its folder, when training starts and all checks have passed.
 
-    It also ends the run if the lock on the folder is lost, before anything else is written.
+    It also ends the run if the lock on the folder is lost, before anything else is written. Only rank 0 writes; all
+    processes have `run.config`, which `ddp` and `fsdp` compare.
     """
 
     observer_only = True
-    rank_zero_only = True
 
     settings: dict[str, Any]
     new: bool
@@ -198,12 +234,9 @@ class Recorder:
     next_check: float = 0.0             # by time.monotonic()
 
     def check_lock(self) -> None:
-        """Raise an exception that ends the run if its folder is no longer locked by this process."""
-        try:
-            if self.lock:
-                self.lock.check()
-        except LostLock as error:
-            raise click.ClickException(f"{error.strerror}; this run ends without writing any more") from error
+        """Raise LostLock if the run's folder is no longer locked by this process."""
+        if self.lock:
+            self.lock.check()
 
     @hookimpl
     def after_step(self) -> None:
@@ -224,13 +257,13 @@ class Recorder:
     @hookimpl
     def setup(self, run: Run) -> None:
         run.config = {key: value for key, value in self.settings.items() if value is not None}
-        if self.new:
-            for name in ("run.toml", "explain.txt"):       # so that a plugin cannot choose these names
-                (run.out / name).touch()
+        if self.new and run.rank == 0:          # early, so that a run that is killed before it trains can be resumed
+            self.write_configuration(run)
+            (run.out / "explain.txt").touch()               # so that a plugin cannot choose this name
 
     @hookimpl
     def epoch_start(self, run: Run) -> None:
-        if self.started:
+        if self.started or run.rank:
             return
         explained = explain(run=run) + "\n"                # first, because it may raise UsageError
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
@@ -239,19 +272,30 @@ class Recorder:
         print(f"{self.settings['model']} ({parameters:,} parameters) on {self.settings['data']} "
               f"({size[0]:,} + {size[1]:,} images), {self.settings['optimizer']}, {self.settings['device']}"
               f"{f', {run.world_size} processes' if run.world_size > 1 else ''}")
+        if not self.new:
+            self.write_configuration(run)
+        with unwritable_is_error(run.out):
+            if self.new or not (run.out / "explain.txt").exists() or not (run.out / "explain.txt").stat().st_size:
+                (run.out / "explain.txt").write_text(explained, encoding="utf-8")
+        self.started = True
+
+    def write_configuration(self, run: Run) -> None:
         versions = f"loopctl {version('loopctl')}, torch {torch.__version__}"
         heading = f"# {versions}\n# loopctl run --config {run.out}/run.toml\n"
         # Strings, numbers, booleans and lists of them are written in TOML as in JSON.
         lines = [f"{key} = {json.dumps(value, ensure_ascii=False, indent=4)}\n"
                  for key, value in sorted(run.config.items())]
-        try:
-            with atomic_write(run.out / "run.toml") as file:
-                file.write_text(heading + "".join(lines), encoding="utf-8")
-            if self.new:
-                (run.out / "explain.txt").write_text(explained, encoding="utf-8")
-        except OSError as error:
-            raise click.ClickException(f"{run.out} cannot be written: {error.strerror}") from error
-        self.started = True
+        with unwritable_is_error(run.out), atomic_write(run.out / "run.toml") as file:
+            file.write_text(heading + "".join(lines), encoding="utf-8")
+
+
+@contextmanager
+def unwritable_is_error(folder: Path) -> Iterator[None]:
+    """Raise an exception that ends the command in one line where the block cannot write to `folder`."""
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(f"{folder} cannot be written: {error.strerror}") from error
 
 
 @contextmanager
@@ -270,8 +314,10 @@ def run_folder(path: Path | None, recorder: Recorder) -> Iterator[Path]:
                 yield folder
             finally:
                 if recorder.new and not recorder.started:
-                    for child in files_in(folder):
-                        shutil.rmtree(child) if child.is_dir() else child.unlink()
+                    with suppress(LostLock):                # then what is in the folder is another run's
+                        recorder.check_lock()
+                        for child in files_in(folder):
+                            shutil.rmtree(child) if child.is_dir() else child.unlink()
     finally:
         for parent in made if not recorder.started else ():
             with suppress(OSError):                         # not empty: another run may have started there

@@ -10,6 +10,7 @@ from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 
 if TYPE_CHECKING:
+    from loopctl.checkpoint.weights_file import load_weights
     from loopctl.composition.explain import explain
     from loopctl.data.dataset import Data
     from loopctl.distributed.data_parallel import Parallel
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from loopctl.run import Run
 
 __all__ = ["Data", "Duration", "Monitor", "Parallel", "Run", "UsageError", "__version__", "available", "explain", "fit",
-           "hookimpl", "load"]
+           "hookimpl", "load", "load_weights"]
 
 # Imported when first used, for most of it imports torch, and `loopctl --help` is to answer at once.
 LAZY = {
     "Data": "data.dataset", "Duration": "optim.duration", "Monitor": "metrics.monitor",
     "Parallel": "distributed.data_parallel", "Run": "run", "explain": "composition.explain", "fit": "loop",
+    "load_weights": "checkpoint.weights_file",
 }
 
 

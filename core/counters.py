@@ -18,6 +18,7 @@ class Counters:
     began: tuple[int, int] = (0, 0)     # `seen` and `attempts` when the current epoch began
     shift: int = 0                      # steps that the run gained or lost by resuming with another world size
     evaluated: int = 0                  # `attempts` at the last evaluation
+    recorded: int = 0                   # `attempts` at the last row of the history
 
     @property
     def seen_in_epoch(self) -> int:
@@ -43,6 +44,14 @@ class Counters:
     def finish_evaluation(self) -> None:
         """Remember that the run was evaluated after the last step."""
         self.evaluated = self.attempts
+
+    def finish_record(self) -> None:
+        """Remember that the history has a row for the last step."""
+        self.recorded = self.attempts
+
+    def set_steps_per_epoch(self, steps: int) -> None:
+        """Take back in `shift` what earlier epochs had more or fewer than `steps`. Call it before `finish_epoch`."""
+        self.shift = self.attempts - (self.epoch + 1) * steps
 
     def discard_update(self) -> None:
         """Count an update that `finish_step` counted as made as one that was skipped."""

@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopctl.data.batch import apply_weight, batches_to_device, sample_count
+from loopctl.data.batch import batches_to_device, sample_count
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 from loopctl.metrics.meters import Meters
+from loopctl.metrics.scalars import as_loss
+from loopctl.metrics.weights import counts_nothing, reported_loss, weighted_loss
 from loopctl.model.eval_mode import eval_mode
+from loopctl.model.ownership import modules_of, named_parameters
 from loopctl.optim.fast_step import fast_step
 from loopctl.run import Run
 
 
 @hookimpl(trylast=True)
 def param_groups(run: Run) -> list[dict[str, Any]]:
-    return [{"params": [parameter for parameter in run.model.parameters() if parameter.requires_grad]}]
+    return [{"params": [parameter for parameter in named_parameters(run).values() if parameter.requires_grad]}]
 
 
 @hookimpl(trylast=True)
@@ -42,7 +45,7 @@ def optimizer_step(run: Run, closure: Callable[[], Tensor]) -> Tensor:
 @hookimpl(trylast=True)
 def micro_step(run: Run, batch: Any, weight: float | Tensor, last: bool) -> Tensor:
     loss = run.hook.compute_loss(run=run, batch=batch)
-    loss = apply_weight(loss, weight)
+    loss = weighted_loss(loss, weight)
     run.hook.backward(run=run, loss=loss)
     return loss.detach()
 
@@ -50,16 +53,28 @@ def micro_step(run: Run, batch: Any, weight: float | Tensor, last: bool) -> Tens
 @hookimpl(trylast=True)
 def compute_loss(run: Run, batch: Any) -> Tensor:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise UsageError(f"loss_fn takes (input, target) batches, but train gave a {type(batch).__name__}; "
-                         "for other batches, replace compute_loss in a plugin")
+        part = "train" if torch.is_grad_enabled() else "valid"
+        raise UsageError(f"loss_fn takes (input, target) batches, but {part} gave {describe_batch(batch)}; for other "
+                         "batches, replace compute_loss in a plugin")
     input, target = batch
     run.outputs = run.network(input)
-    return run.loss_fn(run.outputs, target)         # type: ignore[misc]   # None only where a plugin replaces this
+    assert run.loss_fn is not None          # it is None only where a plugin replaces this
+    try:
+        return run.loss_fn(run.outputs, target)
+    except Exception as error:
+        explain_loss_error(run.outputs, target, error)
+        raise
 
 
 @hookimpl(trylast=True)
 def backward(run: Run, loss: Tensor) -> Tensor:
-    loss.backward()
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if not loss.requires_grad:
+            raise UsageError("the loss depends on no parameter that requires gradients, so nothing can be trained; "
+                             "leave out detach() and no_grad() on the way from the model to the loss") from error
+        raise
     return loss
 
 
@@ -68,12 +83,41 @@ def evaluate(run: Run) -> dict[str, Any]:
     if run.valid is None:
         return {}
     meters = Meters(run.metric_fns["val"], "val_")
-    with eval_mode(run.model), torch.no_grad():
+    with eval_mode(*modules_of(run)), torch.no_grad():
         for batch in batches_to_device(run.loaders["valid"], run.device):
-            weight = run.hook.batch_weight(run=run, batch=batch)
-            meters.loss.add(run.hook.compute_loss(run=run, batch=batch), weight)
-            if meters.functions:
-                meters.observe(run.outputs, batch, weight)
+            evaluate_batch(run, meters, batch)
     if not meters.loss.weight and not meters.loss.values:
         raise UsageError("valid has no batches left; leave it out, or pass a list or a DataLoader, not an iterator")
     return meters.result(run)
+
+
+def evaluate_batch(run: Run, meters: Meters, batch: Any) -> None:
+    """Compute the loss and the metrics of one batch. A batch of no samples counts nothing."""
+    weight = run.hook.batch_weight(run=run, batch=batch)
+    if run.world_size == 1 and counts_nothing(weight) and not sample_count(batch):
+        meters.loss.add(0.0, 0)
+        return
+    loss = as_loss(run.hook.compute_loss(run=run, batch=batch))
+    meters.loss.add(reported_loss(run, loss, weight), weight)
+    if meters.functions:
+        meters.observe(run.outputs, batch, weight)
+
+
+def explain_loss_error(outputs: Any, target: Any, error: Exception) -> None:
+    """Add to an error of the loss function what it was given. Raises UsageError for a class that does not exist."""
+    if not (isinstance(outputs, Tensor) and isinstance(target, Tensor)) or isinstance(error, torch.OutOfMemoryError):
+        return
+    if isinstance(error, IndexError) and outputs.ndim > 1 and not target.is_floating_point():
+        wrong = ((target < 0) | (target >= outputs.shape[1])).nonzero()[0].tolist()
+        part = "train" if torch.is_grad_enabled() else "valid"
+        where = wrong[0] if len(wrong) == 1 else tuple(wrong)
+        raise UsageError(f"{part} gave the class {target[tuple(wrong)].item()}, at index {where} of a batch, and the "
+                         f"model has {outputs.shape[1]} outputs, for classes 0 to {outputs.shape[1] - 1}") from error
+    error.add_note(f"the loss function was given outputs of shape {tuple(outputs.shape)} and targets of shape "
+                   f"{tuple(target.shape)}")
+
+
+def describe_batch(batch: Any) -> str:
+    """The type of a batch, and its length if that is a tuple or a list, for a message."""
+    kind = f"a {type(batch).__name__}"
+    return f"{kind} of {len(batch)}" if isinstance(batch, tuple | list) else kind

@@ -15,9 +15,14 @@ def nearest(word: object, known: Iterable[str], what: str = "known") -> str:
     return f"did you mean {close[0]!r}?" if close else f"{what}: {', '.join(listed)}"
 
 
+def harmless(text: object) -> str:
+    """Return a text that others wrote with its unprintable characters escaped, so that a terminal does not obey it."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in str(text))
+
+
 def one_line(error: object) -> str:
     """Return the message of an error on one line: unprintable characters escaped, the middle of a long one cut out."""
-    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(str(error).split()))
+    text = harmless(" ".join(str(error).split()))
     return text if len(text) <= 470 else f"{text[:290]} ... {text[-170:]}"
 
 

@@ -31,7 +31,7 @@ plugin per run may do so. A method declares, by name, only those arguments of th
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pluggy import HookimplMarker, HookspecMarker
@@ -83,7 +83,7 @@ def epoch_start(run: Run) -> None:
 
 
 @hookspec(firstresult=True)
-def group_batches(run: Run, batches: Iterable[Any]) -> Iterator[list[Any]]:
+def group_batches(run: Run, batches: Iterable[Any]) -> Iterator[Sequence[Any]]:
     """Return an iterator over lists of micro-batches; each list makes one step. Default: one batch per step.
 
     It is also called with numbers in place of batches, to count the steps of an epoch without reading data. So group by

@@ -7,7 +7,7 @@ can join.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -21,15 +21,20 @@ from loopctl.checkpoint.sharded_tensors import full_tensor
 from loopctl.checkpoint.state import restore
 from loopctl.composition.compose import blame_plugin
 from loopctl.data.batch import batches_to_device
+from loopctl.data.micro_batches import known_weights
 from loopctl.data.resumable_loader import open_loaders
 from loopctl.distributed.data_parallel import step_weight
 from loopctl.distributed.process_group import broadcast_from_rank0, restart_count
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
-from loopctl.metrics.meters import Meters
+from loopctl.metrics.meters import Meters, without_placeholders
+from loopctl.metrics.weights import counts_nothing, loss_weight, reported_loss, those_that_count
+from loopctl.model.ownership import modules_of
 from loopctl.optim.fast_step import zero_grad
 from loopctl.optim.learning_rate import apply_schedules
-from loopctl.prepare import build_run
+from loopctl.optim.optimizer_mode import optimizer_eval_mode, set_eval_mode, set_train_mode
+from loopctl.prepare import build_run, rates_remembered
+from loopctl.rehearsal import rehearse
 from loopctl.run import Run
 
 DEFAULTS = (defaults, sys.modules[__name__])        # what implements the hooks that no plugin replaces
@@ -51,11 +56,14 @@ def fit(
     seed: int | None = None,
     resume: str | Path | None = None,
     steps_per_epoch: int | None = None,
+    reduction: str | None = None,
     out: str | Path = ".",
 ) -> Run:
-    """Train `model` and return the run: `run.history` has one dict per epoch, `run.stop` why it ended early, or "".
+    """Train `model` and return the run: `run.history` has a dict per evaluation, `run.stop` why it ended early, or "".
 
-    loss_fn: `loss_fn(output, target)`, the mean over the batch; None where a plugin replaces `compute_loss`.
+    loss_fn: `loss_fn(output, target)`; None where a plugin replaces `compute_loss`. If it is a module, it belongs to
+        the run as the model does: its tensors are moved to the device, saved, and trained where the optimizer holds
+        them.
     optimizer: a factory of parameter groups, such as `partial(torch.optim.SGD, lr=0.1)`, or an optimizer.
     train, valid: iterables of (input, target) batches, such as a DataLoader or a list; tensors nest as they like.
     epochs, max_steps: passes over `train`, and updates; whichever comes first ends the run.
@@ -66,6 +74,8 @@ def fit(
     seed: seeds Python, NumPy and torch before anything else.
     resume: a checkpoint, or a folder with checkpoints, to resume from. After a restart by torchrun that is `out`.
     steps_per_epoch: updates per epoch; needed where `train` has no length.
+    reduction: what `loss_fn` returns for a batch, "mean" or "sum"; None is `loss_fn.reduction`, or the mean if it has
+        none.
     out: the folder that plugins write to.
 
     Raises UsageError, before anything is trained, where something asked for cannot be done.
@@ -73,9 +83,9 @@ def fit(
     run = build_run(
         DEFAULTS, plugins, metrics, device, seed, model=model, loss_fn=loss_fn, optimizer=optimizer, train=train,
         valid=valid, epochs=epochs, max_steps=inf if max_steps is None else max_steps, eval_every=eval_every,
-        steps_per_epoch=steps_per_epoch, out=Path(out),
+        steps_per_epoch=steps_per_epoch, reduction=reduction, out=Path(out),
         resume=Path(resume) if resume else Path(out) if restart_count() else None)
-    with blame_plugin(run.hook):
+    with blame_plugin(run.hook), rates_remembered(run.optimizer):
         run.hook.train(run=run)
     return run
 
@@ -86,8 +96,10 @@ def training_loop(run: Run) -> None:
     with open_loaders(run):
         if run.resume:
             restore(run)
+        rehearse(run)           # in the first step, before its update
         while not run.finished:
             run_epoch(run)
+    set_eval_mode(run.optimizer)
     run.hook.train_end(run=run)
 
 
@@ -96,7 +108,9 @@ def run_epoch(run: Run) -> None:
     hook, counters = run.hook, run.counters
     if not counters.seen_in_epoch:
         run.meters = Meters(run.metric_fns["train"], "train_")
-    run.model.train()
+    for module in modules_of(run):
+        module.train()
+    set_train_mode(run.optimizer)
     hook.epoch_start(run=run)
     evaluate_if_due(run)
     if not epoch_finished(run):
@@ -110,10 +124,10 @@ def run_epoch(run: Run) -> None:
         return
     if not counters.seen_in_epoch:
         raise UsageError(f"train gave no batches in epoch {run.epoch + 1}; pass a list or a DataLoader, no iterator")
+    run.note_epoch_length()
     counters.finish_epoch()
     evaluate(run)
-    lr = float(run.optimizer.param_groups[0]["lr"])
-    run.history.append({"epoch": run.epoch, "step": run.step, **run.metrics, "lr": lr})
+    record_metrics(run)
     hook.epoch_end(run=run)
     hook.safe_point(run=run)
 
@@ -125,17 +139,20 @@ def epoch_finished(run: Run) -> bool:
             or counters.attempts - counters.began[1] == run.steps_per_epoch)
 
 
-def run_step(run: Run, batches: list[Any]) -> None:
-    """Make one update of the parameters, from a list of micro-batches."""
+def run_step(run: Run, batches: Sequence[Any]) -> None:
+    """Make one update of the parameters, from the micro-batches of one step."""
     hook, run.batches, run.loss = run.hook, batches, None
     if hook.acting["lr_scale"]:
         apply_schedules(run)
-    weights = [hook.batch_weight(run=run, batch=batch) for batch in batches]
+    weights: list[Any] = known_weights(batches) or [hook.batch_weight(run=run, batch=batch) for batch in batches]
     run.weight, run.skipped = step_weight(run, weights), False
     hook.before_step(run=run)
-    hook.optimizer_step(run=run, closure=partial(compute_gradients, run, weights))
-    if run.loss is not None:
-        run.meters.loss.add(run.loss, run.weight)
+    if counts_nothing(run.weight):
+        skip_step(run)
+    else:
+        hook.optimizer_step(run=run, closure=partial(compute_gradients, run, weights))
+        if run.loss is not None:
+            run.meters.loss.add(reported_loss(run, run.loss, run.weight, run.world_size), run.weight)
     run.counters.finish_step(len(batches), run.skipped)
     hook.after_step(run=run)
 
@@ -144,9 +161,10 @@ def compute_gradients(run: Run, weights: list[Any]) -> Tensor:
     """Clear the gradients and compute them anew; return the loss. This is the closure of `optimizer.step(closure)`."""
     hook, losses, meters = run.hook, [], run.meters
     first_call = run.loss is None       # an optimizer may call the closure again; what is reported is the first call's
-    zero_grad(run.optimizer)
-    for number, (batch, weight) in enumerate(zip(run.batches, weights, strict=True), 1):
-        share, last = weight / run.weight, number == len(weights)
+    zero_grad(run.optimizer, run.untrained)
+    batches, weights = those_that_count(run, weights)
+    for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
+        share, last = loss_weight(run, weight), number == len(weights)
         losses.append(hook.micro_step(run=run, batch=batch, weight=share, last=last))
         if first_call and meters.functions:
             meters.observe(run.outputs, batch, weight)
@@ -158,10 +176,18 @@ def compute_gradients(run: Run, weights: list[Any]) -> Tensor:
     return loss
 
 
+def skip_step(run: Run) -> None:
+    """Make no update in a step in which nothing counts: its batches are empty, or their weights are all 0."""
+    run.skipped, run.loss = True, torch.zeros((), device=run.device)
+    run.say_once("empty step", f"nothing counts in step {run.attempts + 1}, whose weight is 0, so it makes no update; "
+                               "further such steps are not reported")
+
+
 def evaluate_if_due(run: Run) -> None:
     """Evaluate within an epoch, every `eval_every` steps."""
-    if run.eval_every and run.attempts % run.eval_every == 0:
+    if run.eval_every and run.attempts % run.eval_every == 0 and run.counters.evaluated != run.attempts:
         evaluate(run)
+        record_metrics(run)
 
 
 def evaluate(run: Run) -> None:
@@ -171,10 +197,25 @@ def evaluate(run: Run) -> None:
     """
     if run.counters.evaluated == run.attempts:
         return
-    run.metrics |= run.meters.result(run) | run.hook.evaluate(run=run)
-    for name, value in run.metrics.items():
-        if hasattr(value, "tolist"):
-            run.metrics[name] = full_tensor(value).tolist()
-    run.metrics = broadcast_from_rank0(run, run.metrics)
-    run.counters.finish_evaluation()
-    run.hook.after_evaluate(run=run)
+    with optimizer_eval_mode(run.optimizer):
+        found = run.meters.result(run) | run.hook.evaluate(run=run)
+        run.metrics = without_placeholders(run.metrics, found) | found
+        for name, value in run.metrics.items():
+            if hasattr(value, "tolist"):
+                run.metrics[name] = full_tensor(value).tolist()
+        run.metrics = broadcast_from_rank0(run, run.metrics)
+        run.counters.finish_evaluation()
+        run.hook.after_evaluate(run=run)
+
+
+def record_metrics(run: Run) -> None:
+    """Add the metrics to the history. At the end of an epoch, its row replaces one that was evaluated at the same step.
+
+    Within an epoch, the row's epoch is a fraction, such as 2.25.
+    """
+    epoch = run.epochs_done if run.seen_in_epoch else run.epoch
+    if run.history and run.counters.recorded == run.attempts:
+        run.history.pop()
+    run.counters.finish_record()
+    lr = float(run.optimizer.param_groups[0]["lr"])
+    run.history.append({"epoch": epoch, "step": run.step, **run.metrics, "lr": lr})

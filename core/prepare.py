@@ -1,25 +1,35 @@
 """Prepare a run for training: check the arguments of `fit`, choose the device, call `setup`, build the optimizer."""
 from __future__ import annotations
 
+import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from math import inf, nan
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from loopctl.composition.compose import blame_plugin, compose
+from loopctl.composition.option_types import python_numbers
 from loopctl.data.batch import length_or_none
 from loopctl.distributed.data_parallel import Parallel
 from loopctl.distributed.process_group import launched_processes
 from loopctl.errors import UsageError, one_line
-from loopctl.metrics.meters import is_stateful_metric
+from loopctl.metrics.meters import is_stateful_metric, reported_names
+from loopctl.model.ownership import describe_untrained, modules_of, owns_any, untrained_parameters
 from loopctl.optim.fast_step import without_dynamo_wrappers
 from loopctl.rng import seed_everything
 from loopctl.run import Run
+
+log = logging.getLogger("loopctl")
+
+# The learning rates that an earlier run has left in an optimizer's groups, so that a user's change is recognised.
+LEFT_RATES: WeakKeyDictionary[torch.optim.Optimizer, list[float]] = WeakKeyDictionary()
 
 
 def build_run(
@@ -31,20 +41,27 @@ def build_run(
     defaults: objects that implement the hooks that no plugin replaces. fields: fields of `Run`. The other arguments are
     those of `fit`. Raises UsageError.
     """
-    run = Run(**fields)
+    run = Run(**fields, seed=seed)
+    if isinstance(plugins, str):
+        raise UsageError(f"plugins is text, {plugins!r}; pass a list, such as [{plugins!r}]")
     run.hook = compose(plugins, defaults)
     with blame_plugin(run.hook):
-        prepare(run, metrics or {}, device, seed)
+        prepare(run, {} if metrics is None else metrics, device, seed)
     return run
 
 
 def prepare(run: Run, metrics: dict[str, Any], device: Any, seed: int | None) -> None:
     """Check and seed `run`, move the model, call `setup`, build the optimizer, call `wrap_model`. Raises UsageError."""
-    check(run)
+    check(run, metrics)
+    run.reduction = find_reduction(run)
+    seed = python_numbers(seed)
     if seed is not None:
+        if not isinstance(seed, int):
+            raise UsageError(f"seed is {seed!r}; use a whole number")
         seed_everything(seed)
     run.device = find_device(device, run.model)
-    run.model.to(run.device)
+    for module in modules_of(run):
+        module.to(run.device)
     place_metrics(run, metrics)
 
     launched = launched_processes()
@@ -53,25 +70,70 @@ def prepare(run: Run, metrics: dict[str, Any], device: Any, seed: int | None) ->
                          "or fsdp")
     run.hook.setup(run=run)
     run.optimizer = make_optimizer(run)
+    run.untrained = untrained_parameters(run)
+    if left_out := describe_untrained(run):
+        log.warning(left_out)
     run.network = run.model
     run.hook.wrap_model(run=run)
 
 
-def check(run: Run) -> None:
-    """Raise UsageError if the model, the data or a number among the arguments is of the wrong type or out of range."""
+def check(run: Run, metrics: Any) -> None:
+    """Raise UsageError if an argument of `fit` is of the wrong type or out of range."""
     if not isinstance(run.model, nn.Module):
         raise UsageError(f"model is a {type(run.model).__name__}, not a torch.nn.Module")
     for name in ("epochs", "max_steps", "eval_every", "steps_per_epoch"):
-        value = getattr(run, name)
+        value = python_numbers(getattr(run, name))
+        setattr(run, name, value)
         if value not in (None, inf) and (not isinstance(value, int) or value < 1):
             raise UsageError(f"{name} is {value!r}; use a whole number of at least 1")
     for name, data in (("train", run.train), ("valid", run.valid)):
-        if data is not None and length_or_none(data) == 0:
+        if data is None and name == "valid":
+            continue
+        if not hasattr(data, "__iter__") or isinstance(data, Mapping | str | bytes):
+            raise UsageError(f"{name} is a {type(data).__name__}, not an iterable of batches; "
+                             "pass a DataLoader or a list")
+        if length_or_none(data) == 0:
             raise UsageError(f"{name} has no batches")
-        if data is not None and not hasattr(data, "__iter__"):
-            raise UsageError(f"{name} is a {type(data).__name__}, not an iterable of batches")
     if length_or_none(run.train) is None and run.steps_per_epoch is None:
         raise UsageError("train has no length, so the end of an epoch is unknown; pass steps_per_epoch=...")
+    computes_loss = {"compute_loss", "micro_step", "optimizer_step"} & run.hook.replaced.keys()
+    if not callable(run.loss_fn) and not (run.loss_fn is None and computes_loss):
+        what = "None" if run.loss_fn is None else f"a {type(run.loss_fn).__name__}"
+        raise UsageError(f"loss_fn is {what}; pass a function of (output, target), such as "
+                         "torch.nn.CrossEntropyLoss(), or a plugin that replaces compute_loss")
+    if not (callable(run.optimizer) or isinstance(run.optimizer, torch.optim.Optimizer)):
+        raise UsageError(f"optimizer is {describe(run.optimizer)}; pass one optimizer, or a factory such as "
+                         "partial(torch.optim.SGD, lr=0.1)")
+    if not isinstance(metrics, Mapping):
+        raise UsageError(f"metrics is {describe(metrics)}; pass a dict of functions by name, such as "
+                         '{"accuracy": accuracy}')
+    for name in metrics:
+        if not isinstance(name, str) or not name or name == "loss":
+            raise UsageError(f"a metric is called {name!r}; use another name"
+                             + ", for that is what the mean of loss_fn is called" * (name == "loss"))
+
+
+def describe(value: Any) -> str:
+    """What an argument of a wrong type is, for a message."""
+    return repr(value) if isinstance(value, str) else "None" if value is None else f"a {type(value).__name__}"
+
+
+def find_reduction(run: Run) -> str:
+    """Return what the loss of a batch is, "mean" or "sum": as given, or as `loss_fn.reduction` says.
+
+    Raises UsageError for a loss that is neither.
+    """
+    given, source = run.reduction, "reduction"
+    if given is None:
+        if run.loss_fn is None or "compute_loss" in run.hook.replaced:
+            return "mean"
+        keywords = getattr(run.loss_fn, "keywords", None) or {}         # of a functools.partial
+        given, source = keywords.get("reduction", getattr(run.loss_fn, "reduction", "mean")), "loss_fn.reduction"
+    if given == "sum":
+        return "sum"
+    if given == "none" or (source == "reduction" and given != "mean"):
+        raise UsageError(f"{source} is {given!r}, so the loss of a batch is not one number; use 'mean' or 'sum'")
+    return "mean"
 
 
 def find_device(device: Any, model: nn.Module | None = None) -> torch.device:
@@ -115,13 +177,30 @@ def place_metrics(run: Run, metrics: dict[str, Any]) -> None:
     Each metric that the run will report is declared in `run.metrics` as NaN.
     """
     for name, function in metrics.items():
-        if not callable(function):
+        if not callable(function) and not is_stateful_metric(function):
             raise UsageError(f"metric {name!r} is a {type(function).__name__}, not a function of (output, target)")
     for part, data in (("train", run.train), ("val", run.valid)):
-        run.metric_fns[part] = {name: deepcopy(function).to(run.device) if is_stateful_metric(function) else function
-                                for name, function in metrics.items()}
+        run.metric_fns[part] = {name: own_copy(function, run.device) for name, function in metrics.items()}
         if data is not None:
-            run.metrics |= {f"{part}_{name}": nan for name in ("loss", *metrics)}
+            run.metrics |= {f"{part}_{name}": nan for name in ("loss", *reported_names(run.metric_fns[part]))}
+
+
+
+@contextmanager
+def rates_remembered(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Remember, at the end of the block, the learning rates that the run leaves in an optimizer, for the next run."""
+    try:
+        yield
+    finally:
+        LEFT_RATES[optimizer] = [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def own_copy(function: Any, device: torch.device) -> Any:
+    """A copy of a metric that keeps a state, on `device`; a function itself."""
+    if not is_stateful_metric(function):
+        return function
+    copied = deepcopy(function)
+    return copied.to(device) if hasattr(copied, "to") else copied
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
@@ -131,6 +210,12 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
             raise UsageError(f"{plugins[0]} sets the parameter groups, but the optimizer has its own; pass a factory, "
                              "such as partial(torch.optim.SGD, lr=0.1), in place of the optimizer")
         optimizer = run.optimizer
+        if not owns_any(run, optimizer) and "optimizer_step" not in run.hook.replaced:
+            raise UsageError("the optimizer holds no parameter of the model, so nothing would be trained; make it from "
+                             "model.parameters()")
+        for group, left in zip(optimizer.param_groups, LEFT_RATES.pop(optimizer, []), strict=False):
+            if float(group["lr"]) != left:
+                group.pop("initial_lr", None)       # the user has set another rate since
     else:
         groups = run.hook.param_groups(run=run)
         if not any(group["params"] for group in groups):

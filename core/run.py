@@ -1,7 +1,8 @@
 """`Run`, the state of one training run, which every hook is given."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from math import inf
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from loopctl.distributed.data_parallel import Parallel
     from loopctl.metrics.meters import Meters
 
+log = logging.getLogger("loopctl")
+
 
 @dataclass(slots=True, eq=False, repr=False)
 class Run:
@@ -36,6 +39,8 @@ class Run:
     max_steps: float = inf
     eval_every: int | None = None
     steps_per_epoch: int | None = None        # as given; `planned_steps` is known in any case
+    reduction: str | None = "mean"            # what `loss_fn` returns for a batch: the "mean" or "sum" of its losses
+    seed: int | None = None                   # None: the random-number generators are left as they were
     out: Path = Path()                        # the folder that plugins write to
     resume: Path | None = None                # the checkpoint to resume from
 
@@ -55,17 +60,21 @@ class Run:
     loaders: dict[str, ResumableLoader] = field(default_factory=dict)      # of "train" and "valid"
     meters: Meters = None                     # type: ignore[assignment]   # means over the epoch so far
     metrics: dict[str, Any] = field(default_factory=dict)                  # by name; plugins add their own
-    history: list[dict[str, Any]] = field(default_factory=list)            # a row per epoch
+    history: list[dict[str, Any]] = field(default_factory=list)            # a row per evaluation
     last_checkpoint: Path | None = None       # the one written or resumed from last; written by `checkpoint` too
+    checkpoint_folders: list[Path] = field(default_factory=list)           # where `checkpoint` writes; written by it
 
     # The current step. Written by the loop and the default hooks.
-    batches: list[Any] = field(default_factory=list)
+    batches: Sequence[Any] = ()               # its micro-batches; `accumulate` may read each when its turn comes
     weight: Any = 0                           # of the step; the mean over the processes. See `step_weight`
     loss: Tensor | None = None                # detached, on the device; None until it is known
     outputs: Any = None                       # of the last micro-batch's forward pass
     skipped: bool = False                     # the step made no update; written by plugins
 
+    untrained: list[nn.Parameter] = field(default_factory=list)    # with gradients that the optimizer does not hold
+    counted_plan: tuple[int, int] | None = None      # where an epoch had another length than its data promised
     _plan: tuple[int, int] | None = None
+    _said: set[str] = field(default_factory=set)     # what was said already
 
     def __repr__(self) -> str:
         stopped = f", stopped: {self.stop}" if self.stop else ""
@@ -115,7 +124,7 @@ class Run:
     @property
     def epochs_done(self) -> float:
         """Passes over the training data so far, such as 2.25."""
-        return self.seen / self.plan()[1]
+        return self.epoch + self.seen_in_epoch / self.plan()[1]
 
     @property
     def planned_steps(self) -> int:
@@ -133,7 +142,14 @@ class Run:
         return number if unit == by else convert(number, unit, by, self.plan()[0], self.planned_steps)
 
     def plan(self) -> tuple[int, int]:
-        """The steps and the micro-batches of one epoch, counted by grouping numbers in place of batches."""
+        """The steps and the micro-batches of one epoch, counted by grouping numbers in place of batches.
+
+        Where an epoch had another length than its data promised, the numbers are those of that epoch.
+        """
+        return self.counted_plan or self.planned_by_length()
+
+    def planned_by_length(self) -> tuple[int, int]:
+        """The steps and the micro-batches of one epoch, as the length of the data promises them."""
         if self._plan is None:
             length = length_or_none(self.train)
             numbers = count() if length is None else iter(range(length))
@@ -141,3 +157,21 @@ class Run:
             sizes = [len(group) for group in islice(groups, self.steps_per_epoch)]
             self._plan = len(sizes), sum(sizes)
         return self._plan
+
+    def note_epoch_length(self) -> None:
+        """Compare the epoch that ends with the data's length. If it differs, schedules count by the epoch's own."""
+        found = self.counters.attempts_in_epoch, self.seen_in_epoch
+        # Where the number of batches is right, so is that of the steps: then no plugin has to group numbers for a plan.
+        as_long = self.steps_per_epoch is None and length_or_none(self.train) == self.seen_in_epoch
+        if as_long or self.should_stop or found == self.plan():
+            return
+        self.say_once("length", f"train gave {found[1]:,} batches in epoch {self.epoch + 1}, but its length is "
+                                f"{self.plan()[1]:,}; schedules count {found[0]:,} steps per epoch from here on")
+        self.counted_plan = found
+        self.counters.set_steps_per_epoch(found[0])
+
+    def say_once(self, key: str, text: str) -> None:
+        """Log a warning, unless one with the same `key` was logged in this run."""
+        if key not in self._said:
+            log.warning(text)
+        self._said.add(key)

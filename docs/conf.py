@@ -35,7 +35,7 @@ def page(name: str, cls: type) -> str:
     """What a plugin is for, its options, and the hooks that it joins."""
     summary, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
     known = plugin_options(cls)
-    prose, described = sections(rest.strip(), set(known))
+    prose = without_options(rest.strip(), set(known))
     lines = [f"# {name}", "", summary, "", prose, ""]
     if known:
         lines += ["| option | default | |", "|---|---|---|"]
@@ -43,25 +43,21 @@ def page(name: str, cls: type) -> str:
             default = f"`{option.default}`"
             if option.default is None or option.default is dataclasses.MISSING:
                 default = "" if option.default is None else "must be said"
-            lines.append(f"| `{option.name}` | {default} | {described.get(option.name, '')} |")
-    own = [hook for hook in SPECS if hasattr(vars(cls).get(hook), "loopctl_impl")]
+            lines.append(f"| `{option.name}` | {default} | {option.help.replace('|', chr(92) + '|')} |")
+    own = [hook for hook in SPECS if hasattr(getattr(cls, hook, None), "loopctl_impl")]
     lines += ["", "It joins " + ", ".join(f"[`{hook}`](../hooks.md#{hook})" for hook in own) + ".", ""]
     return "\n".join(lines)
 
 
-def sections(text: str, names: set[str]) -> tuple[str, dict[str, str]]:
-    """A docstring's prose, and what it says of each option."""
-    prose, described, name = [], {}, ""
+def without_options(text: str, names: set[str]) -> str:
+    """A docstring without what it says of each option, which `plugin_options` reads."""
+    prose, name = [], ""
     for line in text.splitlines():
-        head, colon, tail = line.partition(":")
-        if colon and head in names:
-            name, described[head] = head, tail.strip()
-        elif name and line.startswith("    "):
-            described[name] += f" {line.strip()}"
-        else:
-            name = ""
+        head, colon, _ = line.partition(":")
+        name = head if colon and head in names else name if line.startswith("    ") else ""
+        if not name:
             prose.append(line)
-    return "\n".join(prose), {key: value.replace("|", "\\|") for key, value in described.items()}
+    return "\n".join(prose)
 
 
 def write(app: Any) -> None:

@@ -1,10 +1,10 @@
 """Gradient accumulation over several batches."""
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loopctl import hookimpl
-from loopctl.data.batch import chunked
+from loopctl import Run, hookimpl
+from loopctl.data.micro_batches import grouped
 
 
 @dataclass(eq=False)
@@ -21,5 +21,5 @@ class Accumulate:
             raise ValueError(f"every is at least 1, not {self.every}")
 
     @hookimpl
-    def group_batches(self, batches: Iterable[Any]) -> Iterator[list[Any]]:
-        return chunked(batches, self.every)
+    def group_batches(self, run: Run, batches: Iterable[Any]) -> Iterator[Sequence[Any]]:
+        return grouped(run, batches, self.every)

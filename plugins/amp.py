@@ -7,13 +7,20 @@ import torch
 from torch import Tensor
 
 from loopctl import Run, UsageError, hookimpl
+from loopctl.distributed.process_group import AgreedStop
+
+# The run ends where steps are still skipped at a smaller scale: a gradient that overflows float16 there is above 1e9.
+# It is the smallest normal number of float16; fairseq ends a run at 1e-4, DeepSpeed at 1.
+MIN_SCALE = torch.finfo(torch.float16).tiny
+MAX_SCALE = torch.finfo(torch.float32).max
 
 
 @dataclass(eq=False)
 class Amp:
     """Compute forward passes in half precision, and scale the loss if that is float16.
 
-    Same as torch.autocast and torch.amp.GradScaler; see Mixed Precision Training, arXiv:1710.03740.
+    Same as torch.autocast and torch.amp.GradScaler; see Mixed Precision Training, arXiv:1710.03740. A run whose
+    gradients are not finite however small the scale is ended.
 
     dtype: float16 scales the loss and skips a step whose gradients overflow; bfloat16 needs neither; auto is bfloat16,
         or float16 if the GPU has no bfloat16
@@ -29,6 +36,8 @@ class Amp:
     def __post_init__(self) -> None:
         if not self.init_scale >= 1:
             raise ValueError(f"init_scale is at least 1, not {self.init_scale}")
+        if self.init_scale > MAX_SCALE:
+            raise ValueError(f"init_scale takes a number of at most 3.4e38, not {self.init_scale}")
         if self.growth_interval < 1:
             raise ValueError(f"growth_interval is at least 1, not {self.growth_interval}")
         if self.dtype == "auto":
@@ -50,6 +59,7 @@ class Amp:
                              "per step; use dtype=bfloat16")
         self.scaler = torch.amp.GradScaler(run.device.type, self.init_scale, growth_interval=self.growth_interval)
         self.scale = self.init_scale
+        self.in_a_row = 0               # steps that were skipped since the last update
 
     @hookimpl
     def before_step(self) -> None:
@@ -76,15 +86,24 @@ class Amp:
         self.scaler.update()
         previous_scale, self.scale = self.scale, self.scaler.get_scale()       # synchronizes, as GradScaler does
         run.skipped = self.scale < previous_scale
+        self.in_a_row = self.in_a_row + 1 if run.skipped else 0
         if run.skipped and len(states) > num_states:        # torch's fused SGD has added uninitialized momentum buffers
             for parameter in list(states)[num_states:]:
                 del states[parameter]
+        if run.skipped and self.scale < MIN_SCALE and not run.stop:
+            reason = (f"the gradients of {self.in_a_row} steps in a row are not finite, at loss scales down to "
+                      f"{self.scale:.3g}; use amp:dtype=bfloat16, and nan_guard to find the step")
+            run.stop = AgreedStop(reason) if run.world_size > 1 else reason    # all processes have the same gradients
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        return self.scaler.state_dict() if self.dtype == "float16" else {}
+        return self.scaler.state_dict() | {"in_a_row": self.in_a_row} if self.dtype == "float16" else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
+            if not state["scale"]:      # torch would divide the gradients by it
+                raise UsageError("the loss scale in the checkpoint is 0, because the gradients were not finite in many "
+                                 "steps before; resume from an earlier checkpoint")
             self.scaler.load_state_dict(state)
             self.scale = self.scaler.get_scale()
+            self.in_a_row = state.get("in_a_row", 0)        # older checkpoints do not have it

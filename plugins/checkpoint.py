@@ -1,4 +1,5 @@
 """Checkpoints: save the state of the run, to resume it later, and keep the best weights."""
+import csv
 import logging
 import os
 import shutil
@@ -25,8 +26,17 @@ from loopctl.checkpoint.atomic_files import (
     save_checkpoint,
     save_weights,
 )
+from loopctl.checkpoint.folder_lock import CHECKPOINTS, FolderLock
 from loopctl.checkpoint.sharded_tensors import extract_sharded, save_sharded, sharded_files
-from loopctl.checkpoint.state import capture_state, check_serializable, checkpoints_in, find_candidates, step_number
+from loopctl.checkpoint.state import (
+    capture_state,
+    check_serializable,
+    checkpoints_in,
+    plain_content,
+    resume_candidates,
+    resumes_own_folder,
+    step_number,
+)
 from loopctl.distributed.process_group import (
     StopConsensus,
     all_gather,
@@ -43,9 +53,9 @@ class Checkpoint:
     """Save checkpoints, from which the run resumes exactly, and the best weights.
 
     A checkpoint is a file step-00000123.pt, numbered by steps, skipped ones included. The last one is written when the
-    run ends, or exits after SIGTERM or SIGUSR1, which batch systems send. best.safetensors holds the best weights so
-    far, best.pt the whole state at the next safe point. If a checkpoint cannot be written, the run continues: a warning
-    is logged, and the previous checkpoint is kept.
+    run ends, or exits after Ctrl-C, or after SIGTERM or SIGUSR1, which batch systems send. best.safetensors holds the
+    best weights so far, best.pt the whole state at the next safe point. If a checkpoint cannot be written, the run
+    continues: a warning is logged, and the previous checkpoint is kept. The folder is locked while the run trains.
 
     every_epochs: save at the end of every N-th epoch
     every_steps: also save every N steps
@@ -77,11 +87,16 @@ class Checkpoint:
         self.epoch_ended = False
         self.best = False                       # the weights are the best so far, and best.pt is not yet written
         self.checked = False                    # the first epoch has begun, and the state was found serializable
+        self.optimizer_checked = False
         self.signal = 0                         # the number of the signal received, if any
         self.stop_consensus = StopConsensus()
         self.kept: list[Path] = []              # the checkpoints to keep, latest first
         self.best_sharded: str | None = None    # the folder with the sharded tensors of best.pt, if it has any
         self.pending: tuple[Path, Callable[[], bool]] | None = None     # being written: its file; wait for the result
+        self.folder = run.out / self.dir
+        self.lock = FolderLock(self.folder, CHECKPOINTS)
+        self.made: list[Path] = []              # the folders made to hold the lock, innermost first
+        run.checkpoint_folders.append(self.folder)
         previous_handlers = {number: signal.signal(number, self.on_signal) for number in unhandled_signals()}
         try:
             result = yield
@@ -93,23 +108,28 @@ class Checkpoint:
                     self.pending[1]()
             # torchrun has sent the signal because another process failed, and that process reports the error.
             if self.signal and is_peer_failure(error):
-                raise SystemExit(128 + self.signal) from None
+                raise end_by(self.signal) from None
             raise
         finally:
+            self.lock.__exit__()
+            for folder in self.made if not run.attempts else ():        # the run was refused: it leaves nothing behind
+                with suppress(OSError):
+                    folder.rmdir()
             for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
     def on_signal(self, number: int, frame: Any) -> None:
         """Make the run save and exit at the next safe point. A second signal ends it at once, except in a process group
-        started by torchrun, which forwards signals that its processes may have received already."""
-        if self.signal and launched_processes() == 1:
-            raise SystemExit(128 + number)
+        started by torchrun, which forwards signals that its processes may have received already. Ctrl-C ends it at once
+        too where training has not begun."""
+        nothing_to_save = number == signal.SIGINT and not self.checked
+        if nothing_to_save or (self.signal and launched_processes() == 1):
+            raise end_by(number)
         self.signal = number
 
     @hookimpl
     def train_start(self, run: Run) -> None:
         self.watch.start(run)
-        self.folder = run.out / self.dir
         self.last_time = time.monotonic()
         if run.rank == 0:
             self.check_folder(run)
@@ -117,22 +137,46 @@ class Checkpoint:
     def check_folder(self, run: Run) -> None:
         """Raise UsageError for a folder that cannot be written to, or that holds files of another run."""
         def files_of_others() -> list[Path]:
-            files = [*checkpoints_in(self.folder), *self.folder.glob("best.*")]
-            resumed = [realpath(file) for file in find_candidates(run.resume)] if run.resume else []
-            # A resumed run without a checkpoint was killed before its first one, and begins at the start.
-            own = realpath(files[0]) in resumed if files and resumed else bool(run.resume)
-            return [] if own else files
+            self.found = checkpoints_in(self.folder)
+            # A resumed run without a checkpoint here was killed before its first one.
+            own = realpath(self.found[0]) in map(realpath, candidates) if self.found else resumes_own_folder(run)
+            return [] if own else [*self.found, *self.folder.glob("best.*")]
 
+        candidates = resume_candidates(run) if run.resume else []
         claim_output(self.folder, False, "dir", files_of_others)
+        if resumes_own_folder(run) and not candidates:
+            self.check_not_further(run)
         for name, other in run.hook.plugins.items():
             if other is not self and isinstance(other, Checkpoint) and Path(other.dir) == Path(self.dir):
                 raise UsageError(f"{name} writes to dir={self.dir} too; choose another dir in one of them")
+
+    def check_not_further(self, run: Run) -> None:
+        """Raise UsageError where the log of a run without checkpoints shows that it had some.
+
+        A run may have been killed, or its disk may have been full, between its first epoch and its first checkpoint.
+        """
+        file = run.out / getattr(run.hook.plugins.get("csv"), "path", "metrics.csv")
+        epochs = last_epoch(file)
+        if epochs > self.folder.is_dir():
+            raise UsageError(f"{file} has {epochs} epochs, but {self.folder} has no checkpoint to resume from; mount "
+                             "or restore the folder, or begin a new run")
+
+    def lock_folder(self) -> None:
+        """Lock the folder. Raises UsageError where another run uses it, or has used it since this one began."""
+        self.made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        with suppress(OSError):                 # where it cannot be made, a warning says so at the first checkpoint
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock.__enter__()
+        if checkpoints_in(self.folder) != self.found:
+            raise UsageError(f"{self.folder}: another run has written checkpoints there since this one began; resume "
+                             "that run, or choose another dir")
 
     @hookimpl
     def epoch_start(self, run: Run) -> None:
         if not self.checked:
             if run.rank == 0:
                 check_serializable(run)
+                self.lock_folder()
             self.checked = True
             # Checkpoints later than the one resumed from are damaged.
             last = step_number(run.last_checkpoint) if run.last_checkpoint else -1
@@ -144,6 +188,7 @@ class Checkpoint:
     @hookimpl
     def after_evaluate(self, run: Run) -> None:
         if self.watch.improved(run):
+            self.lock.check()
             file, weights = self.folder / "best.safetensors", Weights(run.model)
             written = run.rank == 0 and self.try_write(run, file, lambda: save_weights(weights, file))
             self.best = broadcast_from_rank0(run, written)
@@ -154,6 +199,10 @@ class Checkpoint:
 
     @hookimpl
     def safe_point(self, run: Run) -> None:
+        if not self.optimizer_checked:              # its state exists since the first step
+            self.optimizer_checked = True
+            if run.rank == 0:
+                check_serializable(run)
         overdue = self.every_minutes is not None and time.monotonic() - self.last_time >= 60 * self.every_minutes
         number, overdue = self.stop_consensus(run, (self.signal, overdue)) or (0, False)
         epoch_due = self.epoch_ended and (run.finished or run.epoch % self.every_epochs == 0)
@@ -167,6 +216,7 @@ class Checkpoint:
     def save(self, run: Run) -> bool:
         """Write a checkpoint and delete old ones. Returns whether it was written; True while it is being written."""
         self.wait_for_pending(run)
+        self.lock.check()
         file = self.folder / f"step-{run.attempts:08}.pt"
         best, self.best, self.last_time = self.best, False, time.monotonic()
         content, shards = extract_sharded(capture_state(run))
@@ -199,7 +249,8 @@ class Checkpoint:
 
     def write_checkpoint(self, run: Run, file: Path, content: dict[str, Any], best: bool) -> bool:
         """Write the file of a checkpoint, update best.pt, and delete checkpoints and shards that are not kept."""
-        save_checkpoint(content, file)
+        self.lock.check()
+        save_checkpoint(plain_content(content), file)
         if best:
             self.try_write(run, self.folder / "best.pt", partial(link_or_copy, file, self.folder / "best.pt"))
             self.best_sharded = content.get("sharded", {}).get("folder")
@@ -215,13 +266,17 @@ class Checkpoint:
         return True
 
     def try_write(self, run: Run, file: Path, write: Callable[[], Any]) -> bool:
-        """Call `write`. Returns whether that succeeded; an OSError is logged as a warning about `file`."""
+        """Call `write` and return whether that succeeded.
+
+        An OSError, and a state that a checkpoint cannot hold, are logged as a warning about `file`.
+        """
         try:
             write()
-        except OSError as error:
+        except (OSError, UsageError) as error:
             last = run.last_checkpoint
             remaining = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-            log.warning("checkpoint: %s cannot be written (%s); %s", file, error.strerror or error, remaining)
+            reason = getattr(error, "strerror", None) or error
+            log.warning("checkpoint: %s cannot be written (%s); %s", file, reason, remaining)
             return False
         return True
 
@@ -232,7 +287,7 @@ class Checkpoint:
         if run.rank == 0:
             log.warning("checkpoint: stopped by %s after %d updates, in epoch %d; %s",
                         name, run.step, run.epoch + 1, resume)
-        raise SystemExit(128 + number if saved else 1)
+        raise end_by(number) if saved or number == signal.SIGINT else SystemExit(1)
 
     def state_dict(self) -> dict[str, Any]:
         return self.watch.state_dict()
@@ -242,11 +297,26 @@ class Checkpoint:
 
 
 def unhandled_signals() -> list[int]:
-    """The signals that batch systems send when time is up, except those that already have a handler."""
+    """Ctrl-C, and the signals that batch systems send when time is up, except those that already have a handler."""
     if threading.current_thread() is not threading.main_thread():      # only the main thread can install handlers
         return []
-    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGUSR1")]
-    return [number for number in numbers if number and signal.getsignal(number) == signal.SIG_DFL]
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGUSR1")]
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    return [number for number in numbers if number and signal.getsignal(number) in defaults]
+
+
+def end_by(number: int) -> BaseException:
+    """What Python raises to end a program at Ctrl-C, and to end it with the status that a shell shows for a signal."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def last_epoch(file: Path) -> int:
+    """The number of epochs that the log of the plugin csv shows; 0 where there is none."""
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            return max((int(float(row["epoch"])) for row in csv.DictReader(stream)), default=0)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return 0
 
 
 def link_or_copy(file: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from loopctl import Run, hookimpl
+from loopctl.model.ownership import trained_parameters
 
 
 @dataclass(eq=False)
@@ -15,8 +16,8 @@ class Clip:
     Same as torch.nn.utils.clip_grad_norm_ and clip_grad_value_. The norm before clipping is reported as the metric
     grad_norm.
 
-    max_norm: maximum norm of the gradients of all parameters, taken as one vector; 1 unless value is given; inf only
-        measures the norm
+    max_norm: maximum norm of the gradients of all parameters that the optimizer holds, taken as one vector; 1 unless
+        value is given; inf only measures the norm
     norm_type: the p of the p-norm, at least 1; inf for the maximum norm
     value: clip each element to [-value, value] instead of clipping the norm
     """
@@ -44,7 +45,7 @@ class Clip:
 
     @hookimpl
     def train_start(self, run: Run) -> None:
-        self.parameters = list(run.model.parameters())
+        self.parameters = trained_parameters(run)
 
     @hookimpl
     def grads_ready(self, run: Run) -> None:

@@ -31,7 +31,8 @@ class Csv:
         # appears in a later epoch gets a column.
         columns = dict.fromkeys(key for row in run.history for key in row)
         try:
-            with atomic_write(self.file) as temporary, temporary.open("w", newline="") as file:
+            with atomic_write(self.file) as temporary, temporary.open(
+                    "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(run.history)

@@ -1,5 +1,5 @@
 """CUDA graphs: capture a training step once, and replay it in one launch."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,13 +64,13 @@ class Cudagraph:
         for group, rate in zip(run.optimizer.param_groups, self.rates, strict=True):
             if group["lr"] is not rate:     # set to a number by other code, or replaced by load_state_dict
                 group["lr"] = rate.fill_(group["lr"])
-        shapes = self.shapes(run.batches)
+        shapes = self.shapes(list(run.batches))     # map_nested descends into lists only
         if self.graph is None and self.seen.get(shapes, 0) == self.warmup:
             self.capture(run, closure, shapes)
         if self.graph is None or shapes != self.captured:
             self.seen[shapes] = self.seen.get(shapes, 0) + 1
             return self.step_without_graph(run, closure)
-        map_nested(copy_into, self.batches, run.batches)
+        map_nested(copy_into, self.batches, list(run.batches))
         self.graph.replay()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
@@ -81,7 +81,7 @@ class Cudagraph:
         run.outputs, run.loss = self.outputs, self.loss.clone()
         return run.loss
 
-    def shapes(self, batches: list[Any]) -> Any:
+    def shapes(self, batches: Sequence[Any]) -> Any:
         """What must match the captured batches: the shape and type of each tensor, and every other value."""
         leaves: list[Any] = []
         map_nested(lambda leaf: leaves.append((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf), batches)
@@ -101,7 +101,7 @@ class Cudagraph:
         """Capture the step, with copies of the batches as the graph's inputs. Capturing executes nothing."""
         batches, meters, metrics = run.batches, run.meters, dict(run.metrics)
         self.batches = run.batches = map_nested(
-            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batches)
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, list(batches))
         run.meters = type(meters)(meters.functions, meters.prefix)      # collects the tensors that each replay fills
         run.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()

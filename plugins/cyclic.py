@@ -4,10 +4,11 @@ from typing import Any, Literal
 
 from loopctl import Duration, Run, hookimpl
 from loopctl.optim.learning_rate import check_momentum_cycling, per_group, set_momentum
+from loopctl.optim.schedule import Schedule
 
 
 @dataclass(eq=False)
-class Cyclic:
+class Cyclic(Schedule):
     """Move the learning rate up and down between two values, and the momentum the other way.
 
     Same as torch.optim.lr_scheduler.CyclicLR; from Cyclical Learning Rates, arXiv:1506.01186.
@@ -48,26 +49,32 @@ class Cyclic:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is 0 to 1, not {getattr(self, name)}")
         if not self.cycle_momentum:
-            self.train_start = self.before_step = None          # type: ignore[assignment, method-assign]
+            self.before_step = None         # type: ignore[assignment, method-assign]
+            super().__post_init__()
 
-    @hookimpl
-    def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
+    def scale(self, run: Run, position: int, initial_lr: float, group: dict[str, Any]) -> float:
         lower, upper = (per_group(run, group, name, getattr(self, name)) for name in ("base_lr", "max_lr"))
-        return (lower + (upper - lower) * self.fraction(run)) / initial_lr
+        return (lower + (upper - lower) * self.fraction(run, position)) / initial_lr
 
     @hookimpl
     def train_start(self, run: Run) -> None:
-        check_momentum_cycling(run, self)
+        super().train_start(run)
+        if self.cycle_momentum:
+            self.own_momentum = check_momentum_cycling(run, self)
 
     @hookimpl
     def before_step(self, run: Run) -> None:
-        momentum = self.max_momentum - (self.max_momentum - self.base_momentum) * self.fraction(run)
-        set_momentum(run, momentum)
+        position = self.position(run)
+        if position is None:
+            set_momentum(run, *self.own_momentum)
+        else:
+            fraction = self.fraction(run, position)
+            set_momentum(run, self.max_momentum - (self.max_momentum - self.base_momentum) * fraction)
 
-    def fraction(self, run: Any) -> float:
-        """Where the rate is between the lower (0) and the upper (1) learning rate at the current position."""
-        position, up = run.position(self.by), run.duration(self.step_size_up, self.by)
-        down = up if self.step_size_down is None else run.duration(self.step_size_down, self.by)
+    def fraction(self, run: Run, position: int) -> float:
+        """Where the rate is between the lower (0) and the upper (1) learning rate at a position."""
+        up = self.duration(run, self.step_size_up)
+        down = up if self.step_size_down is None else self.duration(run, self.step_size_down)
         cycle, position_in_cycle = divmod(position, up + down)
         fraction = min(position_in_cycle / up, (up + down - position_in_cycle) / down)
         return fraction * {"triangular": 1.0, "triangular2": 0.5**cycle, "exp_range": self.gamma**position}[self.mode]

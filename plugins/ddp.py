@@ -1,10 +1,12 @@
 """Data-parallel training in several processes with DistributedDataParallel (DDP)."""
+import re
+from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from loopctl import Parallel, Run, UsageError, hookimpl
@@ -25,6 +27,8 @@ class Ddp(Parallel):
     and writes files. Buffers, such as BatchNorm statistics, are broadcast from rank 0 after every step.
 
     shard: give each process its part of the data; false if the data is sharded already, with equally many batches
+    timeout: seconds that a process waits for the others in a collective before it ends with an error that names those
+        that are missing
     sync_batchnorm: compute BatchNorm statistics over all processes, with torch.nn.SyncBatchNorm; needs GPUs
     find_unused_parameters: for a model that does not use all parameters in every step; set automatically while parts
         of the model are frozen
@@ -38,10 +42,12 @@ class Ddp(Parallel):
     bucket_cap_mb: int = 25
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bucket_cap_mb < 1:
             raise ValueError(f"bucket_cap_mb is at least 1, not {self.bucket_cap_mb}")
         self.network: Any = None            # the DistributedDataParallel module
         self.inner: Any = None              # the module that it wraps
+        self.reduced: list[tuple[str, nn.Parameter]] = []       # what it reduces the gradients of, in its order
 
     def convert_model(self, run: Run) -> None:
         if self.sync_batchnorm and run.world_size > 1:
@@ -67,7 +73,7 @@ class Ddp(Parallel):
         frozen = {parameter for parameter in trained if not parameter.requires_grad}
         for parameter in frozen:            # DistributedDataParallel ignores parameters that do not require gradients
             parameter.requires_grad_(True)
-        inner = self.inner if run.network is self.network else run.network
+        inner: Any = self.inner if run.network is self.network else run.network
         # DistributedDataParallel would broadcast buffers before each forward pass. Parallel does it after each step, so
         # that weight averages and evaluation see the same buffers in every process.
         broadcast_tensors(run, run.model.buffers())
@@ -76,6 +82,7 @@ class Ddp(Parallel):
             inner, device_ids=[run.device.index] if run.device.type == "cuda" else None, **settings,
             bucket_cap_mb=self.bucket_cap_mb, find_unused_parameters=unused,
             gradient_as_bucket_view=self.gradient_as_bucket_view)
+        self.reduced = [(name, parameter) for name, parameter in inner.named_parameters() if parameter.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(False)
 
@@ -94,6 +101,24 @@ class Ddp(Parallel):
                 raise UsageError("part of the model is frozen for a while; pass find_unused_parameters=true")
             self.replicate(run, self.trained, unused)
 
+    @hookimpl(wrapper=True)
+    def compute_loss(self) -> Generator[None, Tensor, Tensor]:
+        try:
+            return (yield)
+        except RuntimeError as error:       # of the forward pass after a step that did not reduce all gradients
+            if self.network is None or "find_unused_parameters" not in str(error):
+                raise
+            listed = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            raise unused_parameters([self.reduced[int(index)][0] for index in listed[1].split()] if listed else []
+                                    ) from error
+
+    @hookimpl
+    def after_backward(self) -> None:
+        # DistributedDataParallel would report it in the next step, after an update with gradients that are not reduced.
+        if self.network is not None and not self.unused and any(
+                parameter.grad is None for _, parameter in self.reduced):
+            raise unused_parameters([name for name, parameter in self.reduced if parameter.grad is None])
+
     def unwrap_model(self, run: Run) -> None:
         if self.network is not None:
             run.network, self.network, self.inner = run.model, None, None
@@ -102,8 +127,16 @@ class Ddp(Parallel):
         return nullcontext() if last or self.network is None else self.network.no_sync()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"network": None, "inner": None, "trained": set()}      # a copy trains another model
+        # A copy trains another model.
+        return vars(self) | {"network": None, "inner": None, "trained": set(), "reduced": []}
 
 
 def trainable(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+def unused_parameters(listed: list[str]) -> UsageError:
+    more = f" and {len(listed) - 5} more" * (len(listed) > 5)
+    which = f" ({', '.join(listed[:5])}{more} got no gradient)" if listed else ""
+    return UsageError(f"a step did not use all parameters{which}; pass ddp:find_unused_parameters=true, or freeze what "
+                      "is not used")

@@ -2,10 +2,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from loopctl import Duration, Run, UsageError, hookimpl
-from loopctl.model.weight_averages import WeightAverage
+from loopctl.model.weight_averages import WeightAverage, alike, is_averaged, lerp_average, loaded_average, new_average
 
 
 @dataclass(eq=False)
@@ -35,12 +33,11 @@ class Ema(WeightAverage):
             raise UsageError(f"start={self.start} is after the run's end, so nothing would be averaged")
         self.average: dict[str, Any] = {}       # empty until it starts
         self.count = 0
-        weights = {name: weight for name, weight in run.model.named_parameters() if weight.is_floating_point()}
+        weights = {name: weight for name, weight in run.model.named_parameters() if is_averaged(weight)}
         statistics = {name: buffer for name, buffer in run.model.named_buffers()
                       if name.rpartition(".")[2] in ("running_mean", "running_var")}
         self.own = {name: tensor.detach() for name, tensor in (weights | statistics).items()}
-        kinds = dict.fromkeys(type(tensor) for tensor in self.own.values())         # sharded tensors are a type apart
-        self.alike = [[name for name, tensor in self.own.items() if type(tensor) is kind] for kind in kinds]
+        self.alike = alike(self.own)
 
     @hookimpl
     def after_step(self, run: Run) -> None:
@@ -48,16 +45,16 @@ class Ema(WeightAverage):
             return
         if not self.average:
             if self.start is None or run.epochs_done >= run.duration(self.start, "epoch"):
-                self.average = {name: tensor.clone() for name, tensor in self.own.items()}
+                self.average = new_average(self.own)
                 self.count = 1
             return
         decay = min(self.decay, (1 + self.count) / (10 + self.count)) if self.warmup else self.decay
-        for alike in self.alike:
-            torch._foreach_lerp_([self.average[name] for name in alike], [self.own[name] for name in alike], 1 - decay)
+        for names in self.alike:
+            lerp_average(self.average, self.own, names, 1 - decay)
         self.count += 1
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.average, self.count = state["average"], state["count"]
+        self.average, self.count = loaded_average(state["average"]), state["count"]

@@ -1,27 +1,28 @@
 """Learning-rate schedule: exponential decay."""
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from loopctl import Run, hookimpl
+from loopctl import Run
+from loopctl.optim.schedule import Schedule
 
 
 @dataclass(eq=False)
-class Exponential:
+class Exponential(Schedule):
     """Multiply the learning rate by a factor every epoch or step.
 
     Same as torch.optim.lr_scheduler.ExponentialLR.
 
     gamma: factor per epoch or step, above 0
-    by: change the rate every epoch or every step
+    by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
     gamma: float
     by: Literal["epoch", "step"] = "epoch"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.gamma > 0:
             raise ValueError(f"gamma is above 0, not {self.gamma}")
 
-    @hookimpl
-    def lr_scale(self, run: Run) -> float | None:
-        return self.gamma ** run.position(self.by)
+    def scale(self, run: Run, position: int, initial_lr: float, group: dict[str, Any]) -> float:
+        return self.gamma ** position

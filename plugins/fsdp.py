@@ -28,6 +28,8 @@ class Fsdp(Parallel):
     run unfused.
 
     shard: give each process its part of the data; false if the data is sharded already, with equally many batches
+    timeout: seconds that a process waits for the others in a collective before it ends with an error that names those
+        that are missing
     param_dtype: dtype in which forward and backward passes compute; the parameters keep their own
     reduce_dtype: dtype in which gradients are reduced; the dtype of the computation if left out
     offload: keep the shards in host memory and compute the updates there; needs GPUs
@@ -40,6 +42,7 @@ class Fsdp(Parallel):
     offload: bool = False
     reshard_after_forward: bool = True
     needs_process_group: ClassVar[bool] = True      # dtypes and offloading are useful on one device too
+    collective_forward: ClassVar[bool] = True
 
     def convert_model(self, run: Run) -> None:
         if is_only_planned(run):

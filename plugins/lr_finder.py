@@ -7,6 +7,7 @@ from pathlib import Path
 from loopctl import Run, UsageError, hookimpl
 from loopctl.checkpoint.atomic_files import claim_output
 from loopctl.report import plots
+from loopctl.report.terminal import say
 from loopctl.trial_run import trial_run
 
 
@@ -105,16 +106,16 @@ class LrFinder:
 
     def report(self, run: Run) -> None:
         caption = f"smoothed loss at rates {self.rates[0]:.3g} to {self.rates[-1]:.3g}, logarithmic"
-        print(plots.bars(self.losses, caption))        # print works together with a live progress bar
+        say(plots.bars(self.losses, caption))        # it works together with a live progress bar
         if isfinite(self.steepest):
-            print(f"learning rate: the loss falls most steeply at {self.steepest:.3g}; a tenth of the rate with the "
-                  f"lowest loss is {self.tenth:.3g}; the run has {top_rate(run):.3g}")
+            say(f"learning rate: the loss falls most steeply at {self.steepest:.3g}; a tenth of the rate with the "
+                f"lowest loss is {self.tenth:.3g}; the run has {top_rate(run):.3g}")
         else:
-            print(f"learning rate: the loss does not fall from {self.start_lr:.3g} to {self.end_lr:.3g}")
+            say(f"learning rate: the loss does not fall from {self.start_lr:.3g} to {self.end_lr:.3g}")
         try:
             self.draw()
         except (UsageError, OSError) as error:
-            print(f"no plot: {error}")
+            say(f"no plot: {error}")
 
     def draw(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,7 @@ class LrFinder:
                 if isfinite(rate):
                     axes.axvline(rate, label=f"{name}: {rate:.3g}", **plots.stroke(number))
                     axes.legend(fontsize=8, handlelength=4)
-        print(f"plot: {self.file}")
+        say(f"plot: {self.file}")
 
     def use_steepest(self, run: Run) -> None:
         if not isfinite(self.steepest):

@@ -6,16 +6,17 @@ from typing import Any, Literal
 
 from loopctl import Duration, Run, hookimpl
 from loopctl.optim.learning_rate import check_momentum_cycling, per_group, set_momentum
+from loopctl.optim.schedule import Schedule
 
 
 @dataclass(eq=False)
-class Onecycle:
+class Onecycle(Schedule):
     """Raise the learning rate to a peak, then lower it to almost 0; momentum the other way.
 
     Same as torch.optim.lr_scheduler.OneCycleLR; from Super-Convergence, arXiv:1708.07120.
 
     max_lr: learning rate at the peak, in place of the optimizer's own; or a list with one per parameter group
-    total_steps: duration of the cycle, after which the rate stays at its minimum; the whole run if left out
+    total_steps: duration of the cycle, after which the rate stays at its minimum; the rest of the run if left out
     pct_start: fraction of the cycle in which the rate rises, 0 to 1
     anneal_strategy: rise and fall along half a cosine wave (cos), or linearly
     cycle_momentum: also cycle the momentum, or the first of betas
@@ -50,26 +51,31 @@ class Onecycle:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is above 0, not {getattr(self, name)}")
         if not self.cycle_momentum:
-            self.train_start = self.before_step = None          # type: ignore[assignment, method-assign]
+            self.before_step = None         # type: ignore[assignment, method-assign]
+            super().__post_init__()
 
-    @hookimpl
-    def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
+    def scale(self, run: Run, position: int, initial_lr: float, group: dict[str, Any]) -> float:
         peak = per_group(run, group, "max_lr", self.max_lr)
         first = peak / self.div_factor
-        return self.interpolate(run, first, peak, first / self.final_div_factor) / initial_lr
+        return self.interpolate(run, position, first, peak, first / self.final_div_factor) / initial_lr
 
     @hookimpl
     def train_start(self, run: Run) -> None:
-        check_momentum_cycling(run, self)
+        super().train_start(run)
+        if self.cycle_momentum:
+            self.own_momentum = check_momentum_cycling(run, self)
 
     @hookimpl
     def before_step(self, run: Run) -> None:
-        momentum = self.interpolate(run, self.max_momentum, self.base_momentum, self.max_momentum)
-        set_momentum(run, momentum)
+        position = self.position(run)
+        if position is None:
+            set_momentum(run, *self.own_momentum)
+        else:
+            set_momentum(run, self.interpolate(run, position, self.max_momentum, self.base_momentum, self.max_momentum))
 
-    def interpolate(self, run: Any, first: float, peak: float, last: float) -> float:
-        """The current value of a quantity that moves from `first` to `peak` to `last` during the cycle."""
-        position, total = run.position(self.by), run.duration(self.total_steps, self.by)
+    def interpolate(self, run: Run, position: int, first: float, peak: float, last: float) -> float:
+        """The value at a position of a quantity that moves from `first` to `peak` to `last` during the cycle."""
+        total = self.duration(run, self.total_steps)
         rise = self.pct_start * total - 1
         second_phase = [(2 * rise, first)] if self.three_phase else []
         points = [(0, first), (rise, peak), *second_phase, (total - 1, last)]

@@ -8,6 +8,7 @@ import torch
 
 from loopctl import Run, hookimpl
 from loopctl.data.batch import iter_tensors
+from loopctl.data.micro_batches import MicroBatches
 
 DEVICES = ("cuda",)                     # types of devices that copy and compute at the same time
 
@@ -44,11 +45,11 @@ class Prefetch:
 
     @hookimpl
     def grads_ready(self, run: Run) -> None:
-        draws_nothing = isinstance(run.train, list | tuple) or getattr(run.train, "num_workers", 0) > 0
-        if self.groups and draws_nothing and not self.prefetched and not torch.cuda.is_current_stream_capturing():
+        if self.groups and self.draws_nothing and not self.prefetched and not torch.cuda.is_current_stream_capturing():
             self.prefetched = [self.fetch(self.groups)]
 
     def prefetch(self, run: Run, groups: Iterator[list[Any]]) -> Iterator[list[Any]]:
+        self.draws_nothing = isinstance(run.train, list | tuple) or getattr(run.train, "num_workers", 0) > 0
         self.side_stream, main = torch.cuda.Stream(run.device), torch.cuda.current_stream(run.device)
         while True:
             ready = self.groups is groups and self.prefetched
@@ -73,6 +74,8 @@ class Prefetch:
         with torch.cuda.stream(self.side_stream):
             try:
                 group = next(groups, None)
+                if isinstance(group, MicroBatches) and self.draws_nothing:
+                    group = list(group)
             except Exception as raised:                        # raised again when the batch is due
                 error = raised
             return group, error, self.side_stream.record_event()

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from loopctl import Run, UsageError, hookimpl
 from loopctl.checkpoint.atomic_files import atomic_write, claim_output
 from loopctl.model import summary
+from loopctl.report.terminal import say
 
 log = logging.getLogger("loopctl")
 
@@ -63,7 +64,7 @@ class Profile:
             if self.profiler and self.done > self.start:
                 self.finish(run)
             elif self.due:
-                print(f"profile: nothing was recorded, because the run ended after {self.done} steps; pass start=0")
+                say(f"profile: nothing was recorded, because the run ended after {self.done} steps; pass start=0")
         return result
 
     @hookimpl
@@ -124,14 +125,14 @@ class Profile:
         profiler, self.profiler, self.due = self.profiler, None, False
         first = run.attempts - (self.done - self.start) + 1
         # print works together with a live progress bar.
-        print(summary.render(table(profiler, first, run.attempts, run.device.type == "cuda")))
+        say(summary.render(table(profiler, first, run.attempts, run.device.type == "cuda")))
         try:
             with atomic_write(self.file) as temporary:
                 profiler.export_chrome_trace(str(temporary))
         except OSError as error:
             log.warning("profile: %s cannot be written (%s)", self.file, error.strerror)
         else:
-            print(f"trace: {self.file}, for ui.perfetto.dev or chrome://tracing")
+            say(f"trace: {self.file}, for ui.perfetto.dev or chrome://tracing")
 
 
 def in_range(phase: str, hook: Callable[..., Any]) -> Callable[..., Any]:

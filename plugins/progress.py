@@ -1,4 +1,5 @@
 """Progress on the terminal."""
+import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any, ClassVar
 
 from loopctl import Run, hookimpl
 from loopctl.metrics.host_copy import LatestValue
+from loopctl.report.terminal import PlainStream, one_line
 
 
 @dataclass(eq=False)
@@ -31,9 +33,10 @@ class Progress:
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self.console = Console()
+        stream: Any = PlainStream(sys.stdout)
+        self.console = Console(file=stream)
         if not self.console.is_terminal:
-            self.console = Console(width=200)          # so that no line wraps where there is no window
+            self.console = Console(file=stream, width=200)      # so that no line wraps where there is no window
         self.live = self.console.is_terminal
         self.bar = Bar(
             TextColumn("epoch {task.fields[epoch]}"), BarColumn(None),
@@ -70,7 +73,8 @@ class Progress:
     @hookimpl
     def epoch_end(self, run: Run) -> None:
         if not self.live:
-            row = "  ".join(f"{key} {shown(value)}" for key, value in run.history[-1].items() if key != "epoch")
+            row = "  ".join(f"{one_line(key)} {shown(value)}" for key, value in run.history[-1].items()
+                            if key != "epoch")
             self.console.print(f"epoch {run.epoch}/{run.epochs}  {row}  {self.trained}",
                                highlight=False, markup=False, emoji=False)
 
@@ -80,13 +84,13 @@ class Progress:
         return (yield)
 
     def speed(self, count: float) -> str:
-        return f"{count / (time.monotonic() - self.since):,.0f} {self.unit}/s"
+        return f"{count / (time.monotonic() - self.since):,.0f} {one_line(self.unit)}/s"
 
 
 def shown(value: object) -> str:
     """A metric in few characters."""
     if not isinstance(value, float):
-        return str(value)
+        return one_line(value)
     return f"{value:.4f}" if 1e-2 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
 
 
@@ -94,12 +98,14 @@ def table(history: list) -> object:
     """The epochs as a table; of a long run the first and the last ones."""
     from rich.box import SIMPLE
     from rich.table import Table
+    from rich.text import Text
 
     columns = list(dict.fromkeys(key for row in history for key in row))
-    found = Table(*columns, box=SIMPLE, pad_edge=False)
-    for column in found.columns:
-        column.justify, column.overflow = "right", "fold"
+    found = Table(box=SIMPLE, pad_edge=False)
+    for column in columns:
+        # As Text, because a plain string would be read as markup.
+        found.add_column(Text(one_line(column)), justify="right", overflow="fold")
     rows = history if len(history) <= 30 else [*history[:5], {}, *history[-20:]]
     for row in rows:
-        found.add_row(*(shown(row.get(column, "")) if row else "..." for column in columns))
+        found.add_row(*(Text(shown(row.get(column, "")) if row else "...") for column in columns))
     return found

@@ -14,6 +14,7 @@ import torch
 
 from loopctl import Run, explain, hookimpl
 from loopctl.checkpoint.atomic_files import atomic_write, claim_output
+from loopctl.checkpoint.folder_lock import LostLock
 from loopctl.checkpoint.state import run_config
 from loopctl.model import summary
 from loopctl.model.summary import FirstStepLayers
@@ -43,6 +44,8 @@ class Report:
         with FirstStepLayers() as self.first_step:
             try:
                 result = yield
+            except LostLock:                        # the folder may be another run's by now
+                raise
             except BaseException as error:
                 if self.began and run.history:
                     self.write(run, f"broken off: {type(error).__name__}{f': {error}' if str(error) else ''}")

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from loopctl import Run, UsageError, hookimpl
-from loopctl.data.batch import apply_weight, iter_tensors, map_nested
+from loopctl.data.batch import iter_tensors, map_nested
+from loopctl.metrics.weights import counts_nothing, weighted_loss
 from loopctl.rng import rng_state, set_rng_state
 
 
@@ -49,7 +50,7 @@ class Split:
     @hookimpl
     def micro_step(self, run: Run, batch: Any, weight: float | Tensor, last: bool) -> Tensor:
         if self.in_batch:
-            part = apply_weight(run.hook.compute_loss(run=run, batch=batch), weight)
+            part = weighted_loss(run.hook.compute_loss(run=run, batch=batch), weight)
             run.hook.backward(run=run, loss=part)
             return part.detach()
         if not self.batches and self.into == "auto":
@@ -84,10 +85,12 @@ class Split:
                              "processes do; use a smaller number, or DataLoader(drop_last=True)")
         counts = [run.hook.batch_weight(run=run, batch=part) for part in parts]
         total, losses, outputs = sum(counts), [], []
+        if counts_nothing(total):       # every part has the batch's weight, which is 0
+            counts, total = [1] * len(parts), len(parts)
         self.in_batch = True
         try:
             for number, (part, count) in enumerate(zip(parts, counts, strict=True), 1):
-                share = weight if len(parts) == 1 else weight * count / total
+                share = weight if len(parts) == 1 or run.reduction == "sum" else weight * count / total
                 final = last and number == len(parts)
                 losses.append(run.hook.micro_step(run=run, batch=part, weight=share, last=final))
                 outputs.append(run.outputs)
@@ -129,7 +132,7 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
     differ in length.
     """
     samples = size(batch)
-    parts = min(parts, samples)
+    parts = max(1, min(parts, samples))
     ends = [samples * number // parts for number in range(parts + 1)]
     if parts == 1:
         return [batch]

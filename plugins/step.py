@@ -1,12 +1,13 @@
 """Learning-rate schedule: step decay."""
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from loopctl import Duration, Run, hookimpl
+from loopctl import Duration, Run
+from loopctl.optim.schedule import Schedule
 
 
 @dataclass(eq=False)
-class Step:
+class Step(Schedule):
     """Multiply the learning rate by a factor at regular intervals.
 
     Same as torch.optim.lr_scheduler.StepLR.
@@ -21,9 +22,9 @@ class Step:
     by: Literal["epoch", "step"] = "epoch"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.gamma > 0:
             raise ValueError(f"gamma is above 0, not {self.gamma}")
 
-    @hookimpl
-    def lr_scale(self, run: Run) -> float | None:
-        return self.gamma ** (run.position(self.by) // run.duration(self.step_size, self.by))
+    def scale(self, run: Run, position: int, initial_lr: float, group: dict[str, Any]) -> float:
+        return self.gamma ** (position // self.duration(run, self.step_size))

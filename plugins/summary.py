@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from loopctl import Run, hookimpl
 from loopctl.model.summary import FirstStepLayers, render, table
+from loopctl.report.terminal import say
 
 
 @dataclass(eq=False)
@@ -44,4 +45,4 @@ class Summary:
     @hookimpl
     def after_step(self) -> None:
         if self.first_step.finish():                # a live progress bar stays below what is printed
-            print(render(table(self.first_step.layers, self.depth)))
+            say(render(table(self.first_step.layers, self.depth)))

@@ -14,7 +14,15 @@ from loopctl import Duration, Run, UsageError, hookimpl
 from loopctl.data.batch import batches_to_device
 from loopctl.data.sharding import find_shard
 from loopctl.distributed.process_group import all_reduce_sum
-from loopctl.model.weight_averages import WeightAverage, swapped_weights
+from loopctl.model.weight_averages import (
+    WeightAverage,
+    alike,
+    is_averaged,
+    lerp_average,
+    loaded_average,
+    new_average,
+    swapped_weights,
+)
 from loopctl.rng import rng_state, set_rng_state
 
 
@@ -82,13 +90,14 @@ class Swa(WeightAverage):
             self.update(run)
 
     def update(self, run: Run) -> None:
-        weights = {name: weight.detach() for name, weight in run.model.named_parameters() if weight.is_floating_point()}
+        weights = {name: weight.detach() for name, weight in run.model.named_parameters() if is_averaged(weight)}
         norms = {name: module for name, module in run.model.named_modules()
                  if isinstance(module, _BatchNorm) and module.training and module.track_running_stats}
         if not self.average:
-            self.average = {name: weight.clone() for name, weight in weights.items()}
+            self.average = new_average(weights)
         else:
-            torch._foreach_lerp_([self.average[name] for name in weights], list(weights.values()), 1 / (self.count + 1))
+            for names in alike(weights):
+                lerp_average(self.average, weights, names, 1 / (self.count + 1))
         self.count += 1
         self.due = False
         if norms:
@@ -105,7 +114,7 @@ class Swa(WeightAverage):
         return {"average": self.average, "count": self.count, "due": self.due}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.average, self.count, self.due = state["average"], state["count"], state["due"]
+        self.average, self.count, self.due = loaded_average(state["average"]), state["count"], state["due"]
 
 
 @contextmanager

@@ -103,6 +103,7 @@ class Throughput:
             if group is None:
                 return
             yield group
+            self.waited += getattr(group, "seconds", 0.0)       # where micro-batches were read within the step
 
     @hookimpl
     def before_step(self) -> None:

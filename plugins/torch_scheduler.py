@@ -8,10 +8,11 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from loopctl import Run, UsageError, hookimpl
+from loopctl.optim.schedule import Schedule
 
 
 @dataclass(eq=False)
-class TorchScheduler:
+class TorchScheduler(Schedule):
     """Use any torch LRScheduler, including one of your own.
 
     The scheduler changes the rates of a stand-in optimizer, from which factors of the learning rate are computed. So it
@@ -36,15 +37,14 @@ class TorchScheduler:
 
     @hookimpl
     def train_start(self, run: Run) -> None:
-        self.start(run)
+        super().train_start(run)
+        self.begin(run)
 
-    @hookimpl
-    def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
-        position = run.position(self.by)
+    def scale(self, run: Run, position: int, initial_lr: float, group: dict[str, Any]) -> float:
         index = [id(param_group) for param_group in run.optimizer.param_groups].index(id(group))
         if (self.optimizer is None or position < self.done
-                or self.optimizer.param_groups[index]["begins_at"] != initial_lr):
-            self.start(run)         # a scheduler cannot step back, nor start from another initial rate
+                or self.optimizer.param_groups[index]["begins_at"] != group["initial_lr"]):
+            self.begin(run)         # a scheduler cannot step back, nor start from another initial rate
         while self.done < position:
             try:
                 self.scheduler.step()
@@ -53,7 +53,7 @@ class TorchScheduler:
             self.done += 1
         return float(self.optimizer.param_groups[index]["lr"]) / initial_lr
 
-    def start(self, run: Any) -> None:
+    def begin(self, run: Run) -> None:
         """Create the scheduler on a new stand-in optimizer."""
         self.done, self.optimizer = 0, StandIn(run.optimizer)
         try:

@@ -1,18 +1,19 @@
 """Learning-rate schedule: linear warmup."""
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from loopctl import Duration, Run, hookimpl
+from loopctl import Duration, Run
+from loopctl.optim.schedule import Schedule
 
 
 @dataclass(eq=False)
-class Warmup:
+class Warmup(Schedule):
     """Raise the learning rate linearly at the start of the run.
 
     Same as torch.optim.lr_scheduler.LinearLR with end_factor=1; multiplies with every other schedule.
 
     length: duration of the rise
-    start_factor: factor of the learning rate at the first step, above 0 and at most 1
+    start_factor: factor of the learning rate at the first step, 0 to 1
     by: change the rate every epoch or every step, which is also the unit of durations without one
     """
 
@@ -21,10 +22,10 @@ class Warmup:
     by: Literal["epoch", "step"] = "step"
 
     def __post_init__(self) -> None:
-        if not 0 < self.start_factor <= 1:
-            raise ValueError(f"start_factor is above 0 and at most 1, not {self.start_factor}")
+        super().__post_init__()
+        if not 0 <= self.start_factor <= 1:
+            raise ValueError(f"start_factor is 0 to 1, not {self.start_factor}")
 
-    @hookimpl
-    def lr_scale(self, run: Run) -> float | None:
-        done = min(1.0, run.position(self.by) / run.duration(self.length, self.by))
+    def scale(self, run: Run, position: int, initial_lr: float, group: dict[str, Any]) -> float:
+        done = min(1.0, position / self.duration(run, self.length))
         return self.start_factor + (1 - self.start_factor) * done

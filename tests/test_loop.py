@@ -156,7 +156,7 @@ def test_training_and_evaluation_get_separate_torchmetrics_objects(net, batches,
             return self
 
     run = fit(net, cross_entropy, sgd, batches, valid, epochs=2, eval_every=3, metrics={"count": Count()})
-    assert [(row["train_count"], row["val_count"]) for row in run.history] == [(59, 13), (59, 13)]
+    assert [(row["train_count"], row["val_count"]) for row in run.history if row["epoch"] in (1, 2)] == [(59, 13), (59, 13)]
 
 
 def test_eval_every_evaluates_within_epochs_and_once_at_the_end_of_each(net, batches, valid, sgd):

@@ -22,6 +22,7 @@ from torch.optim import lr_scheduler, swa_utils
 
 from loopctl import Run, fit, hookimpl
 from loopctl.cli import optimizers
+from loopctl.plugins.lambda_lr import LambdaLr
 
 ROOT = Path(__file__).parents[1]
 cross_entropy = nn.CrossEntropyLoss()
@@ -237,9 +238,7 @@ def halve(epoch):
 
 
 def test_row_10_lambda_lr():
-    from importlib import import_module
-    Lambda = import_module("loopctl.plugins.lambda").Lambda
-    compare_schedule([Lambda(halve)], partial(lr_scheduler.LambdaLR, lr_lambda=halve))
+    compare_schedule([LambdaLr(halve)], partial(lr_scheduler.LambdaLR, lr_lambda=halve))
 
 
 @pytest.mark.parametrize(("spec", "make"), [

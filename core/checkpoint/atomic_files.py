@@ -1,7 +1,9 @@
 """Atomic writes: a file has its old content or its new content, never a part. Checkpoints have a checksum too."""
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import os
 import re
 import warnings
@@ -20,12 +22,19 @@ from loopctl.distributed.process_group import rank
 from loopctl.errors import UsageError, one_line
 
 CHECKSUM_MARK = b"loopctl crc32 "
-FORMAT = 2                  # version of the content of a checkpoint; other versions are refused
+FORMAT = 3                  # version of the content of a checkpoint; other versions are refused
+# What a file system answers that cannot sync a folder, or change the mode of a file, as CIFS and some FUSE do not.
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF}
+
+log = logging.getLogger("loopctl")
+warned: set[tuple[str, int]] = set()        # what was said, and of which file system
 
 
 def check_writable(file: Path) -> None:
     """Raise OSError if `file` cannot be created. Creates nothing, so that a refused run leaves nothing behind."""
-    parent = next(folder for folder in file.absolute().parents if folder.exists())
+    parent = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
+    if parent.is_symlink() and not parent.exists():
+        raise NotADirectoryError(0, f"{parent} is a link to {os.readlink(parent)}, which does not exist")
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise NotADirectoryError(0, f"{parent} is not a writable folder")
     if file.is_dir():
@@ -70,12 +79,36 @@ def atomic_write(file: Path) -> Iterator[Path]:
 
 
 def fsync(path: Path) -> None:
-    """Make the system write the buffered content of a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    """Make the system write the buffered content of a file, or the names in a folder, to the disk. Raises OSError."""
+    folder = path if path.is_dir() else path.parent
+    with unsupported_is_warned(folder, "cannot be synced to the disk", "a power cut may damage what is in it"):
+        handle = os.open(path, os.O_RDONLY if path == folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def unsupported_is_warned(folder: Path, fact: str, consequence: str) -> Iterator[None]:
+    """Log a warning, in place of an error, where the file system of `folder` does not support what the block does."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        warn_once(folder, f"{folder} {fact} ({error.strerror}); {consequence}", fact)
+
+
+def warn_once(folder: Path, text: str, key: str) -> None:
+    """Log the warning `text`, unless one with the same `key` was logged about the same file system."""
+    try:
+        known = key, folder.stat().st_dev
+    except OSError:
+        known = key, 0
+    if known not in warned:
+        warned.add(known)
+        log.warning(text)
 
 
 def save_weights(model: nn.Module | Weights, file: Path) -> None:
@@ -94,14 +127,15 @@ def save_weights(model: nn.Module | Weights, file: Path) -> None:
             if number:
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise OSError(one_line(error)) from error
-        temporary.chmod(mode)                           # safetensors makes the file readable by its owner alone
+        with unsupported_is_warned(file.parent, "has files whose mode cannot be set", "others cannot read them"):
+            temporary.chmod(mode)                       # safetensors makes the file readable by its owner alone
 
 
 class Weights:
     """The tensors of a model's state dict on rank 0, as full tensors; empty on other ranks.
 
     If they are sharded, they are gathered, so all processes must make it. Values that are not tensors are left out,
-    because safetensors cannot hold them.
+    because safetensors cannot hold them. Sparse tensors become dense, and overlapping ones copies, for the same reason.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -112,10 +146,18 @@ class Weights:
                 # Cloned because it may be a view of the larger buffer that was gathered into.
                 value = value.full_tensor() if rank() else value.full_tensor().clone().cpu()
             if isinstance(value, torch.Tensor) and rank() == 0:
-                self.tensors[name] = value
+                self.tensors[name] = value if value.layout is torch.strided else value.to_dense()
+                if overlaps(self.tensors[name]):
+                    self.tensors[name] = value.clone(memory_format=torch.contiguous_format)
 
     def state_dict(self) -> dict[str, Any]:
         return self.tensors
+
+
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Whether several elements of `tensor` are the same memory, as after `expand`."""
+    return tensor.layout is torch.strided and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 class DamagedCheckpoint(Exception):

@@ -1,16 +1,17 @@
-"""A lock on a run's folder, so that two processes never write to it at once."""
+"""A lock on a folder, so that two runs never write to it at once."""
 from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import socket
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
+from loopctl.checkpoint.atomic_files import warn_once
 from loopctl.errors import UsageError
 
 try:
@@ -18,29 +19,28 @@ try:
 except ImportError:                 # Windows has none
     fcntl = None                    # type: ignore[assignment]
 
-log = logging.getLogger("loopctl")
-
-NAME = ".lock"
+RUN = ".lock"                       # locks the folder of a run of the command line
+CHECKPOINTS = ".checkpoints.lock"   # locks a folder that a plugin writes checkpoints to, which may be the same folder
 # What flock answers where another process holds the lock, and where a file system has no locks, as some have none.
 HELD = {errno.EWOULDBLOCK, errno.EAGAIN}
 UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
 
-class LostLock(OSError):
+class LostLock(Exception):
     """The folder's lock file is gone or another one, so another process may write to the folder."""
 
 
 class FolderLock:
     """A lock on `folder`, a context manager. It ends with the process, however that ends.
 
-    It is a lock of `flock` on the file `.lock` in the folder, which says who holds it. Forked processes, such as loader
+    It is a lock of `flock` on the file `name` in the folder, which says who holds it. Forked processes, such as loader
     workers, let go of it at once, so that it ends with the process itself and not with the last of its workers.
 
-    Raises UsageError where another process holds the lock.
+    Raises UsageError where another process, or another run of this process, holds the lock.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.file = folder, folder / NAME
+    def __init__(self, folder: Path, name: str = RUN) -> None:
+        self.folder, self.file = folder, folder / name
         self.handle: int | None = None
 
     def __enter__(self) -> FolderLock:
@@ -61,7 +61,7 @@ class FolderLock:
                 self.handle = handle
             else:                       # its holder has just removed it
                 os.close(handle)
-        os.register_at_fork(after_in_child=self.release)
+        held.add(self)
         text = json.dumps({"host": socket.gethostname(), "process": os.getpid(),
                            "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"})
         with suppress(OSError):         # on a full disk it says nothing of its holder
@@ -88,15 +88,32 @@ class FolderLock:
         """
         if self.handle is None or same_file(self.file, self.handle):
             return
-        if self.folder.exists():
-            raise LostLock(0, f"{self.file} was removed or replaced, so another process may use the folder")
-        self.release()
-        with suppress(OSError):             # where it cannot be made, plugins say so when they write
-            self.folder.mkdir(parents=True)
-            self.__enter__()
+        if self.folder.is_dir():
+            raise LostLock(f"{self.file} was removed or replaced, so another process may use the folder; "
+                           "this run ends without writing any more")
+        # All of them at once: if one were made with what is around it, the lock of that would seem to be lost.
+        deleted = [lock for lock in held if lock.handle is not None and not lock.folder.is_dir()]
+        for lock in deleted:
+            lock.release()
+            with suppress(OSError):         # where it cannot be made, plugins say so when they write
+                lock.folder.mkdir(parents=True, exist_ok=True)
+                lock.__enter__()
 
     def warn(self, reason: str) -> None:
-        log.warning("%s is not locked: %s; do not resume this run twice at once", self.folder, reason)
+        warn_once(self.folder, f"{self.folder} is not locked: {reason}; do not resume this run twice at once", "lock")
+
+
+held: WeakSet[FolderLock] = WeakSet()
+
+
+def release_all() -> None:
+    """Close this process's handles of all locks."""
+    for lock in held:
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=release_all)
 
 
 def lock_file(file: Path) -> int:

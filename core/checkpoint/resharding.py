@@ -46,7 +46,7 @@ def state_of_this_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
         meters = Meters(run.metric_fns["train"], "train_").state_dict()
     else:
         meters = {name: merge_means([rank["meters"][name] for rank in ranks]) for name in rank0["meters"]}
-    return {"meters": meters, "data": data, "random": random}
+    return {"meters": meters, "val_metrics": rank0["val_metrics"], "data": data, "random": random}
 
 
 def rebased_counters(run: Run, counters: dict[str, Any], consumed: int) -> dict[str, Any]:

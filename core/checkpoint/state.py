@@ -1,19 +1,21 @@
 """The state of a run in a checkpoint: capture it, compare it with a run, restore it, and find checkpoint files."""
 from __future__ import annotations
 
-import io
 import logging
 import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import fields
+from math import inf
+from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from loopctl.checkpoint.atomic_files import FORMAT, DamagedCheckpoint, read_checkpoint
+from loopctl.checkpoint.atomic_files import FORMAT, DamagedCheckpoint, overlaps, read_checkpoint
+from loopctl.checkpoint.plain_values import describe, restore_value
 from loopctl.checkpoint.resharding import state_of_this_rank
 from loopctl.checkpoint.sharded_tensors import check_sharded, extract_sharded, load_sharded
 from loopctl.composition.options import to_spec
@@ -21,8 +23,10 @@ from loopctl.counters import Counters
 from loopctl.data.batch import map_nested
 from loopctl.distributed.process_group import all_gather, broadcast_from_rank0, restart_count
 from loopctl.errors import UsageError, names, one_line
-from loopctl.metrics.meters import Meters
+from loopctl.metrics.meters import Meters, is_stateful_metric, load_metric_state, metric_state
+from loopctl.model.ownership import load_loss_tensors, loss_tensors
 from loopctl.optim.fast_step import without_dynamo_wrappers
+from loopctl.optim.learning_rate import scheduled_rates
 from loopctl.rng import loader_generators, rng_state, set_rng_state
 
 if TYPE_CHECKING:
@@ -30,9 +34,9 @@ if TYPE_CHECKING:
 
 # The entries of a checkpoint and their types: of `counters`, and of the whole.
 COUNTERS = {field.name: tuple if field.name == "began" else int for field in fields(Counters)}
-LAYOUT = {"config": dict, "model": dict, "optimizer": dict, "plugins": dict, "composition": list, "parameters": list,
-          "samples": list, "plan": list, "max_steps": int | float, "counters": dict, "stop": str, "metrics": dict,
-          "history": list, "ranks": list}
+LAYOUT = {"config": dict, "model": dict, "loss_fn": dict, "optimizer": dict, "plugins": dict, "composition": list,
+          "parameters": list, "data": dict, "plan": list, "counted_plan": list, "max_steps": int | float,
+          "counters": dict, "stop": str, "metrics": dict, "history": list, "ranks": list}
 
 # A plugin that implements one of these hooks affects training, unless it has `observer_only = True`. A plugin that
 # implements none of them and has no state is an observer too.
@@ -53,22 +57,25 @@ def capture_state(run: Run) -> dict[str, Any]:
     number generators have one state per rank, under "ranks". They are gathered, so all processes must call this.
     """
     rank_state = {"meters": run.meters.state_dict(),
+                  "val_metrics": {name: metric_state(metric) for name, metric in run.metric_fns["val"].items()
+                                  if is_stateful_metric(metric)},
                   "data": {name: loader.state_dict() for name, loader in run.loaders.items()},
                   "random": rng_state(run.train, run.valid)}
     if run.world_size > 1:
         rank_state = map_nested(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rank_state)
-    with without_dynamo_wrappers():
-        optimizer = run.optimizer.state_dict()
     return {
         "loopctl": FORMAT,
         "config": run.config or run_config(run),
         "model": run.model.state_dict(),
-        "optimizer": {"class": type(run.optimizer).__name__, "defaults": optimizer_defaults(run), **optimizer},
+        "loss_fn": {name: tensor.detach() for name, tensor in loss_tensors(run).items()},
+        "optimizer": {"class": type(run.optimizer).__name__, "defaults": optimizer_defaults(run),
+                      **optimizer_state(run)},
         "plugins": {name: plugin.state_dict() for name, plugin in stateful(run).items()},
         "composition": training_plugins(run),
         "parameters": parameter_names(run),
-        "samples": run.loaders["train"].size,
-        "plan": list(run.plan()),
+        "data": {name: loader.identity for name, loader in run.loaders.items()},
+        "plan": list(run.planned_by_length()),
+        "counted_plan": list(run.counted_plan or ()),
         "max_steps": run.max_steps,
         "counters": run.counters.state_dict(),
         "stop": run.stop,
@@ -96,8 +103,8 @@ def restore(run: Run) -> None:
     """
     path = run.resume or Path()
     # A run that was killed before its first checkpoint starts again from the beginning.
-    own_folder = run.hook.acting["safe_point"] and path.is_dir() and run.out.is_dir() and path.samefile(run.out)
-    if (own_folder or restart_count()) and not find_candidates(path):
+    own_folder = run.hook.acting["safe_point"] and resumes_own_folder(run)
+    if (own_folder or restart_count()) and not resume_candidates(run):
         log.warning("%s has no checkpoint yet; training from the beginning", path)
         return
     file, saved = find_checkpoint(path, run.device, run)
@@ -105,15 +112,19 @@ def restore(run: Run) -> None:
         saved = load_sharded(run, saved, file.parent)
         if differences := broadcast_from_rank0(run, compare(run, saved)):      # only rank 0 has all the plugins
             raise UsageError(f"resume: {file} is of another run: {differences[0]}")
-        load_state(run, saved)
+        load_state(run, saved, file)
         cut_short = saved["counters"]["step"] >= saved["max_steps"] and ended_within_epoch(saved)
         rank_state = state_of_this_rank(run, saved)
         run.counters.load_state_dict(saved["counters"])
+        run.counted_plan = tuple(saved["counted_plan"]) or None
         run.stop, run.metrics, run.history = saved["stop"], saved["metrics"], saved["history"]
         run.meters = Meters(run.metric_fns["train"], "train_")
         run.meters.load_state_dict(rank_state["meters"])
+        for name, state in rank_state["val_metrics"].items():
+            load_metric_state(run.metric_fns["val"][name], state)
         for name, loader in run.loaders.items():
             loader.load_state_dict(rank_state["data"][name])
+        warn_of_jump(run, saved)
         # Last, because loading the other states may draw random numbers.
         set_rng_state(rank_state["random"], run.train, run.valid)
     except (UsageError, torch.OutOfMemoryError):
@@ -124,6 +135,28 @@ def restore(run: Run) -> None:
         raise UsageError(f"resume: {file} ended within an epoch, at max_steps={saved['max_steps']}, and that epoch was "
                          "evaluated and counted as complete, so it cannot be resumed; begin a new run from its weights")
     run.last_checkpoint = file
+
+
+def warn_of_jump(run: Run, saved: dict[str, Any]) -> None:
+    """Log a warning if the learning rate jumps because the run is now planned to be longer or shorter."""
+    if not run.hook.acting["lr_scale"] or run.finished:
+        return
+    planned = run.epochs, run.max_steps
+    before = saved["config"].get("epochs") or run.epochs, saved["max_steps"]
+    if before == planned:
+        return
+    rates = scheduled_rates(run)
+    try:
+        run.epochs, run.max_steps = before
+        jumps = [(old, new) for old, new in zip(scheduled_rates(run), rates, strict=True)
+                 if abs(new - old) > 0.01 * max(old, new)]
+    finally:
+        run.epochs, run.max_steps = planned
+    if jumps:
+        old, new = max(jumps, key=lambda pair: abs(pair[1] - pair[0]))
+        log.warning("resume: the run was planned for %s and is now for %s, so schedules of the whole run go on "
+                    "elsewhere: the learning rate is %.3g in place of %.3g",
+                    planned_length(*before), planned_length(*planned), new, old)
 
 
 def ended_within_epoch(saved: dict[str, Any]) -> bool:
@@ -138,17 +171,34 @@ def roll_back(run: Run) -> None:
     """
     assert run.last_checkpoint
     run.last_checkpoint, saved = find_checkpoint(run.last_checkpoint.parent, run.device, run)
-    load_state(run, load_sharded(run, saved, run.last_checkpoint.parent))
+    load_state(run, load_sharded(run, saved, run.last_checkpoint.parent), run.last_checkpoint)
 
 
-def load_state(run: Run, saved: dict[str, Any]) -> None:
-    """Load the state dicts of the model, the optimizer and the plugins from the checkpoint content `saved`."""
-    run.model.load_state_dict(saved["model"])
+def load_state(run: Run, saved: dict[str, Any], file: Path) -> None:
+    """Load the state dicts of model, loss function, optimizer and plugins from `saved`, the content of `file`."""
+    load_model(run.model, saved["model"])
+    load_loss_tensors(run, saved["loss_fn"])
     with without_dynamo_wrappers():
         run.optimizer.load_state_dict({key: saved["optimizer"][key] for key in ("state", "param_groups")})
     for name, plugin in stateful(run).items():
         if run.rank == 0 or not getattr(plugin, "rank_zero_only", False):
-            plugin.load_state_dict(saved["plugins"][name])
+            try:
+                plugin.load_state_dict(saved["plugins"][name])
+            except UsageError:
+                raise
+            except Exception as error:          # a plugin may raise anything if the state is that of another version
+                reason = f"({type(error).__name__}: {one_line(error)})"
+                raise UsageError(f"resume: {file} cannot be loaded: plugin {name} cannot load its state {reason}; use "
+                                 "the version that has saved it") from error
+
+
+def load_model(model: nn.Module, state: dict[str, Any]) -> None:
+    """Load `state` into the model. A buffer that overlaps itself, as after `expand`, is made whole before."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and overlaps(buffer):
+                module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
+    model.load_state_dict(state)
 
 
 def compare(run: Run, saved: dict[str, Any]) -> list[str]:
@@ -160,6 +210,12 @@ def compare(run: Run, saved: dict[str, Any]) -> list[str]:
     shapes = {name: (describe_shape(saved_model[name]), describe_shape(model[name]))
               for name in model if name in saved_model}
     found += [differs(f"the model's {name} is", *both) for name, both in shapes.items() if both[0] != both[1]]
+
+    shapes = {name: (describe_shape(saved["loss_fn"].get(name)), describe_shape(tensor))
+              for name, tensor in loss_tensors(run).items()}
+    found += missing("loss_fn has {}", saved["loss_fn"], shapes)
+    found += [differs(f"loss_fn's {name} is", *both) for name, both in shapes.items()
+              if name in saved["loss_fn"] and both[0] != both[1]]
 
     classes = saved["optimizer"]["class"], type(run.optimizer).__name__
     sizes = [[len(group) for group in groups] for groups in (saved["parameters"], parameter_names(run))]
@@ -183,17 +239,33 @@ def compare(run: Run, saved: dict[str, Any]) -> list[str]:
     found += missing("there is the metric {}", rank0["meters"].keys() - {""}, run.metric_fns["train"])
     validated = ({"validation data"} if "val_loss" in metrics else () for metrics in (saved["metrics"], run.metrics))
     found += missing("there is {}", *validated)
-    if saved["plan"] != list(run.plan()) and len(saved["ranks"]) == run.world_size:
-        plans = ["{} steps of {} batches".format(*plan) for plan in (saved["plan"], run.plan())]
+    if saved["plan"] != list(run.planned_by_length()) and len(saved["ranks"]) == run.world_size:
+        plans = ["{} steps of {} batches".format(*plan) for plan in (saved["plan"], run.planned_by_length())]
         found.append(f"{differs('an epoch has', *plans)}; keep data, batch size and accumulation")
-    if saved["samples"] != run.loaders["train"].size:
-        data_sizes = ["{1} samples in batches of {0}".format(*size)
-                      for size in (saved["samples"], run.loaders["train"].size)]
-        found.append(differs("the training data has", *data_sizes))
+    found += other_data(saved["data"], {name: loader.identity for name, loader in run.loaders.items()})
     generators = len(rank0["random"]["generators"]), len(loader_generators((run.train, run.valid)))
     if generators[0] != generators[1]:
         found.append(differs("the number of random generators of the data loaders is", *generators))
     return found
+
+
+def other_data(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Say how the data of a run differs from that of the checkpoint: its sizes, and its classes by name and order."""
+    found = []
+    for name, what in (("train", "training"), ("valid", "validation")):
+        old, new = saved[name], current[name]
+        if any(old[key] != new[key] for key in ("batch_size", "samples") if name == "train" or key == "samples"):
+            sizes = ["{samples} samples in batches of {batch_size}".format(**data) for data in (old, new)]
+            advice = "; best values of two sets cannot be compared" * (name == "valid")
+            found.append(differs(f"the {what} data has", *sizes) + advice)
+        if old["classes"] != new["classes"] and old["classes"] and new["classes"]:
+            classes = [", ".join(data["classes"]) for data in (old, new)]
+            found.append(differs(f"the classes of the {what} data are", *classes))
+    return found
+
+
+def planned_length(epochs: Any, steps: float) -> str:
+    return f"{epochs} epochs" + (f" or {steps} steps" if steps != inf else "")
 
 
 def differs(fact: str, in_checkpoint: Any, in_run: Any) -> str:
@@ -244,24 +316,35 @@ def training_plugins(run: Run) -> list[str]:
 def check_serializable(run: Run) -> None:
     """Raise UsageError if a checkpoint cannot hold the state of a plugin, a metric, the model or the optimizer.
 
-    Call it in `epoch_start` of the first epoch or later, when the plugins have created their state.
+    Call it in `epoch_start` of the first epoch or later, when the plugins have created their state, and again after the
+    first step, when the optimizer has.
     """
-    parts = {f"plugin {name}": plugin.state_dict() for name, plugin in stateful(run).items()}
-    parts |= {f"metric {name}": state for name, state in run.meters.state_dict().items() if name}
-    parts["model"] = {name: value for name, value in run.model.state_dict().items()
-                      if type(value) not in (torch.Tensor, nn.Parameter)}
+    content = extract_sharded({
+        "plugins": {name: plugin.state_dict() for name, plugin in stateful(run).items()},
+        "meters": run.meters.state_dict(), "model": run.model.state_dict(), "loss_fn": dict(loss_tensors(run)),
+        "optimizer": optimizer_state(run), "history": run.history, "metrics": run.metrics,
+    })[0]
+    plain_content(content)
+
+
+def plain_content(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a checkpoint as values that can be read back: see plain_values.py.
+
+    Raises UsageError, which names the plugin, the metric or the other owner of a value for which that is not possible.
+    """
+    owners = {"plugins": "plugin {}", "meters": "metric {}"}
+    found = {}
+    for key, part in content.items():
+        if key in owners:
+            found[key] = {name: describe(state, owners[key].format(name or "loss")) for name, state in part.items()}
+        else:
+            found[key] = describe(part, key)
+    return found
+
+
+def optimizer_state(run: Run) -> dict[str, Any]:
     with without_dynamo_wrappers():
-        parts["optimizer"] = run.optimizer.state_dict()["param_groups"]
-    for owner, part in extract_sharded(parts)[0].items():
-        stream = io.BytesIO()
-        try:
-            torch.save(part, stream)
-            torch.load(io.BytesIO(stream.getvalue()), weights_only=True)
-        except Exception as error:
-            class_name = re.search(r"GLOBAL (\S+)", str(error))
-            culprit = f"a {class_name[1]}" if class_name else f"something that cannot be written ({one_line(error)})"
-            raise UsageError(f"{owner}: its state has {culprit}; a checkpoint holds tensors, numbers, text, None, "
-                             "and lists, tuples and dicts of them") from error
+        return run.optimizer.state_dict()
 
 
 # Finding checkpoint files
@@ -275,7 +358,7 @@ def find_checkpoint(path: Path, device: Any = "cpu", run: Run | None = None) -> 
 
     A warning is logged for each damaged checkpoint that is skipped. Raises UsageError where no checkpoint can be read.
     """
-    if not (candidates := find_candidates(path)):
+    if not (candidates := resume_candidates(run) if run and path == run.resume else find_candidates(path)):
         raise UsageError(f"resume={path}: no checkpoint found; pass a checkpoint file, or a run's folder, "
                          "which has them in checkpoints/")
     skipped: list[str] = []
@@ -283,6 +366,7 @@ def find_checkpoint(path: Path, device: Any = "cpu", run: Run | None = None) -> 
         saved, damage = {}, ""
         try:
             saved = read_checkpoint(file, device)
+            saved = restore_content(saved)
             check_layout(saved)
             if "sharded" in saved:
                 check_sharded(saved, file.parent, *((run.rank, run.world_size) if run else ()))
@@ -296,6 +380,14 @@ def find_checkpoint(path: Path, device: Any = "cpu", run: Run | None = None) -> 
         skipped.append(damage)
     more = f", and the {len(skipped) - 1} before it cannot be used either" if len(skipped) > 1 else ""
     raise UsageError(f"resume={path}: {skipped[0]}{more}; begin a new run")
+
+
+def restore_content(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a checkpoint as it was captured. Raises DamagedCheckpoint for descriptions made by hand."""
+    try:
+        return restore_value(saved)
+    except Exception as error:
+        raise DamagedCheckpoint(f"has values that cannot be restored ({type(error).__name__})") from error
 
 
 def check_layout(saved: dict[str, Any]) -> None:
@@ -312,10 +404,31 @@ def find_candidates(path: Path) -> list[Path]:
     return [path] if path.is_file() else checkpoints_in(path) or checkpoints_in(path, "*/")
 
 
+def resume_candidates(run: Run) -> list[Path]:
+    """Return the checkpoints that `run` may resume from, the latest step first.
+
+    A run that resumes in its own folder has some in the folders that its plugins write to, too, which may be elsewhere.
+    Where its folder has others, the plugins' folders were changed, and what is there may be of another run.
+    """
+    found = find_candidates(run.resume or Path())
+    if not resumes_own_folder(run):
+        return found
+    own = latest_first(file for folder in run.checkpoint_folders for file in checkpoints_in(folder))
+    return own if {*map(realpath, found)} <= {*map(realpath, own)} else found
+
+
+def resumes_own_folder(run: Run) -> bool:
+    """Return whether `run` resumes what an earlier run wrote to its folder."""
+    return run.resume is not None and run.resume.is_dir() and run.out.is_dir() and run.resume.samefile(run.out)
+
+
 def checkpoints_in(folder: Path, below: str = "") -> list[Path]:
     """Return the checkpoints in `folder`, the latest step first. With `below="*/"`, return those in its subfolders."""
-    found = [file for file in folder.glob(f"{below}step-*.pt") if step_number(file) >= 0]
-    return sorted(found, key=lambda file: (step_number(file), file), reverse=True)
+    return latest_first(file for file in folder.glob(f"{below}step-*.pt") if step_number(file) >= 0)
+
+
+def latest_first(files: Iterable[Path]) -> list[Path]:
+    return sorted(files, key=lambda file: (step_number(file), file), reverse=True)
 
 
 def step_number(file: Path) -> int:

@@ -31,6 +31,7 @@ class Hooks:
     plugins: dict[str, Any]       # by unique name, in the order given
     hookimpls: list[Any]          # pluggy's HookImpl objects, of plugins and defaults
     acting: dict[str, list[str]]  # the names of the plugins that implement each hook, in the order in which they act
+    replaced: dict[str, str]      # by hook, the plugin that replaces its default; only hooks that one replaces
 
     if TYPE_CHECKING:             # for type checkers; `compose` sets the actual functions on the instance
         setup = staticmethod(hooks.setup)
@@ -84,11 +85,16 @@ def compose(plugins: Iterable[Any], defaults: Iterable[Any] = ()) -> Hooks:
     manager.check_pending()
 
     composed = Hooks()
-    composed.plugins, composed.hookimpls, composed.acting = chosen, [], {}
+    composed.plugins, composed.hookimpls, composed.acting, composed.replaced = chosen, [], {}, {}
     for name in SPECS:
         impls = getattr(manager.hook, name).get_hookimpls()[::-1]        # in the order in which they act
         composed.hookimpls += impls
         composed.acting[name] = [impl.plugin_name for impl in impls if impl.plugin_name in chosen]
+        if SPECS[name].loopctl_spec["firstresult"]:
+            for impl in impls:
+                if impl.plugin_name in chosen and not impl.wrapper:
+                    composed.replaced[name] = impl.plugin_name
+                    break
         setattr(composed, name, compile_hook(name, impls, chosen))
     return composed
 

@@ -2,17 +2,23 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import logging
+import os
 import re
 import sys
+from collections.abc import Container
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from pathlib import Path
 from typing import Any
 
-from loopctl.composition.option_types import get_attribute, import_object
+from loopctl.composition.importing import import_object
 from loopctl.composition.options import parse_options, plugin_options
 from loopctl.errors import UsageError, names, nearest, one_line
+
+log = logging.getLogger("loopctl")
+NAME = re.compile(r"[\w-]+")                   # of a plugin; other characters have a meaning in a spec
+TARGET = re.compile(r"[\w.]+\s*:\s*[\w.]+\s*(\[.*\])?")       # of an entry point
 
 
 def available() -> dict[str, EntryPoint]:
@@ -22,8 +28,58 @@ def available() -> dict[str, EntryPoint]:
 
 @cache
 def installed_entry_points(path: tuple[str, ...]) -> list[EntryPoint]:
-    """Return the entry points found in `path`. Cached, because reading them takes milliseconds."""
-    return sorted(entry_points(group="loopctl"), key=lambda entry: entry.name)
+    """Return the entry points found in `path`. Cached, because reading them takes milliseconds.
+
+    A broken package is named in a warning, and left out.
+    """
+    try:
+        found = list(entry_points(group="loopctl"))
+    except Exception:                   # any package may have a broken file, which importlib.metadata does not name
+        found = entry_points_one_by_one()
+    usable = [entry for entry in found if NAME.fullmatch(entry.name) and TARGET.fullmatch(entry.value)]
+    for entry in found:
+        if entry not in usable:
+            warn(f"{package_name(entry.dist)}: its plugin {entry.name!r} is declared as {entry.value!r}, "
+                 "not as name = package.module:Class; it is left out")
+    return sorted(usable, key=lambda entry: entry.name)
+
+
+def entry_points_one_by_one() -> list[EntryPoint]:
+    """Return the entry points of every package whose file of them can be read. It takes longer than all at once."""
+    found: dict[str, list[EntryPoint]] = {}
+    for distribution in distributions():
+        name = package_name(distribution)
+        try:
+            own = [entry for entry in distribution.entry_points if entry.group == "loopctl"]
+        except Exception as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            warn(f"{name}: its entry_points.txt cannot be read ({reason}); its plugins are left out; reinstall it")
+            own = []
+        # The first of two packages of one name, such as of another version, is the one that is imported.
+        found.setdefault(re.sub(r"[-_.]+", "-", name.split()[0]).lower(), own)
+    return [entry for own in found.values() for entry in own]
+
+
+def package_name(distribution: Distribution | None) -> str:
+    """The name and the version of an installed package; of a broken one, the name of its folder."""
+    try:
+        if distribution and distribution.name:
+            return f"{distribution.name} {distribution.version}"
+    except Exception:                   # a METADATA that cannot be read
+        pass
+    return Path(str(getattr(distribution, "_path", "a package without a name"))).name
+
+
+@cache
+def warn(line: str) -> None:
+    """Log a warning, once, in one of the processes that train together."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning("%s", one_line(line))
+
+
+def target(entry: EntryPoint) -> str:
+    """What an entry point names, as `package.module:Class`."""
+    return f"{entry.module}:{entry.attr}"
 
 
 def load(name: str) -> type:
@@ -32,11 +88,7 @@ def load(name: str) -> type:
     Raises UsageError if it does not exist or cannot be imported.
     """
     try:
-        if ".py:" in name:
-            return from_file(name)
-        if ":" in name:
-            return import_object(name)
-        return import_object(entry_point(name).value)
+        return import_object(name if ":" in name else target(entry_point(name)))
     except ImportError as error:
         raise UsageError(f"{name}: {error}") from error
 
@@ -61,28 +113,6 @@ def entry_point(name: str) -> EntryPoint:
     if len(found) > 1:
         raise UsageError(f"{name}: more than one package has a plugin of this name; choose one: {names(sorted(found))}")
     return next(iter(found.values()))
-
-
-def from_file(path: str) -> type:
-    """Import and return `path/to/file.py:Class`."""
-    file, _, name = path.rpartition(":")
-    try:
-        exists = Path(file).is_file()
-    except OSError as error:                      # such as a file name that is too long
-        raise ImportError(f"{file} cannot be read: {error.strerror}") from error
-    if not exists:
-        raise ImportError(f"there is no file {file}")
-    # The module is named by its path, so that it cannot hide a file of the same name or a module such as `random`.
-    spec = importlib.util.spec_from_file_location(str(Path(file).resolve()), file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module               # dataclasses and typing look up the module of a class here
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:      # importing a file may raise any error
-        raise ImportError(f"{file} cannot be imported ({type(error).__name__}: {one_line(error)})") from error
-    return get_attribute(module, name, file)
 
 
 def build_plugin(spec: str) -> tuple[str, Any]:
@@ -110,18 +140,26 @@ def build_plugin(spec: str) -> tuple[str, Any]:
 
 def split_spec(spec: str) -> tuple[str, str]:
     """Split `name:option=value,...` into the name of the class, as `load` takes it, and the text of the options."""
+    head, rest = split_head(spec, available())
+    if ("." in head or "/" in head) and ":" not in head:
+        raise UsageError(f"{head}: a class is required, as in {head}:Class")
+    return head, rest
+
+
+def split_head(spec: str, known: Container[str]) -> tuple[str, str]:
+    """Split `name:option=value,...` at the colon after the name: one of the `known`, an import path, or any word."""
     head, _, rest = spec.partition(":")
+    if head not in known and (found := re.match(r"([^=]*?\.py:[\w.]+)(?::|\Z)", spec)):     # a path may have colons
+        return found[1], spec[found.end():]
     attr, _, more = rest.partition(":")
-    if "." in head or "/" in head or (attr.isidentifier() and head not in available()):
-        if not attr:
-            raise UsageError(f"{head}: a class is required, as in {head}:Class")
-        head, rest = f"{head}:{attr}", more
+    if attr and ("." in head or "/" in head or (attr.isidentifier() and head not in known)):
+        return f"{head}:{attr}", more
     return head, rest
 
 
 def plugin_name(cls: type) -> str:
     """Return the name under which a plugin class is installed; if it is not, the name of the class in snake case."""
     for name, entry in available().items():
-        if entry.value == f"{cls.__module__}:{cls.__qualname__}":
+        if target(entry) == f"{cls.__module__}:{cls.__qualname__}":
             return name
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+    return one_line(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower())

@@ -23,7 +23,7 @@ class OnDeviceDataset(Dataset[list[Tensor]]):
     """
 
     def __init__(self, tensors: list[Tensor], augment: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.tensors, self.augment = tensors, augment
+        self.tensors, self.augment, self.image_shape = tensors, augment, tensors[0].shape[1:]
 
     def __len__(self) -> int:
         return len(self.tensors[0])
@@ -38,10 +38,12 @@ class OnDeviceDataset(Dataset[list[Tensor]]):
         return [self.augment(images) if self.augment else images, *others]
 
 
-def loaders(found: Any, batch_size: int, workers: int, device: torch.device) -> tuple[DataLoader[Any], DataLoader[Any]]:
+def loaders(found: Any, batch_size: int, workers: int, device: torch.device,
+            check_labels: bool = True) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Return DataLoaders over the training and validation parts of `found`, a `Data`, copied to `device`.
 
-    Raises UsageError where the data does not fit there, or where reading an image draws random numbers.
+    Raises UsageError where the data does not fit there, or where reading an image draws random numbers, and where a
+    sample cannot be read or, with `check_labels`, has a wrong label.
     """
     if workers:
         raise UsageError(f"--workers {workers:,} would have nothing to load: on_device=true reads the data once; "
@@ -52,8 +54,10 @@ def loaders(found: Any, batch_size: int, workers: int, device: torch.device) -> 
         raise UsageError(f"data {found.name}: {images:,} images of {'x'.join(map(str, found.shape))} take "
                          f"{size / 1e9:,.1f} GB, and {device} has {available / 1e9:,.1f} GB free; leave out on_device, "
                          "or use smaller images")
-    train = OnDeviceDataset(load_tensors(found, found.unaugmented or found.train, device), found.augment)
-    valid = OnDeviceDataset(load_tensors(found, found.valid, device))
+    train = found.checked(found.unaugmented or found.train, "training", check_labels)
+    valid = found.checked(found.valid, "validation", check_labels)
+    train, valid = (OnDeviceDataset(load_tensors(found, part, device), augment)
+                    for part, augment in ((train, found.augment), (valid, None)))
     return (DataLoader(train, batch_size, shuffle=True, collate_fn=collate_unchanged),
             DataLoader(valid, batch_size, collate_fn=collate_unchanged))
 
@@ -80,8 +84,8 @@ def free_memory(device: torch.device) -> float:
 
 
 def load_tensors(found: Any, part: Any, device: torch.device) -> list[Tensor]:
-    """Read all samples of `part`, one of the data sets of `found`, into tensors on `device`: images, classes."""
-    if type(part) is TensorDataset:            # not a subclass: it may override __getitem__
+    """Read all samples of `part`, a CheckedDataset over one of the data sets of `found`, into tensors on `device`."""
+    if type(part.dataset) is TensorDataset:            # not a subclass: it may override __getitem__
         return [tensor.to(device) for tensor in part.tensors]
     loaded: list[Tensor] = []
     begin = 0
@@ -105,7 +109,7 @@ def sample_batches(found: Any, part: Any) -> Iterator[list[Tensor]]:
     """Yield batches of a data set that is read sample by sample. Raises UsageError where reading is random."""
     before = host_rng_state()
     # A DataLoader draws a base seed. With a generator of its own, the global random-number generators do not change.
-    for batch in DataLoader(part, 256, generator=torch.Generator()):
+    for batch in DataLoader(part, 256, generator=torch.Generator(), collate_fn=part.collate):
         if host_rng_state() != before:
             raise UsageError(f"data {found.name}: its images come out differently at every reading, and on_device=true "
                              "reads them once; pass augment=false where that is an option, or leave out on_device")

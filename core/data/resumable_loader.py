@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from loopctl.data.batch import length_or_none
+from loopctl.data.identity import data_identity
 from loopctl.data.sharding import find_shard
 from loopctl.rng import host_rng_state, rng_state, set_host_rng_state, set_rng_state
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from loopctl.run import Run
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block SIGTERM and SIGUSR1 in this thread. Processes started meanwhile unblock them when they can handle them."""
+    """Block `SIGNALS` in this thread. Processes started meanwhile unblock them when they can handle them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -68,8 +68,7 @@ class ResumableLoader:
         self.iterator: Any = None                       # the one of `loader`
         self.loaded_state: dict[str, Any] = {}          # from a checkpoint, for the next pass
         self.set_source()
-        # Batch size and number of samples of what the run started with, None where unknown.
-        self.size = [getattr(self.source, "batch_size", None), length_or_none(getattr(self.source, "dataset", None))]
+        self.identity = data_identity(self.source)      # of what the run started with
 
     def set_source(self) -> None:
         """Use what `run.train` or `run.valid` is now, which a plugin may have replaced."""
@@ -82,6 +81,11 @@ class ResumableLoader:
             # Iterate over a changed copy, so that the user's own loader is not changed.
             self.loader, self.batch_sampler = copy(source), ResumableBatchSampler(source)
             changes: dict[str, Any] = {"batch_sampler": self.batch_sampler, "_iterator": None}
+            if not getattr(source, "in_order", True) and source.num_workers and self.may_be_saved:
+                # Batches that come in the order of their completion could not be found again after a resume.
+                self.run.say_once(f"in_order {self.name}", f"{self.name} has in_order=False, which a run that can be "
+                                  "resumed exactly does not use; its batches come in order")
+                changes["in_order"] = True
             if source.num_workers and self.may_be_saved:
                 self.workers = WorkerStates(source)
                 changes |= {"collate_fn": CollateWithState(source.collate_fn),
@@ -122,12 +126,15 @@ class ResumableLoader:
         self.iterator, self.loader = None, self.source
 
     def remaining_batches(self) -> Generator[Any]:
-        index = self.batch_index = self.consumed
+        index = self.batch_index = self.consumed_before = self.consumed
         try:
             for batch in self.start_pass():
                 self.batch_index = index                # of the batch that is being processed
                 yield batch
                 index += 1
+            if self.batch_sampler and self.batch_sampler.drawn > index - self.consumed_before:
+                raise RuntimeError("the data set or the collate function raised StopIteration, which would end the "
+                                   "epoch here without a word; raise another error")
         except Exception as error:
             epoch = f", epoch {self.run.epoch + 1}" if self.name == "train" else ""
             error.add_note(f"raised by {self.name} in batch {index + 1}{epoch}")
@@ -209,7 +216,7 @@ class ResumableBatchSampler:
 
     def prepare(self, first: int, sampler_state: dict[str, Any] | None) -> None:
         """Skip `first` batches in the next iteration. `sampler_state`: the random-number state to draw them with."""
-        self.first, self.sampler_state = first, sampler_state
+        self.first, self.sampler_state, self.drawn = first, sampler_state, 0
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -227,7 +234,9 @@ class ResumableBatchSampler:
             set_rng_state(resume_state, self.loader)
             # Workers take turns. Empty batches for the first turns make each worker resume with its own batches.
             yield from [[]] * (self.first % self.loader.num_workers if self.loader.num_workers else 0)
-        yield from batches
+        for indices in batches:
+            self.drawn += 1             # more than the batches that arrive if reading one raised StopIteration
+            yield indices
 
 
 class WorkerStates:

@@ -100,7 +100,8 @@ class Shard:
         for _ in range(first):                  # placeholders that a resumed pass skips
             groups.append((0, True, 0))
             yield []
-        for group in chunked(islice(self.draw_batches(), consumed, None), self.world_size):
+        batches = (batch for batch in self.draw_batches() if self.count(batch))     # one without samples counts nothing
+        for group in chunked(islice(batches, consumed, None), self.world_size):
             sizes = [self.count(batch) for batch in group]
             even = len(group) == self.world_size and len(set(sizes)) == 1
             groups.append((sum(sizes), even, sizes[self.rank] if self.rank < len(group) else 0))

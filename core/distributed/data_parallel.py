@@ -1,17 +1,27 @@
 """`Parallel`: the base class of data-parallel plugins such as ddp and fsdp; one process per device."""
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, default_collate
 
 from loopctl.data.batch import length_or_none
 from loopctl.data.sharding import Shard, shard_data
+from loopctl.distributed.agreement import (
+    describe_data,
+    describe_model,
+    describe_optimizer,
+    describe_run,
+    groups_in_step,
+    length_is_certain,
+    require_distinct_samplers,
+    require_same,
+)
 from loopctl.distributed.process_group import (
     AgreedStop,
     StopConsensus,
@@ -20,11 +30,14 @@ from loopctl.distributed.process_group import (
     all_reduce_sum,
     broadcast_from_rank0,
     broadcast_tensors,
+    is_single_process,
     join_process_group,
     leave_process_group,
+    missing_processes_named,
 )
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
+from loopctl.model.ownership import loss_parameters, loss_tensors
 from loopctl.optim.fast_step import SINGLE_CLOSURE_CALL
 from loopctl.rng import seed_everything
 
@@ -41,18 +54,30 @@ class Parallel:
     the same way and are equal in all processes, so that plugins make the same decisions in each of them. A reason to
     stop that only one process has, such as a time limit, takes effect in all processes at the same step.
 
+    All processes must be started alike: what differs is refused before training, with the values and their ranks.
+
     shard: give each process its part of the data; false if the data is sharded already, with equally many batches
+    timeout: seconds that a process waits for the others in a collective before it ends with an error that names those
+        that are missing
     """
 
     shard: bool = True
+    timeout: float = 1800.0
 
     needs_process_group: ClassVar[bool] = False         # create a process group even for a single process
+    collective_forward: ClassVar[bool] = False          # the forward pass has collectives, in evaluation too
+
+    def __post_init__(self) -> None:
+        if not 0.001 <= self.timeout <= 1e9:        # torch counts milliseconds, in 64 bits
+            raise ValueError(f"timeout is from 0.001 to 1e9 seconds, not {self.timeout}")
 
     @hookimpl(wrapper=True)
     def setup(self, run: Run) -> Generator[None, None, None]:
-        self.set_up_processes(run)          # before the setup of the other plugins, which may need run.rank
-        result = yield
-        self.convert_model(run)             # after it: in their setup, plugins are given the user's own model
+        with missing_processes_named(self.timeout):
+            self.set_up_processes(run)      # before the setup of the other plugins, which may need run.rank
+            result = yield
+            require_same(run, describe_model)      # other plugins may have changed it
+            self.convert_model(run)         # after it: in their setup, plugins are given the user's own model
         return result
 
     def set_up_processes(self, run: Run) -> None:
@@ -60,11 +85,14 @@ class Parallel:
         for name, other in run.hook.plugins.items():
             if other is not self and isinstance(other, Parallel):
                 raise UsageError(f"{name} trains in several processes already; choose one")
-        self.created_group = join_process_group(run, self.needs_process_group)
+        self.created_group = join_process_group(run, self.needs_process_group, self.timeout)
+        self.certain_length = length_is_certain(run.train)
         self.agreed_stop = ""               # the reason to stop that all processes have agreed on
         self.local_stop = ""                # one that this process has found, until they agree
         self.consensus = StopConsensus()
         self.evaluating, self.uneven, self.depth = False, False, 0
+        require_same(run, self.describe_request)
+        require_distinct_samplers(run)
         run.out, run.resume = broadcast_from_rank0(run, (run.out, run.resume))
         # The initial seed and not a new one, so that a resumed run draws the same batches.
         self.seed = broadcast_from_rank0(run, torch.initial_seed())
@@ -75,6 +103,10 @@ class Parallel:
         if self.shard and run.valid is not None:
             run.valid, self.shards["valid"] = shard_data(run.valid, run.rank, run.world_size, self.seed)
 
+    def describe_request(self, run: Run) -> dict[str, str | None]:
+        valid = describe_data("valid", run.valid, self.shard) if self.shard or self.collective_forward else {}
+        return describe_run(run) | describe_data("train", run.train, self.shard) | valid
+
     def convert_model(self, run: Run) -> None:
         """Convert the model's layers or parameters: after the setup of all plugins, before the optimizer is made."""
 
@@ -83,6 +115,8 @@ class Parallel:
 
     @hookimpl
     def wrap_model(self, run: Run) -> None:
+        require_same(run, describe_optimizer)
+        broadcast_tensors(run, loss_tensors(run).values())
         # All processes had the same random numbers until here, for the same initial weights. From here on dropout and
         # augmentation draw different ones in each.
         if run.rank:
@@ -105,15 +139,26 @@ class Parallel:
         self.equal_counts = layout is not None and all(each == layout for each in layouts)
         self.single_closure_call = type(run.optimizer) in SINGLE_CLOSURE_CALL
 
+    @hookimpl(wrapper=True)
+    def group_batches(
+        self, run: Run, batches: Iterable[Any],
+    ) -> Generator[None, Iterator[list[Any]], Iterator[list[Any]]]:
+        groups = yield
+        return groups if self.certain_length or is_single_process(run) else groups_in_step(run, batches, groups)
+
     @hookimpl
     def epoch_start(self, run: Run) -> None:
-        self.buffers = list(run.model.buffers())        # once: finding them takes longer than broadcasting a few
+        # Once, because finding them takes longer than broadcasting a few.
+        self.buffers = [*run.model.buffers(), *(tensor for tensor in loss_tensors(run).values()
+                                                if not isinstance(tensor, nn.Parameter))]
+        self.loss_parameters = loss_parameters(run)
 
     @hookimpl(wrapper=True)
     def train(self, run: Run) -> Generator[None, None, None]:
         try:
             try:
-                return (yield)
+                with missing_processes_named(self.timeout):
+                    return (yield)
             finally:
                 self.unwrap_model(run)
         except BaseException:
@@ -170,12 +215,20 @@ class Parallel:
             self.depth -= 1
         if self.depth:                  # this was a part of a micro-batch, cut by the plugin `split`
             return loss
+        if last and self.loss_parameters:
+            self.reduce_gradients(run)
         if last and self.buffers:
             # Weight averages and evaluation read the buffers between steps: they must be equal in all processes.
             broadcast_tensors(run, self.buffers)
         # With equal weights, the process's own loss is as good an estimate, and needs no collective. An optimizer that
         # reads the loss, and calls the closure several times, needs the same loss in all processes.
         return all_reduce_mean(run, loss) if self.uneven or not self.single_closure_call else loss
+
+    def reduce_gradients(self, run: Run) -> None:
+        """Average the gradients of a loss function's own parameters, which no wrapper of the model does."""
+        for parameter in self.loss_parameters:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = all_reduce_mean(run, own)
 
     def gradient_sync(self, run: Run, last: bool) -> AbstractContextManager[Any]:
         """Return the context of one micro-batch. It reduces gradients over the processes only if it is the `last`."""

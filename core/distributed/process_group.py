@@ -9,6 +9,9 @@ import atexit
 import os
 import socket
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from importlib import import_module
 from threading import Thread
 from time import perf_counter, sleep
@@ -18,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loopctl.errors import UsageError
+from loopctl.errors import UsageError, names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -58,12 +61,13 @@ def is_single_process(run: Run) -> bool:
     return run.world_size == 1 or is_only_planned(run)
 
 
-def join_process_group(run: Run, even_single: bool = False) -> bool:
+def join_process_group(run: Run, even_single: bool = False, timeout: float = 1800) -> bool:
     """Create the process group where there is none yet, and set `run.rank` and `run.world_size`.
 
     A run whose `world_size` is set already is only planned: no group is created for it.
 
     even_single: create a process group even for a single process
+    timeout: seconds after which a process that waits for others in a collective gets an error
 
     Returns whether this call created the process group. Raises UsageError where two processes use the same device, or
     where the type of device is not supported.
@@ -84,14 +88,14 @@ def join_process_group(run: Run, even_single: bool = False) -> bool:
         # When imported, this module keeps a reference to the current process group forever, so import it before there
         # is one: `leave_process_group` needs the last reference.
         import_module("torch.distributed.nn.functional")
-        dist.init_process_group(BACKENDS[kind], **settings)
+        dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=timeout), **settings)
         atexit.register(leave_process_group)
     if dist.is_initialized() and run.world_size == 1:
         run.rank, run.world_size = dist.get_rank(), dist.get_world_size()
-    if run.device.type != "cpu" and not is_single_process(run):
-        devices = all_gather(run, (socket.gethostname(), str(run.device)))
+    if not is_single_process(run):
+        devices = all_gather(run, (socket.gethostname(), str(run.device)))       # on a CPU too: others may have GPUs
         same = [str(number) for number, device in enumerate(devices) if device == devices[run.rank]]
-        if len(same) > 1:
+        if len(same) > 1 and run.device.type != "cpu":
             raise UsageError(f"processes {' and '.join(same)} have the same device, {run.device}; pass device cuda, "
                              "which gives each process its own")
     return create
@@ -118,6 +122,51 @@ def leave_process_group(seconds: float | None = None) -> None:
             clearing = Thread(target=group.clear, daemon=True)
             clearing.start()
             clearing.join(seconds)
+
+
+@contextmanager
+def missing_processes_named(timeout: float) -> Iterator[None]:
+    """Inside this block, replace the error of a collective that timed out by one that names the missing processes.
+
+    timeout: of the process group, in seconds. Raises TimeoutError.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (is_peer_failure(error) and "timed out" in str(error).lower() and dist.is_initialized()):
+            raise
+        missing = find_missing(min(timeout, 10))
+        if not missing:
+            raise
+        several = len(missing) > 1
+        raise TimeoutError(
+            f"process{'es' * several} {names(map(str, missing))} did not answer for {timeout:g} seconds; see whether "
+            f"{'they are' if several else 'it is'} stopped or slow, or pass a larger timeout") from error
+
+
+def find_missing(seconds: float) -> list[int]:
+    """Return the ranks that do not report within `seconds` that they too have waited in vain.
+
+    The processes report in the store of the process group. If it cannot be reached, rank 0, which may serve it, is
+    missing.
+    """
+    store: dist.Store = dist.distributed_c10d._get_default_store()      # torch has no public name for it
+    own, others = dist.get_rank(), [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+    missing = [] if own == 0 or torchrun_serves_store() else [0]
+
+    def exchange() -> None:
+        with suppress(dist.DistError):              # the process that serves the store has ended
+            store.set(f"timed out {own}", "")
+            store.check([f"timed out {own}"])       # waits for an answer of the store, as `set` does not
+            missing[:] = others
+            while missing:
+                missing[:] = [rank for rank in missing if not store.check([f"timed out {rank}"])]
+                sleep(0.1)
+
+    thread = Thread(target=exchange, daemon=True)       # a store whose process is stopped never answers
+    thread.start()
+    thread.join(seconds)
+    return list(missing)
 
 
 def broadcast_from_rank0(run: Run, value: T) -> T:
@@ -178,9 +227,14 @@ def broadcast_tensors(run: Run, tensors: Iterable[Tensor]) -> None:
         torch._foreach_copy_(group, [part.view_as(tensor) for part, tensor in zip(parts, group, strict=True)])
 
 
+def torchrun_serves_store() -> bool:
+    """Return whether torchrun, which is then this process's parent, serves the key-value store of the run."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def torchrun_store() -> dist.Store | None:
     """Return the key-value store of torchrun, which is kept over restarts; None without torchrun."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not torchrun_serves_store():
         return None
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return dist.PrefixStore(f"loopctl/{os.environ.get('TORCHELASTIC_RUN_ID', '')}", store)

@@ -1,13 +1,16 @@
 """Weighted means of losses and metrics, kept on the device so that adding a value does not wait for it."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loopctl.distributed.process_group import all_reduce_sum
 from loopctl.errors import UsageError
+from loopctl.metrics.scalars import as_scalar
+from loopctl.metrics.weights import counts_nothing
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -32,7 +35,7 @@ class Mean:
         values, weights = as_vector(self.values), as_vector(self.weights)
         if values.device != weights.device:     # from pinned memory, so that the copy does not wait
             weights = (weights.pin_memory() if values.is_cuda else weights).to(values.device, non_blocking=True)
-        self.total = self.total + values @ weights
+        self.total = self.total + torch.where(weights == 0, 0.0, values) @ weights     # a mean over nothing is NaN
         self.weight = self.weight + weights.sum()
         self.values, self.weights = [], []
 
@@ -44,7 +47,7 @@ class Mean:
 
     def result(self) -> Tensor:
         total, weight = self.sums()
-        return total / weight
+        return torch.as_tensor(total, dtype=torch.float64) / weight if isinstance(total, float) else total / weight
 
     def state_dict(self) -> dict[str, Any]:
         # Not folded: the last digit of a sum depends on where it was folded.
@@ -56,8 +59,12 @@ class Mean:
 
 def as_vector(scalars: list[Any]) -> Tensor:
     """Scalars as one vector, in float64 unless the device has none (mps)."""
-    if not isinstance(scalars[0], Tensor):
+    device = next((scalar.device for scalar in scalars if isinstance(scalar, Tensor)), None)
+    if device is None:
         return torch.tensor([float(scalar) for scalar in scalars], dtype=torch.float64)
+    if not all(isinstance(scalar, Tensor) and scalar.device == device for scalar in scalars):
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        scalars = [torch.as_tensor(scalar, dtype=exact, device=device) for scalar in scalars]
     vector = torch.stack(scalars).detach()
     return vector.float() if vector.device.type == "mps" else vector.double()
 
@@ -83,13 +90,16 @@ class Meters:
     @torch.no_grad()
     def observe(self, outputs: Any, batch: Any, weight: Any) -> None:
         """Update the metrics with the outputs of one micro-batch, unless its weight is 0."""
-        if isinstance(weight, int | float) and not weight:
+        if counts_nothing(weight):
             return
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise UsageError("metrics take (input, target) batches; for other batches, replace evaluate in a plugin")
         for name, function in self.functions.items():
             if name in self.means:
-                self.means[name].add(function(outputs, batch[1]), weight)
+                value = function(outputs, batch[1])
+                if not isinstance(value, Tensor) or value.ndim:
+                    value = as_scalar(value, f"metric {name!r}", "return one number for a batch, such as its mean")
+                self.means[name].add(value, weight)
             else:
                 function.update(outputs, batch[1])
 
@@ -103,11 +113,8 @@ class Meters:
         for name, function in self.functions.items():
             if name in self.means:
                 self.means[name].load_state_dict(state[name])
-            elif hasattr(function, "load_state_dict"):
-                metric_state(function)
-                function.load_state_dict(state[name])
             else:
-                vars(function).update(state[name])
+                load_metric_state(function, state[name])
 
     def result(self, run: Run | None = None) -> dict[str, Tensor]:
         """The means so far by name, on the device.
@@ -122,17 +129,74 @@ class Meters:
             results = dict(zip(means, both[:, 0] / both[:, 1], strict=True))
         else:
             results = {name: mean.result() for name, mean in means.items()}
-        results |= {name: function.compute() for name, function in self.functions.items() if name not in means}
-        return {self.prefix + name: results[name] for name in ("loss", *self.functions)}
+        reported: dict[str, Any] = {"loss": results["loss"]}
+        for name, function in self.functions.items():
+            reported |= {name: results[name]} if name in means else flattened(name, function.compute())
+        return {self.prefix + name: value for name, value in reported.items()}
+
+
+def flattened(name: str, value: Any) -> dict[str, Any]:
+    """What a metric object has computed, as scalars by name: a dict gives NAME_KEY, a vector gives NAME_INDEX."""
+    if isinstance(value, Mapping):
+        return {full: part for key, inner in value.items() for full, part in flattened(f"{name}_{key}", inner).items()}
+    if isinstance(value, Tensor) and value.ndim == 1 and len(value) > 1:
+        return {f"{name}_{index}": part for index, part in enumerate(value)}
+    return {name: as_scalar(value, f"metric {name!r}", "a metric computes one number, a vector, or a dict of them")}
+
+
+def reported_names(functions: dict[str, Any]) -> list[str]:
+    """The names under which metrics are reported, as far as they are known before anything is computed."""
+    found = []
+    for name, function in functions.items():
+        several = is_stateful_metric(function) and callable(getattr(function, "keys", None))    # a MetricCollection
+        found += [f"{name}_{key}" for key in function.keys()] if several else [name]            # noqa: SIM118
+    return found
+
+
+def without_placeholders(declared: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The declared metrics, without those that turned out to be vectors or dicts: `found` has a column per part."""
+    return {name: value for name, value in declared.items()
+            if name in found or value == value or not any(other.startswith(f"{name}_") for other in found)}
 
 
 def metric_state(function: Any) -> dict[str, Any]:
-    """The state of a torchmetrics object."""
+    """The whole state of a metric object: its state dict, and the plain attributes of it and of the modules in it."""
     if not hasattr(function, "state_dict"):
-        return dict(vars(function))
+        return {"attributes": {"": plain_attributes(function)}}
     if hasattr(function, "persistent"):
         function.persistent(True)           # otherwise torchmetrics leaves its state out of the state dict
-    return function.state_dict()
+    modules = dict(function.named_modules()) if isinstance(function, nn.Module) else {"": function}
+    return {"state_dict": function.state_dict(),
+            "attributes": {name: plain_attributes(module) for name, module in modules.items()}}
+
+
+def load_metric_state(function: Any, state: dict[str, Any]) -> None:
+    """Load what `metric_state` has returned."""
+    if "state_dict" in state:
+        metric_state(function)              # makes its state part of the state dict
+        function.load_state_dict(state["state_dict"])
+    modules = dict(function.named_modules()) if isinstance(function, nn.Module) else {"": function}
+    for name, attributes in state["attributes"].items():
+        for attribute, value in attributes.items():
+            setattr(modules[name], attribute, value)
+
+
+def plain_attributes(owner: Any) -> dict[str, Any]:
+    """The attributes of an object that are plain values, such as a counter, or for an object that is no module all."""
+    values = dict(vars(owner))
+    if not isinstance(owner, nn.Module):
+        return values
+    of_torch = vars(nn.Module())
+    return {name: value for name, value in values.items() if name not in of_torch and is_plain(value)}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value consists of numbers, text, tensors, and lists, tuples and dicts of them."""
+    if isinstance(value, Mapping):
+        return type(value) is dict and all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value) in (list, tuple) and all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, complex, str, bytes, Tensor)
 
 
 def is_stateful_metric(function: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Switch a model to eval mode for a block of code."""
+"""Switch modules to eval mode for a block of code."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -6,12 +6,13 @@ from torch import nn
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode inside the block, then restore the mode of each module, such as a frozen BatchNorm."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Put `modules` in eval mode inside the block, then restore the mode of each part, such as a frozen BatchNorm."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for part, training in modes:
+            part.training = training

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from loopctl.data.batch import iter_tensors
+from loopctl.errors import one_line
 from loopctl.model.macs import NO_MACS, macs_formula
 
 if TYPE_CHECKING:
@@ -182,11 +183,11 @@ def table(layers: list[Layer], depth: int | None = None) -> Table:
     report.columns[5].min_width = len("45.6 M")
     total, trainable = sum(layer.parameters for layer in layers), sum(layer.trainable for layer in layers)
     for layer in shown:
-        label = "  " * layer.depth + (layer.name.rpartition(".")[2] or "model")
-        report.add_row(Text(label), layer.type, "" if layer.again else layer.shape,
+        label = "  " * layer.depth + one_line(layer.name.rpartition(".")[2] or "model")
+        report.add_row(Text(label), Text(one_line(layer.type)), "" if layer.again else layer.shape,
                        f"{layer.parameters:,}" if layer.parameters else "",
                        f"{layer.parameters / total:.1%}" if layer.parameters else "",
-                       format_macs([layer]) if layer.multiply_adds else "", Text(state(layer)),
+                       format_macs([layer]) if layer.multiply_adds else "", Text(one_line(state(layer))),
                        style="dim" if layer.parameters and not layer.trainable else "")
     report.add_section()
 

@@ -18,7 +18,8 @@ class WeightAverage:
     """Base class of plugins that average the weights. Evaluation uses the average, and training ends with it.
 
     What a plugin judges or saves in `after_evaluate` is the average too, so that the weights that are saved are those
-    that were evaluated. Training itself goes on with the raw weights.
+    that were evaluated. Training itself goes on with the raw weights. Averages of half-precision weights are held in
+    float32, since a small part of their distance to the weights is often less than half precision can add.
 
     average: the averaged parameters and buffers by name; empty until averaging has started
     """
@@ -62,6 +63,47 @@ def copy_weights(model: nn.Module, values: dict[str, Tensor]) -> None:
     tensors = named_tensors(model)
     for name, value in values.items():
         tensors[name].copy_(value)
+
+
+def is_averaged(tensor: Tensor) -> bool:
+    """Whether a mean of such tensors makes sense: they hold real or complex numbers, not integers."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def new_average(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of `tensors` in the precision in which averages are held."""
+    return {name: tensor.detach().to(average_dtype(tensor.dtype), copy=True) for name, tensor in tensors.items()}
+
+
+def loaded_average(average: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return an average from a checkpoint, which may be from a version that held it in half precision."""
+    return {name: tensor.to(average_dtype(tensor.dtype)) for name, tensor in average.items()}
+
+
+def average_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which an average of tensors of `dtype` is held: float32 or complex64 for smaller numbers."""
+    if dtype.is_floating_point and dtype.itemsize < 4:
+        return torch.float32
+    return torch.complex64 if dtype is torch.complex32 else dtype
+
+
+def alike(tensors: dict[str, Tensor]) -> list[list[str]]:
+    """Return the names of `tensors` in groups of the same type and dtype; sharded tensors are a type apart."""
+    groups: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault((type(tensor), tensor.dtype), []).append(name)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def lerp_average(average: dict[str, Tensor], tensors: dict[str, Tensor], names: list[str], weight: float) -> None:
+    """Move the averages `names` towards `tensors` by `weight` of the distance, in place. The tensors are `alike`."""
+    averages, targets = [average[name] for name in names], [tensors[name] for name in names]
+    if averages[0].dtype == targets[0].dtype:
+        torch._foreach_lerp_(averages, targets, weight)
+    else:
+        for mean, target in zip(averages, targets, strict=True):    # one by one, for the memory of a converted copy
+            mean.lerp_(target.to(mean.dtype), weight)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,20 +10,43 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from loopctl.errors import UsageError, names
+from loopctl.optim.schedule import Schedule
 
 if TYPE_CHECKING:
     from loopctl.run import Run
 
 
+# Stands in for an initial rate of 0, by which a schedule could not divide. A power of two, so that the division and the
+# multiplication are exact; so small that two rates divided by it are too large for float32 and do not pass unnoticed.
+NO_RATE = 2.0**-500
+
+
 def scheduled_rates(run: Run) -> list[float]:
     """The learning rate of each parameter group at the current step: its initial rate times all schedules' factors.
 
-    An initial rate of 0 stays 0.
+    An initial rate of 0 stays 0, unless a schedule sets a rate of its own, such as `onecycle`. Raises UsageError where
+    two schedules do so in such a group, because then there is no rate that their factors belong to.
     """
-    return [
-        initial_lr and initial_lr * prod(run.hook.lr_scale(run=run, initial_lr=initial_lr, group=group))
-        for group in run.optimizer.param_groups for initial_lr in [group["initial_lr"]]
-    ]
+    rates = []
+    for group in run.optimizer.param_groups:
+        initial_lr = divisor(group)
+        rate = initial_lr * prod(run.hook.lr_scale(run=run, initial_lr=initial_lr, group=group))
+        rates.append(rate if group["initial_lr"] else rate_from_zero(run, rate))
+    return rates
+
+
+def divisor(group: dict[str, Any]) -> float:
+    """The initial learning rate of a parameter group as schedules get it, never 0, because they divide by it."""
+    return group["initial_lr"] or NO_RATE
+
+
+def rate_from_zero(run: Run, rate: float) -> float:
+    """The learning rate of a group whose initial rate is 0: 0.0 where no schedule has set a rate of its own."""
+    if abs(rate) >= 1e100:
+        schedules = names(run.hook.acting["lr_scale"])
+        raise UsageError(f"{schedules}: two of them set a rate of their own, and the initial learning rate is 0; use "
+                         "one of them, or an initial rate above 0")
+    return rate if abs(rate) > 1e-100 else 0.0
 
 
 def per_group(run: Run, group: dict[str, Any], name: str, value: Any) -> Any:
@@ -53,21 +76,24 @@ def set_learning_rates(optimizer: Optimizer, values: list[float]) -> None:
             group["lr"] = lr
 
 
-def check_momentum_cycling(run: Run, plugin: Any) -> None:
-    """Raise UsageError where the optimizer has no momentum to cycle, or where another plugin cycles it too.
+def check_momentum_cycling(run: Run, plugin: Any) -> list[float]:
+    """Return the momentum of each parameter group, or the first of its betas.
 
-    A plugin cycles the momentum where its option `cycle_momentum` is true.
+    Raises UsageError where the optimizer has no momentum to cycle, or where another plugin cycles it too: one whose
+    option `cycle_momentum` is true.
     """
     if not {"momentum", "betas"} & set(run.optimizer.param_groups[0]):
         raise UsageError(f"{type(run.optimizer).__name__} has no momentum to cycle; pass cycle_momentum=false")
     for name, other in run.hook.plugins.items():
         if other is not plugin and getattr(other, "cycle_momentum", False):
             raise UsageError(f"{name} cycles the momentum too; pass cycle_momentum=false to one of them")
+    return [group["betas"][0] if "betas" in group else group["momentum"] for group in run.optimizer.param_groups]
 
 
-def set_momentum(run: Run, momentum: float) -> None:
-    """Set the momentum of every parameter group, or the first of its betas."""
-    for group in run.optimizer.param_groups:
+def set_momentum(run: Run, *momenta: float) -> None:
+    """Set the momentum of each parameter group, or the first of its betas. `momenta`: one for all, or one each."""
+    groups = run.optimizer.param_groups
+    for group, momentum in zip(groups, momenta * len(groups) if len(momenta) == 1 else momenta, strict=True):
         group |= {"betas": (momentum, *group["betas"][1:])} if "betas" in group else {"momentum": momentum}
 
 
@@ -85,7 +111,13 @@ def checked_rates(run: Run, step: int) -> list[float]:
 
 
 def lr_curve(run: Run, points: int = 2000) -> Iterator[tuple[int, list[float]]]:
-    """Yield a step and the learning rate of each group, for about `points` steps of a prepared run. Trains nothing."""
+    """Yield a step and the learning rate of each group, for about `points` steps of a prepared run. Trains nothing.
+
+    Raises UsageError where a schedule never acts, or where a rate is beyond float32.
+    """
+    for plugin in run.hook.plugins.values():
+        if isinstance(plugin, Schedule):
+            plugin.check(run)
     per_epoch, micro_batches = run.plan()
     every = max(1, run.planned_steps // points)
     for step in sorted({*range(0, run.planned_steps, every), run.planned_steps - 1}):

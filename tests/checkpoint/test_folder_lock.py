@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from loopctl import UsageError
-from loopctl.checkpoint import folder_lock
+from loopctl.checkpoint import atomic_files, folder_lock
 from loopctl.checkpoint.folder_lock import FolderLock, LostLock
 
 HOLD = """
@@ -30,6 +30,12 @@ def holder(tmp_path):
     with process:
         yield process
         process.kill()
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    """A warning is logged once per process; here once per test."""
+    monkeypatch.setattr(atomic_files, "warned", set())
 
 
 def taken(folder):

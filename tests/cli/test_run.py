@@ -155,7 +155,7 @@ def test_the_hooks_command_prints_the_tree_of_hooks(run):
     assert run("hooks").stdout.strip() == hooks.__doc__.strip()
 
 
-def test_after_ctrl_c_the_files_of_the_run_remain_and_their_folder_is_printed(tmp_path):
+def test_after_ctrl_c_the_run_is_saved_and_how_to_go_on_is_printed(tmp_path):
     command = [sys.executable, "-m", "loopctl", "run", "--epochs", "500", "--model", "linear", "--out", "a"]
     # A shell that runs the tests in the background makes child processes ignore SIGINT.
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -168,7 +168,9 @@ def test_after_ctrl_c_the_files_of_the_run_remain_and_their_folder_is_printed(tm
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == "interrupted; what was written is in a"
+    saved, last = errors.splitlines()
+    assert re.fullmatch(r"checkpoint: stopped by SIGINT after \d+ updates, in epoch \d+; resume continues from a/checkpoints/step-\d+.pt", saved)
+    assert last == "interrupted; to go on: loopctl run --resume a"
     assert log.exists()
     assert (tmp_path / "a" / "run.toml").read_text()
 

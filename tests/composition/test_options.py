@@ -100,8 +100,8 @@ def test_lists_and_mappings_continue_over_commas():
     ("number=1,", "it: number takes a number, not '1,'"),
     (",number=1", "it: '' is not option=value"),
     ("rates=a=1,a=2", "it: rates takes each name only once; 'a' is given twice"),
-    ("function=math:pi", "it: function takes a function as package.module:name; math:pi is a float"),
-    ("function=math", "it: function takes an import path, package.module:name, not 'math'"),
+    ("function=math:pi", "it: function takes a function or class; math:pi is a float"),
+    ("function=math", "it: function takes an import path, package.module:name or file.py:name, not 'math'"),
 ])
 def test_wrong_options_are_refused_with_what_is_allowed(text, message):
     with pytest.raises(UsageError) as refused:
@@ -121,7 +121,7 @@ def test_wrong_options_are_refused_with_what_is_allowed(text, message):
     ({"number": 10**400}, "number takes a number, not 1000"),
     ({"number": 1, "whole": 2**63}, "whole takes a whole number, not 9223372036854775808"),
     ({"number": 1, "length": True}, "length takes a duration, not True"),
-    ({"number": 1, "function": 3.14}, r"function takes an import path, package.module:name, not 3.14"),
+    ({"number": 1, "function": 3.14}, r"function takes an import path, package.module:name or file.py:name, not 3.14"),
 ])
 def test_values_set_by_python_code_are_checked(values, message):
     with pytest.raises(ValueError, match=message):
@@ -194,11 +194,11 @@ def test_unknown_options_are_merged_with_those_given_as_a_mapping():
 
 def test_a_function_without_an_import_path_cannot_be_formatted():
     with pytest.raises(UsageError, match="has no import path, so it cannot be saved"):
-        format_value(int.bit_length)
+        format_value(lambda epoch: 1.0)
 
 
 @pytest.mark.parametrize("text", ["clip:max_norm=0", "clip:max_norm=nan", "clip:max_norm=1,value=1", "accumulate:every=0",
-                                  "cosine:eta_min=-1", "warmup:start_factor=0", "early_stopping:patience=0", "amp:init_scale=0",
+                                  "cosine:eta_min=-1", "warmup:start_factor=-1", "early_stopping:patience=0", "amp:init_scale=0",
                                   "checkpoint:every_epochs=0"])
 def test_options_out_of_range_are_refused(text):
     with pytest.raises(UsageError, match=f"^{text.partition(':')[0]}: "):

@@ -1,5 +1,6 @@
 """Which settings may differ from those of the checkpoint when a run is resumed. Others are refused before training."""
 import shutil
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -213,7 +214,8 @@ def test_observing_plugins_may_differ_and_a_run_may_get_longer(first, then, step
     killed(tmp_path / "part", step, **{"epochs": 3, **first})
     resumed = run(tmp_path / "part", resume=tmp_path / "part", **then)
     same(resumed.model, whole.model)
-    for row, expected in zip(resumed.history, whole.history, strict=True):
+    ends = [[row for row in history if row["epoch"] in (1, 2, 3)] for history in (resumed.history, whole.history)]
+    for row, expected in zip(*ends, strict=True):
         assert repr({name: row[name] for name in expected}) == repr(expected)
     assert (resumed.epoch, resumed.step, resumed.seen) == (whole.epoch, whole.step, whole.seen)
 
@@ -407,9 +409,9 @@ PARTS = {
 
 @pytest.mark.parametrize("owner", PARTS)
 @pytest.mark.parametrize(("state", "what"), [
-    (UserClass(), "has a .*UserClass"), (Path("here"), "has a pathlib"), ({"a": [UserClass]}, "has a .*UserClass"), (range(3), "has a .*range"),
-    (lambda: 0, "has something that cannot be written"),
-], ids=["an object", "a path", "a class", "a range", "a function"])
+    (UserClass(), "has a .*UserClass"), (Fraction(1, 3), "has a fractions.Fraction"), ({"a": [UserClass]}, "has a builtins.type"),
+    ([slice(3)], "has a builtins.slice"), (lambda: 0, "has a builtins.function"),
+], ids=["an object", "a fraction", "a class", "a slice", "a function"])
 def test_state_that_a_checkpoint_cannot_hold_is_refused_before_training(owner, state, what, tmp_path):
     class FailInStep(Observer):
         @hookimpl
@@ -478,7 +480,7 @@ def test_options_that_may_change_on_resume(change, loopctl, tmp_path):
     plugins = ["--plugin", "kill.py:Kill", "--plugin", "checkpoint:every_steps=10"]
     loopctl("--epochs", 3, "--out", "whole", "--plugin", "checkpoint:every_steps=10", "--without", "progress")
     _, errors = loopctl("--epochs", 2, "--out", "a", *plugins, status=130)
-    assert errors == "interrupted; what was written is in a\n"
+    assert errors == "interrupted; to go on: loopctl run --resume a\n"
     loopctl("--resume", "a", "--epochs", 3, *change)
     for file in ("weights.safetensors", "metrics.csv"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

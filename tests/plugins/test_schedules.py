@@ -1,15 +1,15 @@
 """The schedule plugins, compared with torch's schedulers at every step."""
 import random
 from functools import cache, partial
-from importlib import import_module
 from math import cos, log
 
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from loopctl import Run, UsageError, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl, load
 from loopctl.composition.compose import compose
+from loopctl.composition.discovery import entry_point
 from loopctl.loop import DEFAULTS
 from loopctl.optim.learning_rate import lr_curve, scheduled_rates
 
@@ -20,12 +20,12 @@ TOTAL = BATCHES * EPOCHS      # 5,000
 def full_spec(plugin):
     """A spec with the import path of the class in place of the plugin's name."""
     name, _, options = plugin.partition(":") if isinstance(plugin, str) else (None, None, None)
-    return f"loopctl.plugins.{name}:{''.join(map(str.title, name.split('_')))}:{options}" if name else plugin
+    return f"{entry_point(name).value}:{options}" if name else plugin
 
 
 def cls(name):
-    """A plugin's class. `lambda` is a keyword, so it cannot be imported with a statement."""
-    return getattr(import_module(f"loopctl.plugins.{name}"), "".join(map(str.title, name.split("_"))))
+    """A plugin's class."""
+    return load(name)
 
 
 def two_groups(kind=torch.optim.SGD):
@@ -291,7 +291,8 @@ def test_a_skipped_step_does_not_delay_a_schedule(net, batches, sgd):
     ("multistep:milestones=3,gamma=0", "gamma is above 0, not 0"),
     ("multistep:milestones=3,x", "milestones takes a duration, not 'x'"),
     ("exponential:gamma=nan", "gamma takes a number of at most 3.4e38, not 'nan'"),
-    ("linear:start_factor=0", "start_factor is above 0 and at most 1, not 0"),
+    ("linear:start_factor=-1", "start_factor is 0 to 1, not -1"),
+    ("warmup:start_factor=1.5", "start_factor is 0 to 1, not 1.5"),
     ("linear:end_factor=1.5", "end_factor is 0 to 1, not 1.5"),
     ("polynomial:power=0", "power is above 0, not 0"),
     ("constant:factor=2", "factor is 0 to 1, not 2"),

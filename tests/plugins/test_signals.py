@@ -558,14 +558,14 @@ def test_a_second_signal_to_all_processes_ends_them_at_once(workers, moment, sta
     """While the run is paused in a hook."""
     child = start(*command("part", workers, moment))
     child.wait_for((tmp_path / "reached").exists)
-    lock = tmp_path / "part" / ".lock"              # which the run holds, and removes when it ends
-    assert lock.exists()
+    locks = {tmp_path / "part" / ".lock", tmp_path / "part" / "checkpoints" / ".checkpoints.lock"}      # which the run holds until it ends
+    assert all(lock.exists() for lock in locks)
     before = set(tmp_path.rglob("*"))
     os.killpg(child.pid, signal.SIGTERM)
     os.killpg(child.pid, signal.SIGUSR1)            # another signal, because two pending signals of a kind count as one
     assert child.end() in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
     assert child.errors() == ""
-    assert set(tmp_path.rglob("*")) == before - {lock}
+    assert set(tmp_path.rglob("*")) == before - locks
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -615,5 +615,5 @@ def test_loader_workers_ignore_signals_only_with_the_plugin(plugins, expected, t
 
     seen, loader = [], DataLoader(SignalState(), 4, num_workers=1)
     fit(nn.Linear(1, 1), None, sgd, loader, loader, out=tmp_path, plugins=[Recorder(), *plugins])
-    assert seen == [[expected] * 4] * 2
+    assert seen == [[expected] * 4] * 3             # of train, of the rehearsal of valid, of valid
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()

@@ -107,7 +107,7 @@ def test_speed_data_wait_and_mfu(plain, batches, valid, sgd, clock, plugins, opt
     plugins = [Throughput(peak=2), *plugins, SlowSteps(clock)]
     run = fit(plain, cross_entropy, sgd, SlowData(batches, clock), valid, epochs=2, plugins=plugins, **options)
     seconds = 8 + 8 * run.planned_steps / 2
-    for row in run.history:
+    for row in [row for row in run.history if row["epoch"] in (1, 2)]:
         assert row["samples_per_s"] == 59 / seconds
         assert row["data_wait"] == 8 / seconds
         assert row["mfu"] == pytest.approx(FLOPS * 59 / seconds / 2e12, rel=1e-12)

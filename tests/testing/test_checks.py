@@ -59,8 +59,11 @@ class ScaleGradients:
 # Plugins with one fault each.
 
 
+@dataclass(eq=False)
 class OptionWithoutHelp(ScaleGradients):
     """Scale gradients down as the run goes on."""
+
+    more: float = 1.0
 
 
 @dataclass(eq=False)
@@ -114,7 +117,10 @@ class OptionThatDoesNotReadBack(ScaleGradients):
     word: any
     """
 
-    word: list[str] = field(default_factory=lambda: ["a,b"])
+    word: list[str] = field(default_factory=lambda: ["a"])
+
+    def __post_init__(self):
+        self.word = [*self.word, "b"]
 
 
 class NotADataclass:
@@ -318,7 +324,7 @@ class ReadsEachStep(ScaleGradients):
 
 
 FAULTS = {
-    OptionWithoutHelp: ("options_are_documented", "rate has no help"),
+    OptionWithoutHelp: ("options_are_documented", "more has no help"),
     NoDocstring: ("options_are_documented", "has no docstring"),
     OptionWithoutType: ("options_are_documented", "power has no type"),
     OptionOfAnyType: ("options_are_documented", "power has the type typing.Any"),

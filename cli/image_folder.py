@@ -1,0 +1,85 @@
+"""Folders of image files, for `--data imagefolder` and `imagenet`. Importing this module imports torchvision."""
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from loopctl.errors import UsageError, one_line
+
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262           # tags of a TIFF file
+
+
+class VisibleImageFolder(ImageFolder):
+    """torchvision's ImageFolder without folders and files whose names start with a dot, such as `.ipynb_checkpoints`.
+
+    hidden: the paths of the folders that would have been classes, and of the images, that were left out
+    """
+
+    def __init__(self, root: str, transform: Any) -> None:
+        self.hidden: list[str] = []
+        super().__init__(root, transform, loader=load_image, is_valid_file=partial(self.is_visible_image, root))
+
+    def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
+        found, _ = super().find_classes(directory)
+        self.hidden += [str(Path(directory, name)) for name in found if name.startswith(".")]
+        classes = [name for name in found if not name.startswith(".")]
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return classes, {name: number for number, name in enumerate(classes)}
+
+    def is_visible_image(self, root: str, path: str) -> bool:
+        if not path.lower().endswith(IMG_EXTENSIONS):
+            return False
+        if hidden := f"{os.sep}." in path[len(root):]:
+            self.hidden.append(path)
+        return not hidden
+
+
+def load_image(path: str) -> Any:
+    """Return the image in a file in RGB, 8 bits per channel: torchvision's pixels, and those of deeper grey images.
+
+    Raises UsageError where the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            image: Any = Image.open(file)
+            # It is dropped in any case; Pillow would warn of the transparency of a palette.
+            image.info.pop("transparency", None)
+            return (image_of_8_bits(image, path) if image.mode.startswith(("I", "F")) else image).convert("RGB")
+    except UsageError:
+        raise
+    except UnidentifiedImageError:
+        reason = "it is none of the formats that Pillow reads" if os.path.getsize(path) else "the file is empty"
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+    except Exception as error:              # decoders raise errors of many types for damaged files
+        reason = one_line(error)
+    raise UsageError(f"{path} cannot be used as an image ({reason}); replace it, or remove it")
+
+
+def image_of_8_bits(image: Any, path: str) -> Image.Image:
+    """Return a grey image of 16 bits, 32 bits or floats with 8 bits; Pillow would cut its values off at 255.
+
+    16-bit values are divided by 257, so that the largest, 65535, becomes 255; of a TIFF with 12 bits the largest is
+    4095. Floats are from 0 to 1. 32-bit integers, whose white is not known, are used if they are from 0 to 255. Raises
+    UsageError for values out of these ranges.
+    """
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        white = 1
+    elif image.mode.startswith("I;16") or image.format == "PPM":        # Pillow scales a deep PPM to 16 bits
+        white = 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    else:
+        white = 255
+    if not (values.min() >= 0 and values.max() <= white):               # also for NaN
+        raise UsageError(f"{path} has {values.dtype} pixels from {values.min():g} to {values.max():g}, and those from "
+                         f"0 to {white} can be used; save it with 8 or 16 bits")
+    grey = (values * (255 / white)).round().astype(np.uint8)
+    return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)      # 0 says that white is 0

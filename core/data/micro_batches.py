@@ -1,0 +1,88 @@
+"""The micro-batches of a step: read in advance as a list, or each when it is its turn where their sizes are known."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    default_collate,
+)
+
+from loopctl.data.batch import chunked
+
+if TYPE_CHECKING:
+    from loopctl.run import Run
+
+SAMPLERS = (RandomSampler, SequentialSampler, SubsetRandomSampler)      # their length is true
+
+
+class MicroBatches(Sequence[Any]):
+    """The micro-batches of one step, of known weights. Each is read from `batches` when it is asked for first.
+
+    So reading one comes after the forward and backward pass of the one before, as in a loop written by hand: random
+    numbers that the data draws are in the same order, and the batches to come take no memory.
+    """
+
+    def __init__(self, batches: Iterator[Any], weights: list[int]) -> None:
+        self.batches, self.weights = batches, weights
+        self.read: list[Any] = []
+        self.seconds = 0.0              # spent on reading
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = range(len(self))[index]
+        while len(self.read) <= number:
+            start = perf_counter()
+            self.read.append(next(self.batches))
+            self.seconds += perf_counter() - start
+        return self.read[number]
+
+
+def known_weights(batches: Sequence[Any]) -> list[int] | None:
+    """The weights of the micro-batches of a step, where they are known before they are read."""
+    return batches.weights if isinstance(batches, MicroBatches) else None
+
+
+def grouped(run: Run, batches: Iterable[Any], every: int) -> Iterator[Sequence[Any]]:
+    """Yield the micro-batches of each step, `every` of them; the last step may have fewer."""
+    sizes = known_sizes(run, batches)
+    if sizes is None:
+        yield from chunked(batches, every)
+        return
+    iterator = iter(batches)
+    for start in range(run.seen_in_epoch, len(sizes), every):
+        group = MicroBatches(iterator, sizes[start:start + every])
+        yield group
+        group[len(group) - 1]           # read, also if the step did not need it
+    next(iterator, None)                # the end: of a resumed epoch without a batch left, this is its only reading
+
+
+def known_sizes(run: Run, batches: Iterable[Any]) -> list[int] | None:
+    """The number of samples of each batch of the epoch, where it is known without reading and is what a batch weighs.
+
+    None for data other than a plain DataLoader, and where a plugin weighs batches.
+    """
+    loader = run.loaders.get("train")
+    weighing = [name for name in run.hook.acting["batch_weight"] if run.hook.plugins[name] is not run.parallel]
+    if loader is None or weighing or getattr(batches, "on_host", batches) is not loader:
+        return None
+    source: Any = loader.source
+    collate = getattr(source, "collate_fn", None)
+    if (type(source) is not DataLoader or type(source.batch_sampler) is not BatchSampler
+            or type(source.batch_sampler.sampler) not in SAMPLERS
+            or not (collate is default_collate or getattr(collate, "keeps_sample_count", False))):
+        return None
+    sampler: Any = source.batch_sampler.sampler
+    samples, size = len(sampler), source.batch_sampler.batch_size
+    rest = samples % size
+    return [size] * (samples // size) + [rest] * bool(rest and not source.batch_sampler.drop_last)

@@ -1,0 +1,118 @@
+"""A rehearsal before training, so that a mistake that one batch shows is found before the first update, not after it.
+
+One batch of the validation data goes through model, loss and metrics, without a trace. The training data is not read
+ahead: its first batch is checked as it passes.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy, deepcopy
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _python_dispatch
+from torch.utils.data import DataLoader
+
+from loopctl.data.batch import to_device
+from loopctl.data.resumable_loader import samples_by_index
+from loopctl.data.sharding import Shard
+from loopctl.defaults import evaluate_batch
+from loopctl.errors import UsageError
+from loopctl.metrics.meters import Meters, is_stateful_metric
+from loopctl.model.eval_mode import eval_mode
+from loopctl.model.ownership import modules_of
+from loopctl.rng import rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from loopctl.run import Run
+
+
+def rehearse(run: Run) -> None:
+    """Have the first call of `grads_ready` check the gradients, and try the first batch of `run.valid`.
+
+    At that point every hook of a step was called and no update was made. There is no trace of the trial: random-number
+    states, and the buffers and attributes of the modules, are as before. Raises what model, loss or metrics raise, and
+    UsageError where what they return cannot be used.
+    """
+    grads_ready = run.hook.grads_ready
+
+    def rehearse_then_call(run: Run) -> None:
+        run.hook.grads_ready = grads_ready          # the hooks of a run are attributes
+        check_gradients(run)
+        if run.valid is not None and "evaluate" not in run.hook.replaced:
+            try_validation(run)
+        grads_ready(run=run)
+
+    run.hook.grads_ready = rehearse_then_call
+
+
+def check_gradients(run: Run) -> None:
+    """Raise UsageError if no parameter that the optimizer holds has a gradient."""
+    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    if not any(parameter.grad is not None for parameter in parameters if parameter.requires_grad):
+        raise UsageError("the first backward pass gave no gradient to any parameter that the optimizer holds, so "
+                         "nothing would be trained; make the optimizer from the parameters that the loss depends on")
+
+
+def try_validation(run: Run) -> None:
+    """Compute loss and metrics of the first validation batch, and undo what that has changed."""
+    random, outputs, network = rng_state(run.train, run.valid), run.outputs, run.network
+    run.network = run.model         # what wraps it, a compiler for example, need not know of the trial
+    try:
+        with no_dispatch_modes(), unchanged(modules_of(run)), eval_mode(*modules_of(run)), torch.no_grad():
+            for batch in first_batch(run.valid):
+                metrics = {name: deepcopy(metric) if is_stateful_metric(metric) else metric
+                           for name, metric in run.metric_fns["val"].items()}
+                evaluate_batch(run, Meters(metrics, "val_"), to_device(batch, run.device))
+    except Exception as error:
+        error.add_note("raised by the first batch of valid, before the first update")
+        raise
+    finally:
+        run.outputs, run.network = outputs, network
+        set_rng_state(random, run.train, run.valid)
+
+
+def no_dispatch_modes() -> AbstractContextManager[Any]:
+    """Switch off what observes every operation, such as torch's counter of FLOPs, where this version of torch can."""
+    switch_off = getattr(_python_dispatch, "_disable_current_modes", nullcontext)
+    return switch_off()
+
+
+def first_batch(data: Any) -> list[Any]:
+    """The first batch of `data` in a list, which is empty where reading it could have consequences.
+
+    That is so for anything but lists and loaders that draw indices, such as an iterator that can be read only once. A
+    loader with workers reads in a worker, for its data set may not be used in this process.
+    """
+    if isinstance(data, list | tuple) or (isinstance(data, Shard) and isinstance(data.batches, list | tuple)):
+        return list(islice(data, 1))
+    if not samples_by_index(data) or hasattr(data, "state_dict") or hasattr(data.sampler, "state_dict"):
+        return []
+    reader: DataLoader[Any] = copy(data)
+    indices = list(islice(data.batch_sampler, 1))
+    workers: dict[str, Any] = {"num_workers": 1, "persistent_workers": False} if data.num_workers else {}
+    vars(reader).update(batch_sampler=indices, _iterator=None, pin_memory=False, **workers)
+    return list(reader)
+
+
+@contextmanager
+def unchanged(modules: list[nn.Module]) -> Iterator[None]:
+    """Give all modules in `modules` their buffers and attributes back at the end of the block."""
+    parts = list({id(part): part for module in modules for part in module.modules()}.values())
+    attributes = [(part, dict(vars(part)), dict(part._buffers)) for part in parts]
+    buffers = [(buffer, buffer.clone(), buffer._version) for module in modules for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for part, values, named in attributes:
+            vars(part).clear()
+            vars(part).update(values)
+            part._buffers.clear()
+            part._buffers.update(named)
+        with torch.no_grad():
+            for buffer, value, version in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
