@@ -21,14 +21,14 @@ from loopctl.checkpoint.sharded_tensors import full_tensor
 from loopctl.checkpoint.state import restore
 from loopctl.composition.compose import blame_plugin
 from loopctl.data.batch import batches_to_device
-from loopctl.data.micro_batches import known_weights
+from loopctl.data.micro_batches import MicroBatches
 from loopctl.data.resumable_loader import open_loaders
 from loopctl.distributed.data_parallel import step_weight
 from loopctl.distributed.process_group import broadcast_from_rank0, restart_count
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 from loopctl.metrics.meters import Meters, without_placeholders
-from loopctl.metrics.weights import counts_nothing, loss_weight, reported_loss, those_that_count
+from loopctl.metrics.weights import counts_nothing, reported_loss, weighted_batches
 from loopctl.model.ownership import modules_of
 from loopctl.optim.fast_step import zero_grad
 from loopctl.optim.learning_rate import apply_schedules
@@ -144,7 +144,8 @@ def run_step(run: Run, batches: Sequence[Any]) -> None:
     hook, run.batches, run.loss = run.hook, batches, None
     if hook.acting["lr_scale"]:
         apply_schedules(run)
-    weights: list[Any] = known_weights(batches) or [hook.batch_weight(run=run, batch=batch) for batch in batches]
+    weights: list[Any] = (batches.weights if type(batches) is MicroBatches
+                          else [hook.batch_weight(run=run, batch=batch) for batch in batches])
     run.weight, run.skipped = step_weight(run, weights), False
     hook.before_step(run=run)
     if counts_nothing(run.weight):
@@ -162,9 +163,7 @@ def compute_gradients(run: Run, weights: list[Any]) -> Tensor:
     hook, losses, meters = run.hook, [], run.meters
     first_call = run.loss is None       # an optimizer may call the closure again; what is reported is the first call's
     zero_grad(run.optimizer, run.untrained)
-    batches, weights = those_that_count(run, weights)
-    for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
-        share, last = loss_weight(run, weight), number == len(weights)
+    for batch, weight, share, last in weighted_batches(run, weights):
         losses.append(hook.micro_step(run=run, batch=batch, weight=share, last=last))
         if first_call and meters.functions:
             meters.observe(run.outputs, batch, weight)

@@ -48,11 +48,6 @@ class MicroBatches(Sequence[Any]):
         return self.read[number]
 
 
-def known_weights(batches: Sequence[Any]) -> list[int] | None:
-    """The weights of the micro-batches of a step, where they are known before they are read."""
-    return batches.weights if isinstance(batches, MicroBatches) else None
-
-
 def grouped(run: Run, batches: Iterable[Any], every: int) -> Iterator[Sequence[Any]]:
     """Yield the micro-batches of each step, `every` of them; the last step may have fewer."""
     sizes = known_sizes(run, batches)

@@ -62,10 +62,11 @@ def as_vector(scalars: list[Any]) -> Tensor:
     device = next((scalar.device for scalar in scalars if isinstance(scalar, Tensor)), None)
     if device is None:
         return torch.tensor([float(scalar) for scalar in scalars], dtype=torch.float64)
-    if not all(isinstance(scalar, Tensor) and scalar.device == device for scalar in scalars):
+    try:
+        vector = torch.stack(scalars).detach()
+    except (TypeError, RuntimeError):       # some are numbers, or on another device
         exact = torch.float32 if device.type == "mps" else torch.float64
-        scalars = [torch.as_tensor(scalar, dtype=exact, device=device) for scalar in scalars]
-    vector = torch.stack(scalars).detach()
+        vector = torch.stack([torch.as_tensor(scalar, dtype=exact, device=device) for scalar in scalars]).detach()
     return vector.float() if vector.device.type == "mps" else vector.double()
 
 

@@ -1,7 +1,7 @@
 """How micro-batches are weighted in their step and in reported means, also where nothing counts."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,21 +19,12 @@ def weighted_loss(loss: Any, weight: float | Tensor) -> Tensor:
 
     A weight of 1.0 returns `loss` itself. Raises UsageError where `loss` is no scalar.
     """
+    if type(weight) is float and weight == 1 and type(loss) is Tensor and not loss.ndim:        # the usual case
+        return loss
     loss = as_loss(loss)
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0.0, loss) * weight
-    if weight == 1:
-        return loss
     return loss * weight if weight else torch.nan_to_num(loss, 0.0, 0.0, 0.0) * 0.0
-
-
-def loss_weight(run: Run, weight: Any) -> Any:
-    """Return what the loss of a micro-batch of this weight is multiplied by: its share of the step.
-
-    Where `loss_fn` returns the sum over a batch, losses are added up as they are. With several processes, whose
-    gradients are averaged, that is a factor of the world size.
-    """
-    return weight / nonzero(run.weight) if run.reduction == "mean" else float(run.world_size)
 
 
 def reported_loss(run: Run, loss: Tensor, weight: Any, processes: int = 1) -> Tensor:
@@ -41,20 +32,34 @@ def reported_loss(run: Run, loss: Tensor, weight: Any, processes: int = 1) -> Te
     return loss if run.reduction == "mean" else loss / (nonzero(weight) * processes)
 
 
-def those_that_count(run: Run, weights: list[Any]) -> tuple[Sequence[Any], list[Any]]:
-    """The micro-batches of a step and their weights, without the batches that have no samples.
+def weighted_batches(run: Run, weights: list[Any]) -> Iterable[tuple[Any, Any, Any, bool]]:
+    """Yield the micro-batches of a step, their weights, what their losses are multiplied by, and which is the last.
 
-    With several processes they stay, because every process takes part in the collectives of each micro-batch.
+    A loss is multiplied by the share of its micro-batch in the step. Where `loss_fn` returns the sum over a batch,
+    losses are added up as they are; with several processes, whose gradients are averaged, that is a factor of the world
+    size. Micro-batches without samples are left out, except with several processes, where every process takes part in
+    each collective.
     """
-    if run.world_size > 1 or not any(map(counts_nothing, weights)):
-        return run.batches, weights
-    kept = [number for number, weight in enumerate(weights)
-            if not counts_nothing(weight) or sample_count(run.batches[number])]
-    return [run.batches[number] for number in kept], [weights[number] for number in kept]
+    total, batches = run.weight, run.batches
+    if len(weights) == 1 and type(total) is int and total and run.world_size == 1:        # the usual case
+        return ((batches[0], weights[0], 1.0, True),)
+    # Of whole numbers it is quickly known whether one is 0; of others each is looked at.
+    if run.world_size == 1 and (0 in weights if type(total) is int else any(map(counts_nothing, weights))):
+        kept = [number for number, weight in enumerate(weights)
+                if not counts_nothing(weight) or sample_count(batches[number])]
+        batches, weights = [batches[number] for number in kept], [weights[number] for number in kept]
+    if run.reduction == "mean":
+        divisor = nonzero(total)
+        shares = [weight / divisor for weight in weights]
+    else:
+        shares = [float(run.world_size)] * len(weights)
+    return zip(batches, weights, shares, [False] * (len(weights) - 1) + [True], strict=True)
 
 
 def counts_nothing(weight: Any) -> bool:
     """Whether `weight` is known to be 0. The host does not wait for a tensor on another device, so False for that."""
+    if type(weight) is int:             # the usual case
+        return not weight
     return not weight if not isinstance(weight, Tensor) else weight.is_cpu and not weight
 
 

@@ -26,7 +26,9 @@ SINGLE_CLOSURE_CALL: set[Any] = {vars(torch.optim)[name] for name in KNOWN if na
 OPTIMIZER_MODULE = sys.modules[Optimizer.__module__]        # it holds the hooks of all optimizers
 PRIVATE = [(OPTIMIZER_MODULE, "_global_optimizer_pre_hooks"), (OPTIMIZER_MODULE, "_global_optimizer_post_hooks"),
            (torch, "_disable_dynamo"), (torch.autograd, "_profiler_enabled")]
-AVAILABLE = os.environ.get("LOOPCTL_FAST_STEP") != "0" and all(hasattr(owner, name) for owner, name in PRIVATE)
+ATTRIBUTES = {"_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}        # private ones of every optimizer
+AVAILABLE = (os.environ.get("LOOPCTL_FAST_STEP") != "0" and all(hasattr(owner, name) for owner, name in PRIVATE)
+             and Optimizer.__annotations__.keys() >= ATTRIBUTES)
 
 
 def fast_step(optimizer: Any, closure: Callable[[], Tensor]) -> Tensor:
@@ -40,20 +42,15 @@ def fast_step(optimizer: Any, closure: Callable[[], Tensor]) -> Tensor:
             return step_of_others(optimizer, closure)
         return optimizer.step(closure)
     loss = closure()
-    if needs_wrappers(optimizer):
+    if (not AVAILABLE or torch.autograd._profiler_enabled() or "step" in vars(optimizer)
+            or OPTIMIZER_MODULE._global_optimizer_pre_hooks or OPTIMIZER_MODULE._global_optimizer_post_hooks
+            or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+            or optimizer.defaults.get("differentiable")):
         optimizer.step()
     else:
         with torch.no_grad():
             unwrapped(type(optimizer).step)(optimizer)
     return loss
-
-
-def needs_wrappers(optimizer: Any) -> bool:
-    """Whether the step of a known optimizer must be called as it is."""
-    return (not AVAILABLE or torch.autograd._profiler_enabled() or "step" in vars(optimizer)
-            or OPTIMIZER_MODULE._global_optimizer_pre_hooks or OPTIMIZER_MODULE._global_optimizer_post_hooks
-            or getattr(optimizer, "_optimizer_step_pre_hooks", True) or optimizer._optimizer_step_post_hooks
-            or optimizer.defaults.get("differentiable"))
 
 
 def step_of_others(optimizer: Any, closure: Callable[[], Tensor]) -> Tensor:

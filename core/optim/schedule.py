@@ -48,6 +48,8 @@ class Schedule:
 
     @hookimpl
     def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
+        if self.start is None and self.until is None:           # the usual case, in every step
+            return self.scale(run, run.position(self.unit), initial_lr, group)
         position = self.position(run)
         return 1.0 if position is None else self.scale(run, position, initial_lr, group)
 
@@ -63,7 +65,7 @@ class Schedule:
 
     def duration(self, run: Run, duration: Duration | None) -> float:
         """Return `duration` in epochs or steps; None is the time from the schedule's start to its end or the run's."""
-        if duration is not None:
+        if duration is not None or (self.start is None and self.until is None):
             return run.duration(duration, self.unit)
         first, end = self.window(run)
         return min(end, run.duration(None, self.unit)) - self.origin(first)
@@ -81,8 +83,7 @@ class Schedule:
     @property
     def unit(self) -> Literal["epoch", "step"]:
         """What positions count: the option `by` of the subclass."""
-        unit: Literal["epoch", "step"] = vars(self)["by"]
-        return unit
+        return self.by      # type: ignore[attr-defined]
 
 
 def whole(number: float) -> int:
