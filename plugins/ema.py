@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loopctl import Duration, Run, UsageError, hookimpl
+from loopctl.model.ownership import named_parameters
 from loopctl.model.weight_averages import WeightAverage, alike, is_averaged, lerp_average, loaded_average, new_average
 
 
@@ -33,7 +34,7 @@ class Ema(WeightAverage):
             raise UsageError(f"start={self.start} is after the run's end, so nothing would be averaged")
         self.average: dict[str, Any] = {}       # empty until it starts
         self.count = 0
-        weights = {name: weight for name, weight in run.model.named_parameters() if is_averaged(weight)}
+        weights = {name: weight for name, weight in named_parameters(run).items() if is_averaged(weight)}
         statistics = {name: buffer for name, buffer in run.model.named_buffers()
                       if name.rpartition(".")[2] in ("running_mean", "running_var")}
         self.own = {name: tensor.detach() for name, tensor in (weights | statistics).items()}

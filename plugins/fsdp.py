@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from loopctl import Parallel, Run, UsageError, hookimpl
 from loopctl.distributed.process_group import broadcast_tensors, is_only_planned
 from loopctl.model import summary
+from loopctl.model.ownership import loss_parameters
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -45,6 +46,9 @@ class Fsdp(Parallel):
     collective_forward: ClassVar[bool] = True
 
     def convert_model(self, run: Run) -> None:
+        if loss_parameters(run):
+            raise UsageError("loss_fn has parameters, which would not be sharded as those of the model are; use ddp, "
+                             "or make them a part of the model")
         if is_only_planned(run):
             return
         if self.offload and run.device.type == "cpu":

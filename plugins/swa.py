@@ -14,12 +14,14 @@ from loopctl import Duration, Run, UsageError, hookimpl
 from loopctl.data.batch import batches_to_device
 from loopctl.data.sharding import find_shard
 from loopctl.distributed.process_group import all_reduce_sum
+from loopctl.model.ownership import named_parameters
 from loopctl.model.weight_averages import (
     WeightAverage,
     alike,
     is_averaged,
     lerp_average,
     loaded_average,
+    named_tensors,
     new_average,
     swapped_weights,
 )
@@ -90,7 +92,7 @@ class Swa(WeightAverage):
             self.update(run)
 
     def update(self, run: Run) -> None:
-        weights = {name: weight.detach() for name, weight in run.model.named_parameters() if is_averaged(weight)}
+        weights = {name: weight.detach() for name, weight in named_parameters(run).items() if is_averaged(weight)}
         norms = {name: module for name, module in run.model.named_modules()
                  if isinstance(module, _BatchNorm) and module.training and module.track_running_stats}
         if not self.average:
@@ -101,7 +103,7 @@ class Swa(WeightAverage):
         self.count += 1
         self.due = False
         if norms:
-            with swapped_weights(run.model, self.average | dict(run.model.named_buffers())):
+            with swapped_weights(named_tensors(run), self.average | dict(run.model.named_buffers())):
                 recompute(run, norms.values())
                 self.average |= {key: buffer.clone() for name, module in norms.items()
                                  for key, buffer in module.named_buffers(name, recurse=False)}

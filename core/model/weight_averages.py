@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loopctl.hooks import hookimpl
+from loopctl.model.ownership import loss_tensors
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -28,39 +29,38 @@ class WeightAverage:
 
     @hookimpl(wrapper=True)
     def evaluate(self, run: Run) -> Generator[None, dict[str, Any], dict[str, Any]]:
-        with swapped_weights(run.model, self.average):
+        with swapped_weights(named_tensors(run), self.average):
             return (yield)
 
     @hookimpl(wrapper=True)
     def after_evaluate(self, run: Run) -> Generator[None, None, None]:
-        with swapped_weights(run.model, self.average):
+        with swapped_weights(named_tensors(run), self.average):
             return (yield)
 
     @hookimpl(wrapper=True)             # a wrapper, so that it comes before plugins that use the final weights
     def train_end(self, run: Run) -> Generator[None, None, None]:
-        copy_weights(run.model, self.average)
+        copy_weights(named_tensors(run), self.average)
         return (yield)
 
 
 @contextmanager
-def swapped_weights(model: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
-    """Give the parameters and buffers of `model` named in `average` these values, and afterwards their own back.
+def swapped_weights(tensors: dict[str, Tensor], average: dict[str, Tensor]) -> Iterator[None]:
+    """Give those of `tensors` that are named in `average` these values, and afterwards their own back.
 
     Only the contents of the tensors change, so that an optimizer, a compiled or a replicated model keeps the same
     tensors. Their own values come back to the last bit, also after an exception; changes made meanwhile are lost.
     """
-    own = {name: tensor.clone() for name, tensor in named_tensors(model).items() if name in average}
+    own = {name: tensor.detach().clone() for name, tensor in tensors.items() if name in average}
     try:
-        copy_weights(model, average)
+        copy_weights(tensors, average)
         yield
     finally:
-        copy_weights(model, own)
+        copy_weights(tensors, own)
 
 
 @torch.no_grad()
-def copy_weights(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copy `values` into the parameters and buffers of `model` that they name."""
-    tensors = named_tensors(model)
+def copy_weights(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy `values` into those of `tensors` that they name."""
     for name, value in values.items():
         tensors[name].copy_(value)
 
@@ -106,6 +106,8 @@ def lerp_average(average: dict[str, Tensor], tensors: dict[str, Tensor], names: 
             mean.lerp_(target.to(mean.dtype), weight)
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of `model` by name, detached: the same memory."""
-    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+def named_tensors(run: Run) -> dict[str, Tensor]:
+    """The parameters and buffers of the model by name, and those of a loss function as `loss_fn.NAME`, detached."""
+    of_model = dict(run.model.named_parameters()) | dict(run.model.named_buffers())
+    own = {f"loss_fn.{name}": tensor for name, tensor in loss_tensors(run).items()}
+    return {name: tensor.detach() for name, tensor in (of_model | own).items()}

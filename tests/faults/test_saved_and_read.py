@@ -218,6 +218,35 @@ def test_a_loss_function_belongs_to_the_run(plain, clone, batches, valid, tmp_pa
     assert loss.modes == {True, False}
 
 
+@pytest.mark.parametrize("plugin", ["ema:decay=0.9,warmup=false", "swa:start=1ep"])
+@pytest.mark.fault(row="C", given="ema or swa with a loss function that has a parameter", right="its average too is evaluated, and the run ends with it")
+def test_averages_include_the_parameters_of_a_loss_function(plain, clone, batches, valid, plugin):
+    by_hand, loss_by_hand = clone(plain), Scaled()
+    tensors = [*by_hand.parameters(), *loss_by_hand.parameters()]
+    optimizer, averages = sgd(tensors), []
+    for number, (input, target) in enumerate(batches * 3, 1):
+        optimizer.zero_grad()
+        loss_by_hand(by_hand(input), target).backward()
+        optimizer.step()
+        with torch.no_grad():
+            if "ema" in plugin:
+                averages = averages or [tensor.detach().clone() for tensor in tensors]
+                for average, tensor in zip(averages, tensors, strict=True):
+                    average.lerp_(tensor, 1 - 0.9 if number > 1 else 0.0)
+            elif number in (16, 24):
+                averages = averages or [tensor.detach().clone() for tensor in tensors]
+                for average, tensor in zip(averages, tensors, strict=True):
+                    average.lerp_(tensor, 0.5 if number == 24 else 0.0)
+    loss = Scaled()
+    run = fit(plain, loss, sgd, batches, valid, epochs=3, plugins=[plugin])
+    assert torch.equal(loss.scale, averages[-1])
+    with torch.no_grad():
+        for tensor, average in zip(tensors, averages, strict=True):
+            tensor.copy_(average)
+        expected = sum(loss_by_hand(by_hand(input), target).item() * len(input) for input, target in valid) / 13
+    assert run.history[-1]["val_loss"] == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.fault(row="C", given="a loss function with parameters that the given optimizer does not hold", right="said in one line; they stay")
 def test_parameters_of_a_loss_function_that_are_not_trained_are_named(plain, batches, caplog):
     loss = Scaled()
@@ -265,6 +294,12 @@ def test_a_loss_function_is_the_same_in_all_processes(ranks, plain, clone, batch
         assert torch.equal(own["calls"], results[0][1]["calls"])
         torch.testing.assert_close(own["scale"], loss.scale.detach())       # averaged over processes: other rounding
         torch.testing.assert_close(weights, alone.state_dict())
+
+
+@pytest.mark.fault(row="C", given="a loss function with a parameter, with fsdp", right="refused before training, with the way out")
+def test_fsdp_refuses_a_loss_function_with_parameters(plain, batches):
+    with pytest.raises(UsageError, match="fsdp: loss_fn has parameters, which would not be sharded .*; use ddp"):
+        fit(plain, Scaled(), sgd, batches, plugins=["fsdp"])
 
 
 class Tied(nn.Module):

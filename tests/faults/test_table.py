@@ -29,7 +29,7 @@ KINDS = {
 }
 # Of the further inputs of each kind, how many failed with the version before the table. Those that could only fail there,
 # because they call what did not exist, are not counted.
-FAILED_AT_FIRST = {"A": 13, "B": 6, "C": 9, "D": 5, "E": 1, "F": 5, "G": 16, "H": 15, "I": 31, "J": 18, "K": 9, "L": 5, "M": 12}
+FAILED_AT_FIRST = {"A": 13, "B": 6, "C": 11, "D": 5, "E": 1, "F": 5, "G": 16, "H": 15, "I": 31, "J": 18, "K": 9, "L": 5, "M": 12}
 
 
 def marks():

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from loopctl import Run, hookimpl
-from loopctl.model.weight_averages import copy_weights, swapped_weights
+from loopctl.model.weight_averages import copy_weights, named_tensors, swapped_weights
 
 
 @dataclass(eq=False)
@@ -47,17 +47,17 @@ class Lookahead:
     # Outermost, wherever the plugin is listed: the weights of an averaging plugin inside replace the slow weights.
     @hookimpl(wrapper=True, tryfirst=True)
     def evaluate(self, run: Run) -> Generator[None, dict[str, Any], dict[str, Any]]:
-        with swapped_weights(run.model, self.slow):
+        with swapped_weights(named_tensors(run), self.slow):
             return (yield)
 
     @hookimpl(wrapper=True, tryfirst=True)
     def after_evaluate(self, run: Run) -> Generator[None, None, None]:
-        with swapped_weights(run.model, self.slow):
+        with swapped_weights(named_tensors(run), self.slow):
             return (yield)
 
     @hookimpl(wrapper=True, tryfirst=True)
     def train_end(self, run: Run) -> Generator[None, None, None]:
-        copy_weights(run.model, self.slow)
+        copy_weights(named_tensors(run), self.slow)
         return (yield)
 
     def state_dict(self) -> dict[str, Any]:
