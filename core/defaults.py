@@ -17,6 +17,7 @@ from loopctl.metrics.meters import Meters
 from loopctl.metrics.scalars import as_loss
 from loopctl.metrics.weights import counts_nothing, reported_loss, weighted_loss
 from loopctl.model.eval_mode import eval_mode
+from loopctl.model.forward import loss_by_forward, loss_of_batch
 from loopctl.model.ownership import modules_of, named_parameters
 from loopctl.optim.fast_step import fast_step
 from loopctl.run import Run
@@ -52,13 +53,12 @@ def micro_step(run: Run, batch: Any, weight: float | Tensor, last: bool) -> Tens
 
 @hookimpl(trylast=True)
 def compute_loss(run: Run, batch: Any) -> Tensor:
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        part = "train" if torch.is_grad_enabled() else "valid"
-        raise UsageError(f"loss_fn takes (input, target) batches, but {part} gave {describe_batch(batch)}; for other "
-                         "batches, replace compute_loss in a plugin")
-    input, target = batch
+    if run.forward is not None:
+        return loss_by_forward(run, batch)
+    if run.loss_fn is None or not isinstance(batch, tuple | list) or len(batch) != 2:
+        return loss_of_batch(run, batch)
+    input, target = batch               # the usual case
     run.outputs = run.network(input)
-    assert run.loss_fn is not None          # it is None only where a plugin replaces this
     try:
         return run.loss_fn(run.outputs, target)
     except Exception as error:
@@ -115,9 +115,3 @@ def explain_loss_error(outputs: Any, target: Any, error: Exception) -> None:
                          f"model has {outputs.shape[1]} outputs, for classes 0 to {outputs.shape[1] - 1}") from error
     error.add_note(f"the loss function was given outputs of shape {tuple(outputs.shape)} and targets of shape "
                    f"{tuple(target.shape)}")
-
-
-def describe_batch(batch: Any) -> str:
-    """The type of a batch, and its length if that is a tuple or a list, for a message."""
-    kind = f"a {type(batch).__name__}"
-    return f"{kind} of {len(batch)}" if isinstance(batch, tuple | list) else kind

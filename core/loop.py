@@ -56,16 +56,18 @@ def fit(
     seed: int | None = None,
     resume: str | Path | None = None,
     steps_per_epoch: int | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
     reduction: str | None = None,
     out: str | Path = ".",
 ) -> Run:
     """Train `model` and return the run: `run.history` has a dict per evaluation, `run.stop` why it ended early, or "".
 
-    loss_fn: `loss_fn(output, target)`; None where a plugin replaces `compute_loss`. If it is a module, it belongs to
-        the run as the model does: its tensors are moved to the device, saved, and trained where the optimizer holds
-        them.
+    loss_fn: `loss_fn(output, target)`; None where the model returns its loss, where `forward` does, or where a plugin
+        replaces `compute_loss`. If it is a module, it belongs to the run as the model does: its tensors are moved to
+        the device, saved, and trained where the optimizer holds them.
     optimizer: a factory of parameter groups, such as `partial(torch.optim.SGD, lr=0.1)`, or an optimizer.
-    train, valid: iterables of (input, target) batches, such as a DataLoader or a list; tensors nest as they like.
+    train, valid: iterables of batches, such as a DataLoader or a list. A batch is a pair (input, target), or a dict
+        whose entries are arguments of the model; tensors nest as they like.
     epochs, max_steps: passes over `train`, and updates; whichever comes first ends the run.
     eval_every: also evaluate every so many steps, not only at the end of each epoch.
     plugins: instances, or text as on the command line (`"clip:max_norm=1"`); they act in the order given.
@@ -74,6 +76,8 @@ def fit(
     seed: seeds Python, NumPy and torch before anything else.
     resume: a checkpoint, or a folder with checkpoints, to resume from. After a restart by torchrun that is `out`.
     steps_per_epoch: updates per epoch; needed where `train` has no length.
+    forward: `forward(model, batch)`, for other batches and losses; returns the mean loss of a batch and the outputs
+        that metrics get. It takes the place of `loss_fn`.
     reduction: what `loss_fn` returns for a batch, "mean" or "sum"; None is `loss_fn.reduction`, or the mean if it has
         none.
     out: the folder that plugins write to.
@@ -83,7 +87,7 @@ def fit(
     run = build_run(
         DEFAULTS, plugins, metrics, device, seed, model=model, loss_fn=loss_fn, optimizer=optimizer, train=train,
         valid=valid, epochs=epochs, max_steps=inf if max_steps is None else max_steps, eval_every=eval_every,
-        steps_per_epoch=steps_per_epoch, reduction=reduction, out=Path(out),
+        steps_per_epoch=steps_per_epoch, forward=forward, reduction=reduction, out=Path(out),
         resume=Path(resume) if resume else Path(out) if restart_count() else None)
     with blame_plugin(run.hook), rates_remembered(run.optimizer):
         run.hook.train(run=run)

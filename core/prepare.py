@@ -21,6 +21,7 @@ from loopctl.distributed.data_parallel import Parallel
 from loopctl.distributed.process_group import launched_processes
 from loopctl.errors import UsageError, one_line
 from loopctl.metrics.meters import is_stateful_metric, reported_names
+from loopctl.model.forward import unwrapped_network
 from loopctl.model.ownership import describe_untrained, modules_of, owns_any, untrained_parameters
 from loopctl.optim.fast_step import without_dynamo_wrappers
 from loopctl.rng import seed_everything
@@ -73,7 +74,7 @@ def prepare(run: Run, metrics: dict[str, Any], device: Any, seed: int | None) ->
     run.untrained = untrained_parameters(run)
     if left_out := describe_untrained(run):
         log.warning(left_out)
-    run.network = run.model
+    run.network = unwrapped_network(run)
     run.hook.wrap_model(run=run)
 
 
@@ -96,11 +97,17 @@ def check(run: Run, metrics: Any) -> None:
             raise UsageError(f"{name} has no batches")
     if length_or_none(run.train) is None and run.steps_per_epoch is None:
         raise UsageError("train has no length, so the end of an epoch is unknown; pass steps_per_epoch=...")
-    computes_loss = {"compute_loss", "micro_step", "optimizer_step"} & run.hook.replaced.keys()
-    if not callable(run.loss_fn) and not (run.loss_fn is None and computes_loss):
-        what = "None" if run.loss_fn is None else f"a {type(run.loss_fn).__name__}"
-        raise UsageError(f"loss_fn is {what}; pass a function of (output, target), such as "
-                         "torch.nn.CrossEntropyLoss(), or a plugin that replaces compute_loss")
+    if run.loss_fn is not None and not callable(run.loss_fn):
+        raise UsageError(f"loss_fn is {describe(run.loss_fn)}; pass a function of (output, target), such as "
+                         "torch.nn.CrossEntropyLoss(), or None where the model returns its loss")
+    if run.forward is not None and not callable(run.forward):
+        raise UsageError(f"forward is {describe(run.forward)}; pass a function (model, batch) that returns loss, "
+                         "outputs")
+    if run.forward is not None and run.loss_fn is not None:
+        raise UsageError("forward computes the loss itself, so loss_fn would not be used; pass loss_fn=None")
+    if run.forward is not None and "compute_loss" in run.hook.replaced:
+        raise UsageError(f"{run.hook.replaced['compute_loss']} computes the loss, so forward would not be used; leave "
+                         "out one of the two")
     if not (callable(run.optimizer) or isinstance(run.optimizer, torch.optim.Optimizer)):
         raise UsageError(f"optimizer is {describe(run.optimizer)}; pass one optimizer, or a factory such as "
                          "partial(torch.optim.SGD, lr=0.1)")

@@ -12,22 +12,28 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils import _python_dispatch
 from torch.utils.data import DataLoader
 
-from loopctl.data.batch import to_device
+from loopctl.data.batch import target_of, to_device
 from loopctl.data.resumable_loader import samples_by_index
 from loopctl.data.sharding import Shard
 from loopctl.defaults import evaluate_batch
 from loopctl.errors import UsageError
 from loopctl.metrics.meters import Meters, is_stateful_metric
 from loopctl.model.eval_mode import eval_mode
+from loopctl.model.forward import unwrapped_network
 from loopctl.model.ownership import modules_of
 from loopctl.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from loopctl.run import Run
+
+# Losses that compare outputs and targets element by element, and broadcast them where their shapes differ.
+ELEMENTWISE = (functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss)
+ELEMENTWISE_CLASSES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 
 def rehearse(run: Run) -> None:
@@ -42,6 +48,7 @@ def rehearse(run: Run) -> None:
     def rehearse_then_call(run: Run) -> None:
         run.hook.grads_ready = grads_ready          # the hooks of a run are attributes
         check_gradients(run)
+        check_target(run)
         if run.valid is not None and "evaluate" not in run.hook.replaced:
             try_validation(run)
         grads_ready(run=run)
@@ -57,10 +64,30 @@ def check_gradients(run: Run) -> None:
                          "nothing would be trained; make the optimizer from the parameters that the loss depends on")
 
 
+def check_target(run: Run) -> None:
+    """Raise UsageError where outputs and target have shapes with which the loss function computes something else.
+
+    torch computes it without an error: broadcasting pairs every output with every target, and cross entropy over a
+    single class is 0.
+    """
+    output, target, loss_fn = run.outputs, target_of(run.batches[-1]), run.loss_fn
+    if not (isinstance(output, Tensor) and isinstance(target, Tensor)) or "compute_loss" in run.hook.replaced:
+        return
+    shapes = f"the outputs have shape {tuple(output.shape)} and the targets {tuple(target.shape)}"
+    elementwise = loss_fn in ELEMENTWISE or isinstance(loss_fn, ELEMENTWISE_CLASSES)
+    if elementwise and output.shape != target.shape:
+        raise UsageError(f"loss_fn compares outputs with targets one by one, but {shapes}; make the two alike, for "
+                         "example with output.squeeze(1) in the model, or target.unsqueeze(1) in the data")
+    cross_entropy = loss_fn is functional.cross_entropy or isinstance(loss_fn, nn.CrossEntropyLoss)
+    if cross_entropy and output.ndim > 1 and output.shape[1] == 1:
+        raise UsageError(f"loss_fn is a cross entropy over a single class, which is 0 for every output: {shapes}; for "
+                         "numbers use torch.nn.MSELoss(), for two classes torch.nn.BCEWithLogitsLoss()")
+
+
 def try_validation(run: Run) -> None:
     """Compute loss and metrics of the first validation batch, and undo what that has changed."""
     random, outputs, network = rng_state(run.train, run.valid), run.outputs, run.network
-    run.network = run.model         # what wraps it, a compiler for example, need not know of the trial
+    run.network = unwrapped_network(run)    # what wraps it, a compiler for example, need not know of the trial
     try:
         with no_dispatch_modes(), unchanged(modules_of(run)), eval_mode(*modules_of(run)), torch.no_grad():
             for batch in first_batch(run.valid):

@@ -39,6 +39,7 @@ class Run:
     max_steps: float = inf
     eval_every: int | None = None
     steps_per_epoch: int | None = None        # as given; `planned_steps` is known in any case
+    forward: Callable[[nn.Module, Any], Any] | None = None      # `(model, batch) -> loss, outputs`, in place of loss_fn
     reduction: str | None = "mean"            # what `loss_fn` returns for a batch: the "mean" or "sum" of its losses
     seed: int | None = None                   # None: the random-number generators are left as they were
     out: Path = Path()                        # the folder that plugins write to

@@ -21,6 +21,7 @@ from loopctl.distributed.process_group import all_reduce_mean
 from loopctl.errors import UsageError, one_line
 from loopctl.loop import DEFAULTS, run_step
 from loopctl.metrics.meters import Meters
+from loopctl.model.forward import unwrapped_network
 from loopctl.model.ownership import modules_of
 from loopctl.optim.learning_rate import set_learning_rates
 from loopctl.rng import rng_state, set_rng_state
@@ -132,6 +133,7 @@ class TrialRun:
         try:
             trial.model, trial.train, trial.valid = copy.deepcopy((run.model, run.train, run.valid), memo)
             trial.loss_fn = copy_function(run.loss_fn, memo)
+            trial.forward = copy_function(run.forward, memo)
             trial.optimizer = copy_optimizer(run.optimizer, memo)
             trial.untrained = copy.deepcopy(run.untrained, memo)
             plugins = copy.deepcopy(plugins, memo)
@@ -141,7 +143,7 @@ class TrialRun:
         trial.hook = compose(plugins.values(), DEFAULTS)
         trial.parallel = next((plugin for plugin in plugins.values() if isinstance(plugin, Parallel)), None)
         trial.hook.acting["lr_scale"] = []          # `step` is given the learning rates
-        trial.network = trial.model
+        trial.network = unwrapped_network(trial)
         trial.hook.wrap_model(run=trial)
         trial.meters, trial.metrics, trial.history, trial.loaders = Meters({}, ""), dict(run.metrics), [], {}
         for module in modules_of(trial):

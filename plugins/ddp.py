@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loopctl import Parallel, Run, UsageError, hookimpl
 from loopctl.distributed.process_group import broadcast_tensors, is_single_process
+from loopctl.model.forward import unwrapped_network
 
 # The argument that controls the broadcast of buffers. Newer versions of torch have both, and deprecate the second.
 BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -121,7 +122,7 @@ class Ddp(Parallel):
 
     def unwrap_model(self, run: Run) -> None:
         if self.network is not None:
-            run.network, self.network, self.inner = run.model, None, None
+            run.network, self.network, self.inner = unwrapped_network(run), None, None
 
     def gradient_sync(self, run: Run, last: bool) -> Any:
         return nullcontext() if last or self.network is None else self.network.no_sync()

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+TARGETS = ("labels", "label", "targets", "target")      # entries of a dict that are what the model should return
+
 
 def map_nested(function: Callable[..., Any], *batches: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """Return the nesting that `batches` share, with each leaf replaced by `function` of the batches' leaves there.
@@ -142,6 +144,19 @@ def iter_tensors(batch: Any) -> Iterator[torch.Tensor]:
     else:
         for name in attribute_names(batch) or ():
             yield from iter_tensors(getattr(batch, name))
+
+
+def target_name(batch: Mapping[str, Any]) -> str | None:
+    """The name of the entry of a dict that is the target, or None."""
+    return next((name for name in TARGETS if name in batch), None)
+
+
+def target_of(batch: Any) -> Any:
+    """What metrics compare the outputs with: the second of a pair, the target of a dict, otherwise the whole batch."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[1]
+    name = target_name(batch) if isinstance(batch, Mapping) else None
+    return batch if name is None else batch[name]
 
 
 def length_or_none(batches: Any) -> int | None:

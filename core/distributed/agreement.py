@@ -105,7 +105,8 @@ def require_distinct_samplers(run: Run) -> None:
 def describe_model(run: Run) -> dict[str, str | None]:
     """Describe the configuration, the loss function, and the modules, parameters and buffers of the model."""
     found: dict[str, str | None] = {key: str(value) for key, value in run.config.items() if key not in MAY_DIFFER}
-    found |= {"loss_fn": describe_value(run.loss_fn), "model": type(run.model).__name__}
+    found |= {"loss_fn": describe_value(run.loss_fn), "forward": describe_value(run.forward),
+              "model": type(run.model).__name__}
     if isinstance(run.loss_fn, nn.Module):      # such as its label smoothing, which its extra_repr does not show
         found |= {f"loss_fn {key}": str(value) for key, value in vars(run.loss_fn).items()
                   if isinstance(value, bool | int | float | str) and key != "training"}

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from loopctl.data.batch import target_of
 from loopctl.distributed.process_group import all_reduce_sum
-from loopctl.errors import UsageError
 from loopctl.metrics.scalars import as_scalar
 from loopctl.metrics.weights import counts_nothing
 
@@ -93,16 +93,15 @@ class Meters:
         """Update the metrics with the outputs of one micro-batch, unless its weight is 0."""
         if counts_nothing(weight):
             return
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise UsageError("metrics take (input, target) batches; for other batches, replace evaluate in a plugin")
+        target = target_of(batch)
         for name, function in self.functions.items():
             if name in self.means:
-                value = function(outputs, batch[1])
+                value = function(outputs, target)
                 if not isinstance(value, Tensor) or value.ndim:
                     value = as_scalar(value, f"metric {name!r}", "return one number for a batch, such as its mean")
                 self.means[name].add(value, weight)
             else:
-                function.update(outputs, batch[1])
+                function.update(outputs, target)
 
     def state_dict(self) -> dict[str, Any]:
         """The means so far, and the state of torchmetrics objects."""

@@ -76,8 +76,8 @@ def test_a_metric_may_be_a_tensor_and_a_float_in_turn(plain, sgd):
 
 
 @pytest.mark.parametrize(("changed", "message"), [
-    ({"loss_fn": None}, "loss_fn is None; pass a function of (output, target)"),
-    ({"loss_fn": "cross_entropy"}, "loss_fn is a str"),
+    ({"loss_fn": None}, "takes one argument; pass a function of (output, target)"),
+    ({"loss_fn": "cross_entropy"}, "loss_fn is 'cross_entropy'; pass a function of (output, target)"),
     ({"loss_fn": lambda output, target: (cross_entropy(output, target), 1)}, "the loss is a tuple"),
     ({"loss_fn": lambda output, target: cross_entropy(output, target).item()}, "the loss is a float"),
     ({"loss_fn": nn.CrossEntropyLoss(reduction="none")}, "loss_fn.reduction is 'none'"),

@@ -2,7 +2,6 @@
 import pytest
 import torch
 
-from loopctl import UsageError
 from loopctl.metrics.meters import Mean, Meters
 
 
@@ -27,10 +26,12 @@ def test_half_precision_losses_are_summed_in_double():
     assert mean.result().item() == torch.tensor(0.1, dtype=torch.bfloat16).item()
 
 
-def test_metrics_refuse_batches_other_than_input_and_target():
-    meters = Meters({"m": lambda output, target: 1.0}, "train_")
-    with pytest.raises(UsageError, match="metrics take"):
-        meters.observe(None, {"x": 1}, 1)
+@pytest.mark.parametrize(("batch", "target"), [((1, 2), 2), ([1, 2], 2), ({"x": 1, "labels": 2}, 2), ({"x": 1}, {"x": 1}), (7, 7)])
+def test_metrics_get_the_target_of_a_batch_or_the_whole_batch(batch, target):
+    seen = []
+    meters = Meters({"m": lambda output, target: seen.append(target) or 1.0}, "train_")
+    meters.observe(None, batch, 1)
+    assert seen == [target]
 
 
 def test_a_metric_may_return_a_python_number():

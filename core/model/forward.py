@@ -1,0 +1,147 @@
+"""How a batch reaches the model, the loss and the metrics.
+
+batch               model is called as        loss                                metrics
+(input, target)     model(input)              loss_fn(output, target)             metric(output, target)
+a dict              model(**entries)          loss_fn(output, batch["labels"])    metric(output, batch["labels"])
+with loss_fn=None   model(input, target)      the one that the model returns      as above
+with forward=       forward(model, batch)     the one that forward returns        metric(outputs, target)
+
+Of a dict, the model is given the entries that are named as arguments of its `forward`, which is the convention of
+Hugging Face. The target is the entry "labels", "label", "targets" or "target"; of batches that are neither pairs nor
+dicts with a target, it is the whole batch. Of an output that has `logits`, as those of Hugging Face's models, loss and
+metrics get the logits.
+"""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from loopctl.data.batch import TARGETS, target_name, target_of
+from loopctl.errors import UsageError, names
+
+if TYPE_CHECKING:
+    from loopctl.run import Run
+
+
+class ForwardModule(nn.Module):
+    """The model and the function `forward(model, batch)` as one module, for wrappers of the model.
+
+    DistributedDataParallel averages the gradients of what its own forward pass has used, and torch.compile compiles a
+    call of what it wraps. So both wrap the function, in which the user may call parts of the model.
+    """
+
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Any]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, batch: Any) -> Any:
+        return self.function(self.model, batch)
+
+
+def unwrapped_network(run: Run) -> nn.Module:
+    """What `run.network` is before a plugin wraps it: the model, or the model with the function `forward`."""
+    return run.model if run.forward is None else ForwardModule(run.model, run.forward)
+
+
+def loss_by_forward(run: Run, batch: Any) -> Any:
+    """Call `run.forward` and return its loss; set `run.outputs`. Raises UsageError where it returns something else."""
+    result = run.network(batch)
+    if isinstance(result, Tensor):
+        loss, run.outputs = result, None
+    elif isinstance(result, tuple | list) and len(result) == 2:
+        loss, run.outputs = result
+    else:
+        raise UsageError(f"forward returned {describe_batch(result)}; return loss, outputs")
+    return loss
+
+
+def loss_of_batch(run: Run, batch: Any) -> Any:
+    """Call the model with a batch that is no pair, or whose loss the model returns; return the loss, set `run.outputs`.
+
+    Raises UsageError where model and batch do not fit together, or where there is no loss.
+    """
+    if isinstance(batch, Mapping):
+        output = run.network(**model_arguments(run, batch))
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        if not can_be_called_with(run.model.forward, *batch):
+            raise UsageError(f"loss_fn is None, so the model is called with input and target and returns the loss, but "
+                             f"{type(run.model).__name__} takes one argument; pass a function of (output, target), "
+                             "such as torch.nn.CrossEntropyLoss()")
+        output = run.network(*batch)
+    else:
+        part = "train" if torch.is_grad_enabled() else "valid"
+        raise UsageError(f"a batch is a pair (input, target) or a dict, but {part} gave {describe_batch(batch)}; pass "
+                         "forward=..., a function (model, batch) that returns loss, outputs")
+    if run.loss_fn is None:
+        loss, run.outputs = own_loss(output)
+        return loss
+    run.outputs = predictions(output)
+    target = target_of(batch)
+    if target is batch:
+        raise UsageError(f"loss_fn needs a target, and a batch has the entries {names(batch)}; name the target "
+                         f"{TARGETS[0]!r}, or pass forward=...")
+    return run.loss_fn(run.outputs, target)
+
+
+def model_arguments(run: Run, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a dict that the model takes; without the target where `loss_fn` takes that."""
+    accepted = argument_names(getattr(run.model.forward, "__func__", run.model.forward))
+    target = None if run.loss_fn is None else target_name(batch)
+    found = {name: batch[name] for name in batch if name != target and (accepted is None or name in accepted)}
+    if not found:
+        takes = "" if accepted is None else f", and the model takes {names(sorted(accepted))}"
+        raise UsageError(f"a batch has the entries {names(batch)}{takes}; name them alike, or pass forward=...")
+    return found
+
+
+def can_be_called_with(function: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a function takes these positional arguments."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=64)
+def argument_names(function: Callable[..., Any]) -> frozenset[str] | None:
+    """The names of the arguments of a method; None if it has none but `**kwargs`, so that it takes any."""
+    parameters = list(inspect.signature(function).parameters.values())
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return None if takes_any and not named else frozenset(named)
+
+
+def predictions(output: Any) -> Any:
+    """The `logits` of an output of Hugging Face's kind, a dict whose entries are attributes too; else the output."""
+    return output.logits if isinstance(output, Mapping) and hasattr(output, "logits") else output
+
+
+def own_loss(output: Any) -> tuple[Any, Any]:
+    """The loss that a model returns, and its predictions. Raises UsageError where it returns no loss.
+
+    The loss is the entry `loss` of a dict, the attribute `loss`, the one scalar of a tuple, or a scalar alone.
+    """
+    if isinstance(output, Tensor) and output.numel() == 1:
+        return output, None
+    if isinstance(output, tuple | list) and not hasattr(output, "loss"):
+        scalars = [part for part in output if isinstance(part, Tensor) and part.ndim == 0]
+        if len(scalars) == 1:
+            others = [part for part in output if part is not scalars[0]]
+            return scalars[0], others[0] if len(others) == 1 else tuple(others)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise UsageError(f"loss_fn is None, so the model returns its loss, but it returned {describe_batch(output)} "
+                         "without one; pass a function of (output, target), such as torch.nn.CrossEntropyLoss()")
+    return loss, predictions(output)
+
+
+def describe_batch(batch: Any) -> str:
+    """The type of a batch, and its length if that is a tuple or a list, for a message."""
+    kind = f"a {type(batch).__name__}"
+    return f"{kind} of {len(batch)}" if isinstance(batch, tuple | list) else kind

@@ -1,0 +1,191 @@
+"""How a batch reaches model, loss and metrics: pairs, dicts, losses of the model, and the function `forward`."""
+import copy
+from collections import OrderedDict
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from loopctl import UsageError, fit
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def regression_batches(sizes=(8, 8, 5)):
+    torch.manual_seed(1)
+    return [(torch.randn(size, 4), torch.randn(size, 1)) for size in sizes]
+
+
+def dicts(batches, target="labels", **more):
+    return [{"x": x, target: y, **more} for x, y in batches]
+
+
+def plain_loop(model, batches, loss_of, epochs=2):
+    model = copy.deepcopy(model)
+    optimizer = SGD(model.parameters())
+    for _ in range(epochs):
+        for batch in batches:
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+    return model
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+class Model(nn.Module):
+    """A model that is called with named arguments, and returns `kind` of output."""
+
+    def __init__(self, kind="tensor"):
+        super().__init__()
+        torch.manual_seed(2)
+        self.layer, self.kind = nn.Linear(4, 1), kind
+
+    def forward(self, x, labels=None, scale=1.0):
+        output = self.layer(x) * scale
+        if labels is None:
+            return output
+        loss = nn.functional.mse_loss(output, labels)
+        return {"tensor": output, "tuple": (loss, output), "loss last": (output, loss), "loss": loss,
+                "dict": {"loss": loss, "logits": output}, "object": SimpleNamespace(loss=loss, logits=output),
+                "model output": ModelOutput(loss, output)}[self.kind]
+
+
+class ModelOutput(OrderedDict):
+    """As transformers.utils.ModelOutput: a dict whose entries are attributes too."""
+
+    def __init__(self, loss, logits):
+        super().__init__(loss=loss, logits=logits)
+        self.loss, self.logits = loss, logits
+
+
+def mse_of_dict(model, batch):
+    return nn.functional.mse_loss(model.layer(batch["x"]), batch["labels"])
+
+
+@pytest.mark.parametrize("target", ["labels", "label", "targets", "target"])
+def test_a_dict_gives_the_model_its_arguments_and_the_loss_its_target(target):
+    model, batches = Model(), regression_batches()
+    expected = plain_loop(model, batches, lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]))
+    fit(model, nn.MSELoss(), SGD, dicts(batches, target, index=torch.arange(3)), epochs=2)     # index is no argument
+    assert equal(model, expected)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "loss last", "loss", "dict", "object", "model output"])
+@pytest.mark.parametrize("form", ["pair", "dict"])
+def test_a_model_may_return_its_own_loss(kind, form):
+    model, pairs = Model(kind), regression_batches()
+    expected = plain_loop(model, dicts(pairs), mse_of_dict)
+    fit(model, None, SGD, pairs if form == "pair" else dicts(pairs), epochs=2)
+    assert equal(model, expected)
+
+
+def test_metrics_get_the_logits_of_the_model_and_the_target_of_the_dict():
+    seen = []
+    batches = dicts(regression_batches())
+    run = fit(Model("model output"), None, SGD, batches, valid=batches,
+              metrics={"error": lambda output, target: seen.append((output, target)) or (output - target).abs().mean()})
+    assert all(output.shape == target.shape for output, target in seen)
+    model = run.model.eval()
+    weights = [len(batch["x"]) for batch in batches]
+    errors = [(model(batch["x"]) - batch["labels"]).abs().mean().item() for batch in batches]
+    mean = sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
+    assert run.history[-1]["val_error"] == pytest.approx(mean, rel=1e-6)        # another order of the sum
+
+
+def test_a_model_with_any_keyword_argument_is_given_the_whole_dict():
+    class Any(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+
+        def forward(self, **entries):
+            assert set(entries) == {"x", "index"}
+            return self.layer(entries["x"])
+
+    fit(Any(), nn.MSELoss(), SGD, dicts(regression_batches(), index=torch.arange(3)))
+
+
+def test_forward_computes_the_loss_of_batches_of_any_kind():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.encoder, self.decoder = nn.Linear(4, 2), nn.Linear(2, 4)
+
+    def forward(model, batch):
+        hidden = model.encoder(batch["deep"][0])
+        output = model.decoder(hidden)
+        return nn.functional.mse_loss(output, batch["deep"][0]) + hidden.square().mean(), output
+
+    batches = [{"deep": [x]} for x, _ in regression_batches()]
+    model = Pair()
+    expected = plain_loop(model, batches, lambda model, batch: forward(model, batch)[0])
+    outputs = []
+    run = fit(model, None, SGD, batches, valid=batches, epochs=2, forward=forward,
+              metrics={"shape": lambda output, batch: outputs.append(batch) or float(output.shape[1])})
+    assert equal(model, expected)
+    assert run.history[-1]["val_shape"] == 4
+    assert outputs[0] is batches[0]
+
+
+def test_forward_may_return_the_loss_alone():
+    model, batches = Model(), regression_batches()
+    expected = plain_loop(model, batches, lambda model, batch: model(batch[0]).square().mean())
+    fit(model, None, SGD, batches, epochs=2, forward=lambda model, batch: model(batch[0]).square().mean())
+    assert equal(model, expected)
+
+
+@pytest.mark.parametrize("plugins", [["accumulate:every=2"], ["split:into=2"], ["amp:dtype=bfloat16"], ["compile"], ["ema"],
+                                     ["sam"], ["swa:start=1ep"], ["ddp"]])
+def test_forward_composes_as_a_loss_function_does(plugins):
+    def run(**loss):
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1))
+        return fit(model, optimizer=SGD, train=regression_batches((8, 8, 6)), epochs=2, plugins=plugins, **loss).model
+
+    backend = {"plugins": ["compile:backend=eager"]} if plugins == ["compile"] else {}
+    plugins = backend.get("plugins", plugins)
+    one = run(loss_fn=nn.MSELoss())
+    other = run(loss_fn=None, forward=lambda model, batch: (nn.functional.mse_loss(model(batch[0]), batch[1]), None))
+    assert equal(one, other)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"train": dicts(regression_batches()), "model": nn.Linear(4, 1)},
+     "a batch has the entries x and labels, and the model takes input; name them alike"),
+    ({"train": [{"x": torch.zeros(2, 4), "y": torch.zeros(2, 1)}]}, "loss_fn needs a target, and a batch has the entries"),
+    ({"train": [torch.zeros(2, 4)]}, "a batch is a pair (input, target) or a dict, but train gave a Tensor"),
+    ({"train": [(1, 2, 3)]}, "train gave a tuple of 3; pass forward=..."),
+    ({"loss_fn": None, "model": nn.Bilinear(4, 1, 1)}, "returned a Tensor without one; pass a function of"),
+    ({"loss_fn": None, "forward": lambda model, batch: (1, 2, 3)}, "forward returned a tuple of 3; return loss, outputs"),
+    ({"loss_fn": None, "forward": "f"}, "forward is 'f'; pass a function"),
+    ({"forward": lambda model, batch: None}, "forward computes the loss itself, so loss_fn would not be used"),
+])
+def test_batches_and_losses_that_do_not_fit_together_are_refused(arguments, message):
+    defaults = {"model": Model(), "loss_fn": nn.MSELoss(), "optimizer": SGD, "train": regression_batches()}
+    with pytest.raises(UsageError) as refused:
+        fit(**defaults | arguments)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("loss_fn", [nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(),
+                                     nn.functional.mse_loss])
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_targets_that_would_be_broadcast_are_refused_with_both_shapes(loss_fn):
+    batches = [(x, y.squeeze(1)) for x, y in regression_batches()]
+    model = Model()
+    before = copy.deepcopy(model)
+    with pytest.raises(UsageError, match=r"outputs have shape \(8, 1\) and the targets \(8,\)"):
+        fit(model, loss_fn, SGD, batches)
+    assert equal(model, before)
+
+
+@pytest.mark.parametrize("targets", [torch.rand(8, 1), torch.zeros(8, dtype=torch.long)])
+def test_a_cross_entropy_over_a_single_class_is_refused(targets):
+    with pytest.raises(UsageError, match=r"a single class, which is 0 for every output: the outputs have shape \(8, 1\)"):
+        fit(Model(), nn.CrossEntropyLoss(), SGD, [(torch.randn(8, 4), targets)])
