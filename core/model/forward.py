@@ -123,7 +123,7 @@ def predictions(output: Any) -> Any:
 
 
 def own_loss(output: Any) -> tuple[Any, Any]:
-    """The loss that a model returns, and its predictions. Raises UsageError where it returns no loss.
+    """The loss that a model returns, and the rest: `logits` where it has them. Raises UsageError where it returns no loss.
 
     The loss is the entry `loss` of a dict, the attribute `loss`, the one scalar of a tuple, or a scalar alone.
     """
@@ -134,11 +134,12 @@ def own_loss(output: Any) -> tuple[Any, Any]:
         if len(scalars) == 1:
             others = [part for part in output if part is not scalars[0]]
             return scalars[0], others[0] if len(others) == 1 else tuple(others)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    loss, logits = (output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+                    for name in ("loss", "logits"))
     if loss is None:
         raise UsageError(f"loss_fn is None, so the model returns its loss, but it returned {describe_batch(output)} "
                          "without one; pass a function of (output, target), such as torch.nn.CrossEntropyLoss()")
-    return loss, predictions(output)
+    return loss, output if logits is None else logits
 
 
 def describe_batch(batch: Any) -> str:

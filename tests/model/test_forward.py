@@ -84,13 +84,15 @@ def test_a_model_may_return_its_own_loss(kind, form):
     assert equal(model, expected)
 
 
-def test_metrics_get_the_logits_of_the_model_and_the_target_of_the_dict():
+@pytest.mark.parametrize("kind", ["tuple", "loss last", "dict", "object", "model output"])
+def test_metrics_get_the_logits_of_the_model_and_the_target_of_the_dict(kind):
     seen = []
     batches = dicts(regression_batches())
-    run = fit(Model("model output"), None, SGD, batches, valid=batches,
+    run = fit(Model(kind), None, SGD, batches, valid=batches,
               metrics={"error": lambda output, target: seen.append((output, target)) or (output - target).abs().mean()})
     assert all(output.shape == target.shape for output, target in seen)
     model = run.model.eval()
+    model.kind = "tensor"
     weights = [len(batch["x"]) for batch in batches]
     errors = [(model(batch["x"]) - batch["labels"]).abs().mean().item() for batch in batches]
     mean = sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
