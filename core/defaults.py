@@ -97,7 +97,9 @@ def evaluate_batch(run: Run, meters: Meters, batch: Any) -> None:
     if run.world_size == 1 and counts_nothing(weight) and not sample_count(batch):
         meters.loss.add(0.0, 0)
         return
+    run.log_target = meters, weight
     loss = as_loss(run.hook.compute_loss(run=run, batch=batch))
+    run.log_target = None
     meters.loss.add(reported_loss(run, loss, weight), weight)
     if meters.functions:
         meters.observe(run.outputs, batch, weight)

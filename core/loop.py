@@ -151,6 +151,7 @@ def run_step(run: Run, batches: Sequence[Any]) -> None:
     weights: list[Any] = (batches.weights if type(batches) is MicroBatches
                           else [hook.batch_weight(run=run, batch=batch) for batch in batches])
     run.weight, run.skipped = step_weight(run, weights), False
+    run.log_target = whole_step = run.meters, run.weight
     hook.before_step(run=run)
     if counts_nothing(run.weight):
         skip_step(run)
@@ -159,6 +160,7 @@ def run_step(run: Run, batches: Sequence[Any]) -> None:
         if run.loss is not None:
             run.meters.loss.add(reported_loss(run, run.loss, run.weight, run.world_size), run.weight)
     run.counters.finish_step(len(batches), run.skipped)
+    run.log_target = whole_step            # which the closure discards where it is called again
     hook.after_step(run=run)
 
 
@@ -168,10 +170,12 @@ def compute_gradients(run: Run, weights: list[Any]) -> Tensor:
     first_call = run.loss is None       # an optimizer may call the closure again; what is reported is the first call's
     zero_grad(run.optimizer, run.untrained)
     for batch, weight, share, last in weighted_batches(run, weights):
+        run.log_target = (meters, weight) if first_call else None
         losses.append(hook.micro_step(run=run, batch=batch, weight=share, last=last))
         if first_call and meters.functions:
             meters.observe(run.outputs, batch, weight)
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    run.log_target = (meters, run.weight) if first_call else None
     if first_call:
         run.loss = loss
     hook.after_backward(run=run)

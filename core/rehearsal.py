@@ -21,7 +21,7 @@ from loopctl.data.batch import target_of, to_device
 from loopctl.data.resumable_loader import samples_by_index
 from loopctl.data.sharding import Shard
 from loopctl.defaults import evaluate_batch
-from loopctl.errors import UsageError
+from loopctl.errors import UsageError, nearest
 from loopctl.metrics.meters import Meters, is_stateful_metric
 from loopctl.model.eval_mode import eval_mode
 from loopctl.model.forward import unwrapped_network
@@ -49,8 +49,10 @@ def rehearse(run: Run) -> None:
         run.hook.grads_ready = grads_ready          # the hooks of a run are attributes
         check_gradients(run)
         check_target(run)
+        logged = {f"train_{name}" for name in run.meters.logged}
         if run.valid is not None and "evaluate" not in run.hook.replaced:
-            try_validation(run)
+            logged |= try_validation(run)
+        check_expected(run, logged)
         grads_ready(run=run)
 
     run.hook.grads_ready = rehearse_then_call
@@ -84,22 +86,37 @@ def check_target(run: Run) -> None:
                          "numbers use torch.nn.MSELoss(), for two classes torch.nn.BCEWithLogitsLoss()")
 
 
-def try_validation(run: Run) -> None:
-    """Compute loss and metrics of the first validation batch, and undo what that has changed."""
-    random, outputs, network = rng_state(run.train, run.valid), run.outputs, run.network
+def check_expected(run: Run, logged: set[str]) -> None:
+    """Raise UsageError if a metric that a plugin monitors is neither declared nor logged in the first step."""
+    for name in run.expected:
+        if name not in run.metrics and name not in logged:
+            raise UsageError(f"monitor={name}: the run has no such metric; "
+                             f"{nearest(name, {*run.metrics, *logged}, 'it has')}")
+
+
+def try_validation(run: Run) -> set[str]:
+    """Compute loss and metrics of the first validation batch, and undo what that has changed.
+
+    Return the names of what is logged in an evaluation; where no batch can be tried, those of the training step.
+    """
+    logged = {f"val_{name}" for name in run.meters.logged}
+    random, outputs, network, logging = rng_state(run.train, run.valid), run.outputs, run.network, run.log_target
     run.network = unwrapped_network(run)    # what wraps it, a compiler for example, need not know of the trial
     try:
         with no_dispatch_modes(), unchanged(modules_of(run)), eval_mode(*modules_of(run)), torch.no_grad():
             for batch in first_batch(run.valid):
                 metrics = {name: deepcopy(metric) if is_stateful_metric(metric) else metric
                            for name, metric in run.metric_fns["val"].items()}
-                evaluate_batch(run, Meters(metrics, "val_"), to_device(batch, run.device))
+                meters = Meters(metrics, "val_")
+                evaluate_batch(run, meters, to_device(batch, run.device))
+                logged = {f"val_{name}" for name in meters.logged}
     except Exception as error:
         error.add_note("raised by the first batch of valid, before the first update")
         raise
     finally:
-        run.outputs, run.network = outputs, network
+        run.outputs, run.network, run.log_target = outputs, network, logging
         set_rng_state(random, run.train, run.valid)
+    return logged
 
 
 def no_dispatch_modes() -> AbstractContextManager[Any]:

@@ -60,6 +60,7 @@ class Run:
     stop: str = ""                            # why to end early; empty means go on. Written by plugins
     loaders: dict[str, ResumableLoader] = field(default_factory=dict)      # of "train" and "valid"
     meters: Meters = None                     # type: ignore[assignment]   # means over the epoch so far
+    log_target: tuple[Meters, Any] | None = None      # where `log` adds to, with which weight; None discards
     metrics: dict[str, Any] = field(default_factory=dict)                  # by name; plugins add their own
     history: list[dict[str, Any]] = field(default_factory=list)            # a row per evaluation
     last_checkpoint: Path | None = None       # the one written or resumed from last; written by `checkpoint` too
@@ -73,6 +74,7 @@ class Run:
     skipped: bool = False                     # the step made no update; written by plugins
 
     untrained: list[nn.Parameter] = field(default_factory=list)    # with gradients that the optimizer does not hold
+    expected: list[str] = field(default_factory=list)        # metrics that the first step has to log; by Monitor
     counted_plan: tuple[int, int] | None = None      # where an epoch had another length than its data promised
     _plan: tuple[int, int] | None = None
     _said: set[str] = field(default_factory=set)     # what was said already
@@ -170,6 +172,19 @@ class Run:
                                 f"{self.plan()[1]:,}; schedules count {found[0]:,} steps per epoch from here on")
         self.counted_plan = found
         self.counters.set_steps_per_epoch(found[0])
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Add `value` to a mean over the epoch, which is reported as `train_NAME`, or as `val_NAME` in an evaluation.
+
+        Call it from any hook within a step, with a number or a tensor of one element; it does not wait for the device.
+        A value of a micro-batch (in `compute_loss`) weighs what that does in the mean of the loss, any other what the
+        step does. The mean is over all processes. A value of a closure that is called again in a step does not count.
+
+        Raises UsageError for a name that the loss or a metric has.
+        """
+        if self.log_target is not None:
+            meters, weight = self.log_target
+            meters.log(name, value, weight)
 
     def say_once(self, key: str, text: str) -> None:
         """Log a warning, unless one with the same `key` was logged in this run."""

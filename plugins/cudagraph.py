@@ -77,6 +77,9 @@ class Cudagraph:
         for name, values in self.meter_values:
             for value, weight in values:
                 run.meters.means[name].add(value.clone(), weight)
+        for name, values in self.logged_values:
+            for value, weight in values:
+                run.meters.log(name, value.clone() if isinstance(value, Tensor) else value, weight)
         run.metrics |= self.metrics
         run.outputs, run.loss = self.outputs, self.loss.clone()
         return run.loss
@@ -113,6 +116,8 @@ class Cudagraph:
             self.loss, self.outputs = run.loss, run.outputs
             self.meter_values = [(name, [*zip(mean.values, mean.weights, strict=True)])
                                  for name, mean in run.meters.means.items()]
+            self.logged_values = [(name, [*zip(mean.values, mean.weights, strict=True)])
+                                  for name, mean in run.meters.logged.items()]
             self.metrics = {name: value for name, value in run.metrics.items() if value is not metrics.get(name)}
             run.batches, run.meters = batches, meters
         self.gradients = [(parameter, parameter.grad) for group in run.optimizer.param_groups

@@ -56,6 +56,7 @@ class Split:
         if not self.batches and self.into == "auto":
             self.rng_state = rng_state()
             self.saved_statistics = [buffer.clone() for buffer in self.statistics]
+            self.logged = run.meters.logged_state()
         self.batches.append((batch, weight))
         todo, loss = self.batches[-1:], None        # type: Any, Tensor | None
         while loss is None:
@@ -87,15 +88,17 @@ class Split:
         total, losses, outputs = sum(counts), [], []
         if counts_nothing(total):       # every part has the batch's weight, which is 0
             counts, total = [1] * len(parts), len(parts)
-        self.in_batch = True
+        self.in_batch, logging = True, run.log_target
         try:
             for number, (part, count) in enumerate(zip(parts, counts, strict=True), 1):
                 share = weight if len(parts) == 1 or run.reduction == "sum" else weight * count / total
                 final = last and number == len(parts)
+                if logging is not None:
+                    run.log_target = logging[0], logging[1] * count / total
                 losses.append(run.hook.micro_step(run=run, batch=part, weight=share, last=final))
                 outputs.append(run.outputs)
         finally:
-            self.in_batch = False
+            self.in_batch, run.log_target = False, logging
         if len(parts) > 1:
             with torch.no_grad():
                 run.outputs = join_outputs(outputs, [size(part) for part in parts])
@@ -108,6 +111,9 @@ class Split:
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
         set_rng_state(self.rng_state)
+        run.meters.logged.clear()
+        run.meters.load_logged_state(self.logged)
+        self.logged = run.meters.logged_state()         # a copy
         with torch.no_grad():
             for buffer, saved in zip(self.statistics, self.saved_statistics, strict=True):
                 buffer.copy_(saved)

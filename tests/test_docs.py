@@ -94,7 +94,7 @@ def test_a_plugin_spec_on_the_page_for_users_of_other_libraries_is_valid(spec):
 def test_the_hooks_and_options_on_the_page_for_users_of_other_libraries_exist():
     page = (DOCS / "coming-from.md").read_text()
     cells = " ".join(line.split(" | ")[1] for line in page.splitlines() if line.startswith("| ") and " | " in line)
-    known = {*available(), *SPECS, "fit"}
+    known = {*available(), *SPECS, "fit", *inspect.signature(fit).parameters}
     assert set(re.findall(r"`([a-z_]+)`", cells)) <= known
     options = {option for command in main.commands.values() for parameter in command.params for option in parameter.opts}
     assert set(re.findall(r"(--[a-z-]+)", cells)) <= options

@@ -43,10 +43,12 @@ def state_of_this_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
     data = {name: loader | {"workers": {}, "indices": None} for name, loader in rank0["data"].items()}
     # Rank 0 takes over the sums of all ranks; the others begin at zero.
     if run.rank:
-        meters = Meters(run.metric_fns["train"], "train_").state_dict()
+        meters, logged = Meters(run.metric_fns["train"], "train_").state_dict(), {}
     else:
         meters = {name: merge_means([rank["meters"][name] for rank in ranks]) for name in rank0["meters"]}
-    return {"meters": meters, "val_metrics": rank0["val_metrics"], "data": data, "random": random}
+        logged = {name: merge_means([rank["logged"][name] for rank in ranks if name in rank["logged"]])
+                  for name in dict.fromkeys(name for rank in ranks for name in rank["logged"])}
+    return {"meters": meters, "logged": logged, "val_metrics": rank0["val_metrics"], "data": data, "random": random}
 
 
 def rebased_counters(run: Run, counters: dict[str, Any], consumed: int) -> dict[str, Any]:

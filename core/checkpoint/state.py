@@ -56,7 +56,7 @@ def capture_state(run: Run) -> dict[str, Any]:
     The states of model, optimizer, plugins and counters are the same on all ranks. Metrics, data loaders and random
     number generators have one state per rank, under "ranks". They are gathered, so all processes must call this.
     """
-    rank_state = {"meters": run.meters.state_dict(),
+    rank_state = {"meters": run.meters.state_dict(), "logged": run.meters.logged_state(),
                   "val_metrics": {name: metric_state(metric) for name, metric in run.metric_fns["val"].items()
                                   if is_stateful_metric(metric)},
                   "data": {name: loader.state_dict() for name, loader in run.loaders.items()},
@@ -120,6 +120,7 @@ def restore(run: Run) -> None:
         run.stop, run.metrics, run.history = saved["stop"], saved["metrics"], saved["history"]
         run.meters = Meters(run.metric_fns["train"], "train_")
         run.meters.load_state_dict(rank_state["meters"])
+        run.meters.load_logged_state(rank_state["logged"])
         for name, state in rank_state["val_metrics"].items():
             load_metric_state(run.metric_fns["val"][name], state)
         for name, loader in run.loaders.items():

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from loopctl.data.batch import target_of
-from loopctl.distributed.process_group import all_reduce_sum
+from loopctl.distributed.process_group import all_gather, all_reduce_sum
+from loopctl.errors import UsageError
 from loopctl.metrics.scalars import as_scalar
 from loopctl.metrics.weights import counts_nothing
 
@@ -82,6 +83,7 @@ class Meters:
         self.functions = functions
         self.loss = Mean()
         self.means: dict[str, Mean] = {}
+        self.logged: dict[str, Mean] = {}       # what `run.log` was given
         for name, function in functions.items():
             if is_stateful_metric(function):
                 function.reset()
@@ -103,8 +105,28 @@ class Meters:
             else:
                 function.update(outputs, target)
 
+    def log(self, name: str, value: Any, weight: Any) -> None:
+        """Add a value to the mean that is reported as `name`. Raises UsageError for a name that something else has."""
+        mean = self.logged.get(name)
+        if mean is None:
+            if not isinstance(name, str) or not name or name == "loss" or name in self.functions:
+                taken = "the loss" if name == "loss" else "a metric" if name in self.functions else "nothing"
+                raise UsageError(f"run.log: {name!r} is the name of {taken}; use another")
+            mean = self.logged[name] = Mean()
+        if type(value) is not Tensor or value.ndim:
+            value = as_scalar(value, f"run.log: {name!r}", "log one number")
+        mean.add(value.detach() if isinstance(value, Tensor) else value, weight)
+
+    def logged_state(self) -> dict[str, Any]:
+        return {name: mean.state_dict() for name, mean in self.logged.items()}
+
+    def load_logged_state(self, state: dict[str, Any]) -> None:
+        for name, saved in state.items():
+            self.logged[name] = Mean()
+            self.logged[name].load_state_dict(saved)
+
     def state_dict(self) -> dict[str, Any]:
-        """The means so far, and the state of torchmetrics objects."""
+        """The means so far, and the state of torchmetrics objects. What was logged is `logged_state`."""
         states = {name: metric_state(function) for name, function in self.functions.items() if name not in self.means}
         return {"": self.loss.state_dict()} | states | {name: mean.state_dict() for name, mean in self.means.items()}
 
@@ -121,7 +143,10 @@ class Meters:
 
         With a `run` of several processes they are means over all of them, and every process must call this.
         """
-        means = {"loss": self.loss, **self.means}
+        if run and run.world_size > 1:          # a process may have logged nothing under a name
+            for name in sorted({name for names in all_gather(run, list(self.logged)) for name in names}):
+                self.logged[name] = self.logged.pop(name, Mean())       # in the same order in all processes
+        means = {"loss": self.loss, **self.means, **self.logged}
         if run and run.world_size > 1:
             sums = [torch.as_tensor(part, dtype=torch.float64, device=run.device)
                     for mean in means.values() for part in mean.sums()]
@@ -132,6 +157,7 @@ class Meters:
         reported: dict[str, Any] = {"loss": results["loss"]}
         for name, function in self.functions.items():
             reported |= {name: results[name]} if name in means else flattened(name, function.compute())
+        reported |= {name: results[name] for name in self.logged}
         return {self.prefix + name: value for name, value in reported.items()}
 
 

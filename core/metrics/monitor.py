@@ -37,7 +37,9 @@ class Monitor:
     def start(self, run: Run) -> None:
         """Raise UsageError if the run does not report the metric. Call it in `train_start`."""
         self.metric = self.metric or ("val_loss" if "val_loss" in run.metrics else "train_loss")
-        if self.metric not in run.metrics:
+        if self.metric not in run.metrics and run.forward is not None:
+            run.expected.append(self.metric)        # `forward` may log it, which the first step shows
+        elif self.metric not in run.metrics:
             has = nearest(self.metric, run.metrics, "it has")
             raise UsageError(f"monitor={self.metric}: the run has no such metric; {has}")
         if self.mode == "auto":

@@ -49,14 +49,20 @@ def unwrapped_network(run: Run) -> nn.Module:
 
 
 def loss_by_forward(run: Run, batch: Any) -> Any:
-    """Call `run.forward` and return its loss; set `run.outputs`. Raises UsageError where it returns something else."""
+    """Call `run.forward`; return its loss, set `run.outputs`, and log the further values that it returns by name.
+
+    Raises UsageError where it returns something else.
+    """
     result = run.network(batch)
     if isinstance(result, Tensor):
-        loss, run.outputs = result, None
-    elif isinstance(result, tuple | list) and len(result) == 2:
-        loss, run.outputs = result
-    else:
-        raise UsageError(f"forward returned {describe_batch(result)}; return loss, outputs")
+        result = result, None
+    if (not isinstance(result, tuple | list) or len(result) not in (2, 3)
+            or (len(result) == 3 and not isinstance(result[2], Mapping))):
+        raise UsageError(f"forward returned {describe_batch(result)}; return loss, outputs, or loss, outputs and a "
+                         "dict of values to log")
+    for name, value in result[2].items() if len(result) == 3 else ():
+        run.log(name, value)
+    loss, run.outputs = result[:2]
     return loss
 
 
@@ -123,7 +129,7 @@ def predictions(output: Any) -> Any:
 
 
 def own_loss(output: Any) -> tuple[Any, Any]:
-    """The loss that a model returns, and the rest: `logits` where it has them. Raises UsageError where it returns no loss.
+    """The loss that a model returns, and the rest: its `logits` if it has some. Raises UsageError if it has no loss.
 
     The loss is the entry `loss` of a dict, the attribute `loss`, the one scalar of a tuple, or a scalar alone.
     """

@@ -8,7 +8,7 @@ from loopctl import Monitor, UsageError
 
 
 def run(**metrics):
-    return SimpleNamespace(metrics=metrics)
+    return SimpleNamespace(metrics=metrics, forward=None)
 
 
 @pytest.mark.parametrize(("metric", "mode"), [

@@ -164,7 +164,7 @@ def test_forward_composes_as_a_loss_function_does(plugins):
     ({"train": [torch.zeros(2, 4)]}, "a batch is a pair (input, target) or a dict, but train gave a Tensor"),
     ({"train": [(1, 2, 3)]}, "train gave a tuple of 3; pass forward=..."),
     ({"loss_fn": None, "model": nn.Bilinear(4, 1, 1)}, "returned a Tensor without one; pass a function of"),
-    ({"loss_fn": None, "forward": lambda model, batch: (1, 2, 3)}, "forward returned a tuple of 3; return loss, outputs"),
+    ({"loss_fn": None, "forward": lambda model, batch: (1, 2, {}, 3)}, "forward returned a tuple of 4; return loss, outputs"),
     ({"loss_fn": None, "forward": "f"}, "forward is 'f'; pass a function"),
     ({"forward": lambda model, batch: None}, "forward computes the loss itself, so loss_fn would not be used"),
 ])
