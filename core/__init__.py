@@ -14,18 +14,20 @@ if TYPE_CHECKING:
     from loopctl.composition.explain import explain
     from loopctl.data.dataset import Data
     from loopctl.distributed.data_parallel import Parallel
+    from loopctl.evaluation import evaluate
     from loopctl.loop import fit
     from loopctl.metrics.monitor import Monitor
     from loopctl.optim.duration import Duration
     from loopctl.run import Run
 
-__all__ = ["Data", "Duration", "Monitor", "Parallel", "Run", "UsageError", "__version__", "available", "explain", "fit",
-           "hookimpl", "load", "load_weights"]
+__all__ = ["Data", "Duration", "Monitor", "Parallel", "Run", "UsageError", "__version__", "available", "evaluate", "explain",
+           "fit", "hookimpl", "load", "load_weights"]
 
 # Imported when first used, for most of it imports torch, and `loopctl --help` is to answer at once.
 LAZY = {
     "Data": "data.dataset", "Duration": "optim.duration", "Monitor": "metrics.monitor",
-    "Parallel": "distributed.data_parallel", "Run": "run", "explain": "composition.explain", "fit": "loop",
+    "Parallel": "distributed.data_parallel", "Run": "run", "evaluate": "evaluation",
+    "explain": "composition.explain", "fit": "loop",
     "load_weights": "checkpoint.weights_file",
 }
 

@@ -17,8 +17,8 @@ class Counters:
     seen: int = 0                       # micro-batches consumed, over all epochs
     began: tuple[int, int] = (0, 0)     # `seen` and `attempts` when the current epoch began
     shift: int = 0                      # steps that the run gained or lost by resuming with another world size
-    evaluated: int = 0                  # `attempts` at the last evaluation
-    recorded: int = 0                   # `attempts` at the last row of the history
+    evaluated: int = -1                 # `attempts` at the last evaluation; -1 before the first
+    recorded: int = -1                  # `attempts` at the last row of the history; -1 before the first
 
     @property
     def seen_in_epoch(self) -> int:

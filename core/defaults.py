@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopctl.data.batch import batches_to_device, sample_count
+from loopctl.data.batch import batches_to_device, loader_name, sample_count
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
-from loopctl.metrics.meters import Meters
+from loopctl.metrics.meters import Meters, metric_prefix
 from loopctl.metrics.scalars import as_loss
 from loopctl.metrics.weights import counts_nothing, reported_loss, weighted_loss
 from loopctl.model.eval_mode import eval_mode
@@ -81,14 +81,23 @@ def backward(run: Run, loss: Tensor) -> Tensor:
 
 @hookimpl(trylast=True)
 def evaluate(run: Run) -> dict[str, Any]:
-    if run.valid is None:
-        return {}
-    meters = Meters(run.metric_fns["val"], "val_")
-    with eval_mode(*modules_of(run)), torch.no_grad():
-        for batch in batches_to_device(run.loaders["valid"], run.device):
-            evaluate_batch(run, meters, batch)
+    found: dict[str, Any] = {}
+    for name in run.validation_sets():
+        found |= evaluate_set(run, loader_name(name), Meters(run.metric_fns["val"], metric_prefix(name)))
+    return found
+
+
+def evaluate_set(run: Run, loader: str, meters: Meters) -> dict[str, Any]:
+    """Return the means of loss and metrics over one validation set."""
+    run.evaluating = loader
+    try:
+        with eval_mode(*modules_of(run)), torch.no_grad():
+            for batch in batches_to_device(run.loaders[loader], run.device):
+                evaluate_batch(run, meters, batch)
+    finally:
+        run.evaluating = ""
     if not meters.loss.weight and not meters.loss.values:
-        raise UsageError("valid has no batches left; leave it out, or pass a list or a DataLoader, not an iterator")
+        raise UsageError(f"{loader} has no batches left; leave it out, or pass a list or a DataLoader, not an iterator")
     return meters.result(run)
 
 

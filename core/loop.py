@@ -48,11 +48,12 @@ def fit(
     loss_fn: Callable[[Any, Any], Tensor] | None,
     optimizer: OptimizerOrFactory | dict[str, OptimizerOrFactory],
     train: Iterable[Any],
-    valid: Iterable[Any] | None = None,
+    valid: Iterable[Any] | dict[str, Iterable[Any]] | None = None,
     *,
     epochs: int = 1,
     max_steps: int | None = None,
     eval_every: int | None = None,
+    eval_first: bool = False,
     plugins: Iterable[Any] = (),
     metrics: dict[str, Callable[[Any, Any], Any]] | None = None,
     device: str | torch.device | None = None,
@@ -72,9 +73,11 @@ def fit(
         a dict of them by the part of the model that each trains: the name of a module, or a glob such as `*`, which
         is what no earlier one has.
     train, valid: iterables of batches, such as a DataLoader or a list. A batch is a pair (input, target), or a dict
-        whose entries are arguments of the model; tensors nest as they like.
+        whose entries are arguments of the model; tensors nest as they like. Several validation sets are a dict of them
+        by name, whose metrics are called `val_NAME_loss` and so on.
     epochs, max_steps: passes over `train`, and updates; whichever comes first ends the run.
     eval_every: also evaluate every so many steps, not only at the end of each epoch.
+    eval_first: also evaluate before the first step.
     plugins: instances, or text as on the command line (`"clip:max_norm=1"`); they act in the order given.
     metrics: by name, `fn(output, target)` that returns a mean over the batch, or torchmetrics objects.
     device: where to train; None is where the model is, "auto" is cuda, then mps, then cpu.
@@ -93,7 +96,7 @@ def fit(
     run = build_run(
         DEFAULTS, plugins, metrics, device, seed, model=model, loss_fn=loss_fn, optimizer=optimizer, train=train,
         valid=valid, epochs=epochs, max_steps=inf if max_steps is None else max_steps, eval_every=eval_every,
-        steps_per_epoch=steps_per_epoch, forward=forward, reduction=reduction, out=Path(out),
+        eval_first=eval_first, steps_per_epoch=steps_per_epoch, forward=forward, reduction=reduction, out=Path(out),
         resume=Path(resume) if resume else Path(out) if restart_count() else None)
     with blame_plugin(run.hook), rates_remembered(run.optimizer):
         run.hook.train(run=run)
@@ -201,8 +204,9 @@ def skip_step(run: Run) -> None:
 
 
 def evaluate_if_due(run: Run) -> None:
-    """Evaluate within an epoch, every `eval_every` steps."""
-    if run.eval_every and run.attempts % run.eval_every == 0 and run.counters.evaluated != run.attempts:
+    """Evaluate within an epoch, every `eval_every` steps; before the first step where `eval_first` asks for it."""
+    due = not run.attempts % run.eval_every if run.eval_every and run.attempts else run.eval_first and not run.attempts
+    if due and run.counters.evaluated != run.attempts:
         evaluate(run)
         record_metrics(run)
 
@@ -215,14 +219,16 @@ def evaluate(run: Run) -> None:
     if run.counters.evaluated == run.attempts:
         return
     with optimizer_eval_mode(run.optimizer):
-        found = run.meters.result(run) | run.hook.evaluate(run=run)
-        run.metrics = without_placeholders(run.metrics, found) | found
-        for name, value in run.metrics.items():
-            if hasattr(value, "tolist"):
-                run.metrics[name] = full_tensor(value).tolist()
-        run.metrics = broadcast_from_rank0(run, run.metrics)
+        found = run.meters.result(run) if run.attempts else {}          # before the first step there are no means
+        found |= run.hook.evaluate(run=run)
+        run.metrics = broadcast_from_rank0(run, on_host(without_placeholders(run.metrics, found) | found))
         run.counters.finish_evaluation()
         run.hook.after_evaluate(run=run)
+
+
+def on_host(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return metrics as Python numbers, which waits for the device."""
+    return {name: full_tensor(value).tolist() if hasattr(value, "tolist") else value for name, value in metrics.items()}
 
 
 def record_metrics(run: Run) -> None:

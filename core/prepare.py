@@ -20,7 +20,7 @@ from loopctl.data.batch import length_or_none
 from loopctl.distributed.data_parallel import Parallel
 from loopctl.distributed.process_group import launched_processes
 from loopctl.errors import UsageError, names, one_line
-from loopctl.metrics.meters import is_stateful_metric, reported_names
+from loopctl.metrics.meters import is_stateful_metric, metric_prefix, reported_names
 from loopctl.model.forward import unwrapped_network
 from loopctl.model.ownership import describe_untrained, modules_of, named_parameters, owns_any, untrained_parameters
 from loopctl.model.parameter_matching import matching_parameters
@@ -77,7 +77,7 @@ def prepare(run: Run, metrics: dict[str, Any], device: Any, seed: int | None) ->
     run.hook.setup(run=run)
     run.optimizer = make_optimizers(run) if isinstance(run.optimizer, Mapping) else make_optimizer(run)
     run.untrained = untrained_parameters(run)
-    if left_out := describe_untrained(run):
+    if "train" not in run.hook.replaced and (left_out := describe_untrained(run)):
         log.warning(left_out)
     run.network = unwrapped_network(run)
     run.hook.wrap_model(run=run)
@@ -92,7 +92,9 @@ def check(run: Run, metrics: Any) -> None:
         setattr(run, name, value)
         if value not in (None, inf) and (not isinstance(value, int) or value < 1):
             raise UsageError(f"{name} is {value!r}; use a whole number of at least 1")
-    for name, data in (("train", run.train), ("valid", run.valid)):
+    if isinstance(run.valid, Mapping) and not (run.valid and all(isinstance(name, str) and name for name in run.valid)):
+        raise UsageError("valid is a dict without names; pass data by name, such as {'clean': a, 'noisy': b}")
+    for name, data in run.data_sets().items():
         if data is None and name == "valid":
             continue
         if not hasattr(data, "__iter__") or isinstance(data, Mapping | str | bytes):
@@ -197,11 +199,11 @@ def place_metrics(run: Run, metrics: dict[str, Any]) -> None:
     for name, function in metrics.items():
         if not callable(function) and not is_stateful_metric(function):
             raise UsageError(f"metric {name!r} is a {type(function).__name__}, not a function of (output, target)")
-    for part, data in (("train", run.train), ("val", run.valid)):
+    for part in ("train", "val"):
         run.metric_fns[part] = {name: own_copy(function, run.device) for name, function in metrics.items()}
-        if data is not None:
-            run.metrics |= {f"{part}_{name}": nan for name in ("loss", *reported_names(run.metric_fns[part]))}
-
+    names = "loss", *reported_names(run.metric_fns["train"])
+    for prefix in ("train_", *map(metric_prefix, run.validation_sets())):
+        run.metrics |= {f"{prefix}{name}": nan for name in names}
 
 
 @contextmanager

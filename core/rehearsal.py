@@ -17,12 +17,12 @@ from torch.nn import functional
 from torch.utils import _python_dispatch
 from torch.utils.data import DataLoader
 
-from loopctl.data.batch import target_of, to_device
+from loopctl.data.batch import loader_name, target_of, to_device
 from loopctl.data.resumable_loader import samples_by_index
 from loopctl.data.sharding import Shard
 from loopctl.defaults import evaluate_batch
 from loopctl.errors import UsageError, nearest
-from loopctl.metrics.meters import Meters, is_stateful_metric
+from loopctl.metrics.meters import Meters, is_stateful_metric, metric_prefix
 from loopctl.model.eval_mode import eval_mode
 from loopctl.model.forward import unwrapped_network
 from loopctl.model.ownership import modules_of
@@ -97,27 +97,30 @@ def check_expected(run: Run, logged: set[str]) -> None:
 
 
 def try_validation(run: Run) -> set[str]:
-    """Compute loss and metrics of the first validation batch, and undo what that has changed.
+    """Compute loss and metrics of the first batch of each validation set, and undo what that has changed.
 
     Return the names of what is logged in an evaluation; where no batch can be tried, those of the training step.
     """
-    logged = {f"val_{name}" for name in run.meters.logged}
-    random, outputs, network, logging = rng_state(run.train, run.valid), run.outputs, run.network, run.log_target
+    logged = {metric_prefix(name) + value for name in run.validation_sets() for value in run.meters.logged}
+    part = "valid"
+    random, outputs, network, logging = rng_state(*run.data_sets().values()), run.outputs, run.network, run.log_target
     run.network = unwrapped_network(run)    # what wraps it, a compiler for example, need not know of the trial
     try:
         with no_dispatch_modes(), unchanged(modules_of(run)), eval_mode(*modules_of(run)), torch.no_grad():
-            for batch in first_batch(run.valid):
-                metrics = {name: deepcopy(metric) if is_stateful_metric(metric) else metric
-                           for name, metric in run.metric_fns["val"].items()}
-                meters = Meters(metrics, "val_")
-                evaluate_batch(run, meters, to_device(batch, run.device))
-                logged = {f"val_{name}" for name in meters.logged}
+            for name, data in run.validation_sets().items():
+                part = loader_name(name)
+                for batch in first_batch(data):
+                    metrics = {metric: deepcopy(function) if is_stateful_metric(function) else function
+                               for metric, function in run.metric_fns["val"].items()}
+                    meters = Meters(metrics, metric_prefix(name))
+                    evaluate_batch(run, meters, to_device(batch, run.device))
+                    logged |= {meters.prefix + value for value in meters.logged}
     except Exception as error:
-        error.add_note("raised by the first batch of valid, before the first update")
+        error.add_note(f"raised by the first batch of {part}, before the first update")
         raise
     finally:
         run.outputs, run.network, run.log_target = outputs, network, logging
-        set_rng_state(random, run.train, run.valid)
+        set_rng_state(random, *run.data_sets().values())
     return logged
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from math import inf
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopctl.counters import Counters
-from loopctl.data.batch import length_or_none
+from loopctl.data.batch import length_or_none, loader_name
 from loopctl.optim.duration import Duration, convert, parse_duration
 
 if TYPE_CHECKING:
@@ -34,10 +34,11 @@ class Run:
     loss_fn: Callable[..., Tensor] | None
     optimizer: Any                            # a torch.optim.Optimizer from `train_start` on
     train: Iterable[Any]
-    valid: Iterable[Any] | None = None
+    valid: Iterable[Any] | dict[str, Iterable[Any]] | None = None          # one validation set, or several by name
     epochs: int = 1
     max_steps: float = inf
     eval_every: int | None = None
+    eval_first: bool = False                  # evaluate before the first step too
     steps_per_epoch: int | None = None        # as given; `planned_steps` is known in any case
     forward: Any = None                       # `(model, batch) -> loss, outputs` in place of loss_fn, or a dict of such
     reduction: str | None = "mean"            # what `loss_fn` returns for a batch: the "mean" or "sum" of its losses
@@ -58,7 +59,8 @@ class Run:
     # How far the run is. Written by the loop and by a resume.
     counters: Counters = field(default_factory=Counters)
     stop: str = ""                            # why to end early; empty means go on. Written by plugins
-    loaders: dict[str, ResumableLoader] = field(default_factory=dict)      # of "train" and "valid"
+    loaders: dict[str, ResumableLoader] = field(default_factory=dict)      # of `data_sets`, in training
+    evaluating: str = ""                      # the loader that an evaluation reads; empty outside of one
     meters: Meters = None                     # type: ignore[assignment]   # means over the epoch so far
     log_target: tuple[Meters, Any] | None = None      # where `log` adds to, with which weight; None discards
     metrics: dict[str, Any] = field(default_factory=dict)                  # by name; plugins add their own
@@ -87,6 +89,17 @@ class Run:
         stopped = f", stopped: {self.stop}" if self.stop else ""
         return (f"<Run of {type(self.model).__name__} on {self.device}: epoch {self.epoch} of {self.epochs}, "
                 f"{self.step:,} updates{stopped}>")
+
+    def validation_sets(self) -> dict[str, Any]:
+        """The validation data by name: of several sets, their names; of a single one, ""."""
+        if self.valid is None:
+            return {}
+        return dict(self.valid) if isinstance(self.valid, Mapping) else {"": self.valid}
+
+    def data_sets(self) -> dict[str, Any]:
+        """All data, by the name of its loader: "train", and "valid" or, of several validation sets, "valid.NAME"."""
+        valid = {loader_name(name): data for name, data in self.validation_sets().items()}
+        return {"train": self.train} | (valid or {"valid": None})
 
     @property
     def epoch(self) -> int:

@@ -128,7 +128,7 @@ class TrialRun:
         self.run = trial = replace(run, counters=replace(run.counters), _said=set(run._said))
         # One memo for all copies, so that references among model, optimizer and plugins lead to the copies.
         memo: dict[int, Any] = {id(run): trial}
-        for loader in (run.train, run.valid):
+        for loader in run.data_sets().values():
             memo |= shared_objects(loader)
         plugins = {name: run.hook.plugins[name] for name in training_plugins(run)}
         try:

@@ -18,11 +18,13 @@ class Ema(WeightAverage):
     decay: the part of the average that each update keeps, 0 to 1
     warmup: keep less at first, (1 + n) / (10 + n) at the n-th update, so that the first weights are soon forgotten
     start: the duration after which averaging starts; at the first update if left out
+    evaluate_raw: evaluate the raw weights too, which takes as long again; their metrics are val_raw_loss and so on
     """
 
     decay: float = 0.999
     warmup: bool = True
     start: Duration | None = None
+    evaluate_raw: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1:

@@ -40,12 +40,14 @@ class Swa(WeightAverage):
     swa_lr: learning rate of every parameter group while averaging, in place of other schedules; theirs if left out
     anneal_epochs: epochs in which the learning rate moves from the schedules' to swa_lr
     anneal_strategy: along half a cosine, or linearly
+    evaluate_raw: evaluate the raw weights too, which takes as long again; their metrics are val_raw_loss and so on
     """
 
     start: Duration = "75%"
     swa_lr: float | None = None
     anneal_epochs: int = 10
     anneal_strategy: Literal["cos", "linear"] = "cos"
+    evaluate_raw: bool = False
 
     def __post_init__(self) -> None:
         if self.anneal_epochs < 0:

@@ -26,6 +26,7 @@ ARROWS = {
     "prepare": "errors rng metrics optim data distributed composition run model",
     "rehearsal": "errors rng metrics model data defaults",
     "loop": "errors hooks metrics optim data distributed composition checkpoint run defaults prepare model rehearsal",
+    "evaluation": "hooks metrics data distributed composition run prepare loop",
     "trial_run": "errors rng metrics optim model data distributed composition checkpoint run loop",
     "testing": "errors rng hooks optim data composition checkpoint run loop",
     "plugins": "errors rng hooks report metrics optim model data distributed composition checkpoint run trial_run",

@@ -39,7 +39,7 @@ def state_of_this_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
                              f"{len(ranks)} processes")
     counters.update(rebased_counters(run, counters, consumed))
     # A rank that the checkpoint does not have keeps the random-number-generator state that its seed gave it.
-    random = ranks[run.rank]["random"] if run.rank < len(ranks) else rng_state(run.train, run.valid)
+    random = ranks[run.rank]["random"] if run.rank < len(ranks) else rng_state(*run.data_sets().values())
     data = {name: loader | {"workers": {}, "indices": None} for name, loader in rank0["data"].items()}
     # Rank 0 takes over the sums of all ranks; the others begin at zero.
     if run.rank:

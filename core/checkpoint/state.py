@@ -60,7 +60,7 @@ def capture_state(run: Run) -> dict[str, Any]:
                   "val_metrics": {name: metric_state(metric) for name, metric in run.metric_fns["val"].items()
                                   if is_stateful_metric(metric)},
                   "data": {name: loader.state_dict() for name, loader in run.loaders.items()},
-                  "random": rng_state(run.train, run.valid)}
+                  "random": rng_state(*run.data_sets().values())}
     if run.world_size > 1:
         rank_state = map_nested(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rank_state)
     return {
@@ -73,7 +73,7 @@ def capture_state(run: Run) -> dict[str, Any]:
         "plugins": {name: plugin.state_dict() for name, plugin in stateful(run).items()},
         "composition": training_plugins(run),
         "parameters": parameter_names(run),
-        "data": {name: loader.identity for name, loader in run.loaders.items()},
+        "data": identities(run),
         "plan": list(run.planned_by_length()),
         "counted_plan": list(run.counted_plan or ()),
         "max_steps": run.max_steps,
@@ -127,7 +127,7 @@ def restore(run: Run) -> None:
             loader.load_state_dict(rank_state["data"][name])
         warn_of_jump(run, saved)
         # Last, because loading the other states may draw random numbers.
-        set_rng_state(rank_state["random"], run.train, run.valid)
+        set_rng_state(rank_state["random"], *run.data_sets().values())
     except (UsageError, torch.OutOfMemoryError):
         raise
     except Exception as error:                      # a plugin may raise anything if the state is not its own
@@ -238,26 +238,33 @@ def compare(run: Run, saved: dict[str, Any]) -> list[str]:
 
     rank0 = saved["ranks"][0]
     found += missing("there is the metric {}", rank0["meters"].keys() - {""}, run.metric_fns["train"])
-    validated = ({"validation data"} if "val_loss" in metrics else () for metrics in (saved["metrics"], run.metrics))
-    found += missing("there is {}", *validated)
+    sets = saved["data"], identities(run)
+    found += missing("there is {}", *([" ".join(["validation data", *name.split(".")[1:]]) for name in data
+                                       if name != "train"] for data in sets))
     if saved["plan"] != list(run.planned_by_length()) and len(saved["ranks"]) == run.world_size:
         plans = ["{} steps of {} batches".format(*plan) for plan in (saved["plan"], run.planned_by_length())]
         found.append(f"{differs('an epoch has', *plans)}; keep data, batch size and accumulation")
-    found += other_data(saved["data"], {name: loader.identity for name, loader in run.loaders.items()})
-    generators = len(rank0["random"]["generators"]), len(loader_generators((run.train, run.valid)))
+    found += other_data(*sets)
+    generators = len(rank0["random"]["generators"]), len(loader_generators(run.data_sets().values()))
     if generators[0] != generators[1]:
         found.append(differs("the number of random generators of the data loaders is", *generators))
     return found
 
 
+def identities(run: Run) -> dict[str, Any]:
+    """Return what identifies each data set that the run has, by the name of its loader."""
+    return {name: loader.identity for name, loader in run.loaders.items() if loader.source is not None}
+
+
 def other_data(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Say how the data of a run differs from that of the checkpoint: its sizes, and its classes by name and order."""
     found = []
-    for name, what in (("train", "training"), ("valid", "validation")):
+    for name in saved.keys() & current.keys():
+        what = "training" if name == "train" else "validation"
         old, new = saved[name], current[name]
         if any(old[key] != new[key] for key in ("batch_size", "samples") if name == "train" or key == "samples"):
             sizes = ["{samples} samples in batches of {batch_size}".format(**data) for data in (old, new)]
-            advice = "; best values of two sets cannot be compared" * (name == "valid")
+            advice = "; best values of two sets cannot be compared" * (name != "train")
             found.append(differs(f"the {what} data has", *sizes) + advice)
         if old["classes"] != new["classes"] and old["classes"] and new["classes"]:
             classes = [", ".join(data["classes"]) for data in (old, new)]

@@ -159,6 +159,11 @@ def target_of(batch: Any) -> Any:
     return batch if name is None else batch[name]
 
 
+def loader_name(name: str) -> str:
+    """The name of the loader of the validation set `name`; that of a single one is ""."""
+    return f"valid.{name}" if name else "valid"
+
+
 def length_or_none(batches: Any) -> int | None:
     """Return `len(batches)`, or None where it raises TypeError, as for a DataLoader over an IterableDataset."""
     try:

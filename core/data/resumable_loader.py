@@ -44,7 +44,7 @@ def signals_blocked() -> Iterator[None]:
 @contextmanager
 def open_loaders(run: Run) -> Iterator[None]:
     """Set `run.loaders` for the block; at its end, also after an exception, stop their workers."""
-    run.loaders = {name: ResumableLoader(run, name) for name in ("train", "valid")}
+    run.loaders = {name: ResumableLoader(run, name) for name in run.data_sets()}
     try:
         yield
     finally:
@@ -71,8 +71,8 @@ class ResumableLoader:
         self.identity = data_identity(self.source)      # of what the run started with
 
     def set_source(self) -> None:
-        """Use what `run.train` or `run.valid` is now, which a plugin may have replaced."""
-        self.source = self.loader = source = getattr(self.run, self.name)
+        """Use what the data set of the run is now, which a plugin may have replaced."""
+        self.source = self.loader = source = self.run.data_sets()[self.name]
         self.shard = find_shard(source)           # None in a run of one process
         self.batch_sampler: ResumableBatchSampler | None = None
         self.workers: WorkerStates | None = None
@@ -104,7 +104,7 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Start a pass over the batches, from the first one that is not consumed."""
-        if getattr(self.run, self.name) is not self.source:
+        if self.run.data_sets()[self.name] is not self.source:
             self.close()
             self.set_source()
         self.iterator = None

@@ -1,7 +1,7 @@
 """`Parallel`: the base class of data-parallel plugins such as ddp and fsdp; one process per device."""
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, default_collate
 
-from loopctl.data.batch import length_or_none
+from loopctl.data.batch import length_or_none, loader_name
 from loopctl.data.sharding import Shard, shard_data
 from loopctl.distributed.agreement import (
     describe_data,
@@ -102,11 +102,17 @@ class Parallel:
         if self.shard:
             run.train, self.shards["train"] = shard_data(run.train, run.rank, run.world_size, self.seed)
         if self.shard and run.valid is not None:
-            run.valid, self.shards["valid"] = shard_data(run.valid, run.rank, run.world_size, self.seed)
+            divided = {name: shard_data(data, run.rank, run.world_size, self.seed)
+                       for name, data in run.validation_sets().items()}
+            self.shards |= {loader_name(name): shard for name, (_, shard) in divided.items()}
+            sets = {name: data for name, (data, _) in divided.items()}
+            run.valid = sets if isinstance(run.valid, Mapping) else sets[""]
 
     def describe_request(self, run: Run) -> dict[str, str | None]:
-        valid = describe_data("valid", run.valid, self.shard) if self.shard or self.collective_forward else {}
-        return describe_run(run) | describe_data("train", run.train, self.shard) | valid
+        found = describe_run(run) | describe_data("train", run.train, self.shard)
+        for name, data in run.data_sets().items() if self.shard or self.collective_forward else ():
+            found |= describe_data(name, data, self.shard)
+        return found
 
     def convert_model(self, run: Run) -> None:
         """Convert the model's layers or parameters: after the setup of all plugins, before the optimizer is made."""
@@ -174,8 +180,9 @@ class Parallel:
 
     def is_filler(self, run: Run, batch: Any) -> bool:
         """Return whether `batch` is a filler, see `Shard`. Only the last batch of a pass can be one."""
-        if self.evaluating:
-            shard, index = self.shards["valid"], run.loaders["valid"].batch_index
+        if self.evaluating or run.evaluating:
+            loader = run.evaluating or "valid"
+            shard, index = self.shards[loader], run.loaders[loader].batch_index
         else:
             shard, index = self.shards["train"], run.seen_in_epoch + len(run.batches) - 1
             if not run.batches or batch is not run.batches[-1]:

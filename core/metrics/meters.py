@@ -161,6 +161,11 @@ class Meters:
         return {self.prefix + name: value for name, value in reported.items()}
 
 
+def metric_prefix(validation_set: str) -> str:
+    """What goes before the name of a metric of a validation set; the name of a single one is ""."""
+    return f"val_{validation_set}_" if validation_set else "val_"
+
+
 def flattened(name: str, value: Any) -> dict[str, Any]:
     """What a metric object has computed, as scalars by name: a dict gives NAME_KEY, a vector gives NAME_INDEX."""
     if isinstance(value, Mapping):

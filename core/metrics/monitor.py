@@ -36,7 +36,9 @@ class Monitor:
 
     def start(self, run: Run) -> None:
         """Raise UsageError if the run does not report the metric. Call it in `train_start`."""
-        self.metric = self.metric or ("val_loss" if "val_loss" in run.metrics else "train_loss")
+        if not self.metric:
+            losses = [name for name in run.metrics if name.startswith("val_") and name.endswith("_loss")]
+            self.metric = [*losses, "train_loss"][0]        # of several validation sets, the first one's
         if self.metric not in run.metrics and run.forward is not None:
             run.expected.append(self.metric)        # `forward` may log it, which the first step shows
         elif self.metric not in run.metrics:

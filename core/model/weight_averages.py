@@ -3,11 +3,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 from loopctl.model.ownership import loss_tensors
 
@@ -22,15 +24,38 @@ class WeightAverage:
     that were evaluated. Training itself goes on with the raw weights. Averages of half-precision weights are held in
     float32, since a small part of their distance to the weights is often less than half precision can add.
 
+    A subclass has the option `evaluate_raw`: whether the raw weights are evaluated too, which takes as long again.
+    Their metrics are called `val_raw_loss` and so on.
+
     average: the averaged parameters and buffers by name; empty until averaging has started
     """
 
     average: dict[str, Tensor]
+    evaluate_raw: bool
+    evaluating_raw = False
+
+    @hookimpl
+    def setup(self, run: Run) -> None:
+        if self.evaluate_raw:
+            raw = {raw_name(name): nan for name in run.metrics if name.startswith("val_")}
+            if not raw or raw.keys() & run.metrics.keys():
+                reason = "another plugin does so already" if raw else "there is no validation data"
+                raise UsageError(f"evaluate_raw=true, but {reason}; leave it out")
+            run.metrics |= raw
 
     @hookimpl(wrapper=True)
     def evaluate(self, run: Run) -> Generator[None, dict[str, Any], dict[str, Any]]:
-        with swapped_weights(named_tensors(run), self.average):
+        if self.evaluating_raw:
             return (yield)
+        with swapped_weights(named_tensors(run), self.average):
+            found = yield
+        if self.evaluate_raw:
+            self.evaluating_raw = True          # and the hook is called again, for the weights as they are
+            try:
+                found = found | {raw_name(name): value for name, value in run.hook.evaluate(run=run).items()}
+            finally:
+                self.evaluating_raw = False
+        return found
 
     @hookimpl(wrapper=True)
     def after_evaluate(self, run: Run) -> Generator[None, None, None]:
@@ -41,6 +66,11 @@ class WeightAverage:
     def train_end(self, run: Run) -> Generator[None, None, None]:
         copy_weights(named_tensors(run), self.average)
         return (yield)
+
+
+def raw_name(metric: str) -> str:
+    """The name of a validation metric where it is that of the raw weights."""
+    return f"val_raw_{metric.removeprefix('val_')}"
 
 
 @contextmanager
