@@ -113,7 +113,7 @@ def test_a_checkpoint_with_a_loss_scale_of_zero_is_refused(plain, batches, tmp_p
     state = read_checkpoint(file, "cpu")["plugins"]["amp"]
     amp.load_state_dict(state)
     with pytest.raises(UsageError, match="^the loss scale in the checkpoint is 0, .*; resume from an earlier checkpoint$"):
-        amp.load_state_dict(state | {"scale": 0.0})
+        amp.load_state_dict({"": state[""] | {"scale": 0.0}})
 
 
 @pytest.mark.fault(row="G", given="Amp(init_scale=inf) and init_scale=1e39 from Python, above the largest float32",
