@@ -10,7 +10,7 @@ from typing import Any
 from loopctl.checkpoint.state import parameter_names
 from loopctl.cli.train import prepare_run
 from loopctl.composition.compose import blame_plugin
-from loopctl.errors import UsageError, names
+from loopctl.errors import UsageError, counted, names
 from loopctl.optim.learning_rate import divisor, lr_curve
 from loopctl.report import plots
 from loopctl.run import Run
@@ -35,7 +35,8 @@ def draw(settings: dict[str, Any], out: Path | None) -> str:
         except UsageError as error:
             reason = str(error).removeprefix("it ").removeprefix(f"{out} ")
             raise UsageError(f"--out {reason}" if reason.startswith("needs") else f"--out {out} {reason}") from error
-    return chart([groups[0] for groups in rates], f"{run.epochs} epochs, {run.planned_steps:,} steps")
+    length = f"{counted(run.epochs, 'epoch')}, {counted(run.planned_steps, 'step')}"
+    return chart([groups[0] for groups in rates], length)
 
 
 def chart(values: list[float], length: str, width: int | None = None, height: int = 12) -> str:

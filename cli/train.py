@@ -35,7 +35,7 @@ from loopctl.composition.compose import blame_plugin, compose
 from loopctl.composition.discovery import build_plugin, split_spec
 from loopctl.composition.options import to_spec
 from loopctl.distributed.process_group import launched_processes, rank, read_note, restart_count, store_note
-from loopctl.errors import UsageError, one_line
+from loopctl.errors import UsageError, counted, one_line
 from loopctl.loop import DEFAULTS
 from loopctl.model.eval_mode import eval_mode
 from loopctl.model.summary import record_forward, render, table
@@ -150,7 +150,7 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
             raise SystemExit(130) from None
         weights = folder / "weights.safetensors"
         if not recorder.started and weights.exists():
-            more = f"{result.epoch} epochs); use more --epochs to continue it"
+            more = f"{counted(result.epoch, 'epoch')}); use more --epochs to continue it"
             raise UsageError(f"{folder}: this run is finished ({f'{result.stop})' if result.stop else more}")
         final = Weights(result.model)         # a collective operation if the model's tensors are sharded
         if rank():
@@ -162,7 +162,7 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
             raise click.ClickException(f"{weights} cannot be written ({error.strerror or error}); "
                                        f"use loopctl run --resume {folder} to try again") from error
     click.echo(f"stopped early: {one_line(result.stop)}" if result.stop
-               else f"finished: {result.epoch} epochs, {result.step:,} updates")
+               else f"finished: {counted(result.epoch, 'epoch')}, {counted(result.step, 'update')}")
     click.echo(f"run folder: {folder}")
     check_losses(result, weights)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopctl.counters import Counters
 from loopctl.data.batch import length_or_none
+from loopctl.errors import counted
 from loopctl.optim.duration import Duration, convert, parse_duration
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Run:
     def __repr__(self) -> str:
         stopped = f", stopped: {self.stop}" if self.stop else ""
         return (f"<Run of {type(self.model).__name__} on {self.device}: epoch {self.epoch} of {self.epochs}, "
-                f"{self.step:,} updates{stopped}>")
+                f"{counted(self.step, 'update')}{stopped}>")
 
     @property
     def epoch(self) -> int:
@@ -165,8 +166,9 @@ class Run:
         as_long = self.steps_per_epoch is None and length_or_none(self.train) == self.seen_in_epoch
         if as_long or self.should_stop or found == self.plan():
             return
-        self.say_once("length", f"train gave {found[1]:,} batches in epoch {self.epoch + 1}, but its length is "
-                                f"{self.plan()[1]:,}; schedules count {found[0]:,} steps per epoch from here on")
+        self.say_once("length", f"train gave {counted(found[1], 'batch')} in epoch {self.epoch + 1}, but its length is "
+                                f"{self.plan()[1]:,}; schedules count {counted(found[0], 'step')} per epoch from here "
+                                "on")
         self.counted_plan = found
         self.counters.set_steps_per_epoch(found[0])
 

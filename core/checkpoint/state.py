@@ -22,7 +22,7 @@ from loopctl.composition.options import to_spec
 from loopctl.counters import Counters
 from loopctl.data.batch import map_nested
 from loopctl.distributed.process_group import all_gather, broadcast_from_rank0, restart_count
-from loopctl.errors import UsageError, names, one_line
+from loopctl.errors import UsageError, counted, names, one_line
 from loopctl.metrics.meters import Meters, is_stateful_metric, load_metric_state, metric_state
 from loopctl.model.ownership import load_loss_tensors, loss_tensors
 from loopctl.optim.fast_step import without_dynamo_wrappers
@@ -240,7 +240,8 @@ def compare(run: Run, saved: dict[str, Any]) -> list[str]:
     validated = ({"validation data"} if "val_loss" in metrics else () for metrics in (saved["metrics"], run.metrics))
     found += missing("there is {}", *validated)
     if saved["plan"] != list(run.planned_by_length()) and len(saved["ranks"]) == run.world_size:
-        plans = ["{} steps of {} batches".format(*plan) for plan in (saved["plan"], run.planned_by_length())]
+        plans = [f"{counted(steps, 'step')} of {counted(batches, 'batch')}"
+                 for steps, batches in (saved["plan"], run.planned_by_length())]
         found.append(f"{differs('an epoch has', *plans)}; keep data, batch size and accumulation")
     found += other_data(saved["data"], {name: loader.identity for name, loader in run.loaders.items()})
     generators = len(rank0["random"]["generators"]), len(loader_generators((run.train, run.valid)))
@@ -265,7 +266,7 @@ def other_data(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
 
 def planned_length(epochs: Any, steps: float) -> str:
-    return f"{epochs} epochs" + (f" or {steps} steps" if steps != inf else "")
+    return counted(epochs, "epoch") + (f" or {counted(int(steps), 'step')}" if steps != inf else "")
 
 
 def differs(fact: str, in_checkpoint: Any, in_run: Any) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from loopctl import hooks
 from loopctl.composition.compose import SPECS, compose
 from loopctl.data.batch import sample_count
+from loopctl.errors import counted
 from loopctl.optim.learning_rate import lr_curve
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def describe_plan(run: Run) -> list[str]:
     lrs = [lr[0] for _, lr in lr_curve(run)]
     each = f", {micro_batches / steps:.3g} micro-batches each" if micro_batches != steps else ""
     return [
-        f"updates          {run.planned_steps:,}: {run.epochs} epochs of {steps:,}{each}",
-        *[f"processes        {run.world_size}, each with batches of {size:,} samples"] * (run.world_size > 1),
-        f"effective batch  {size * -(-micro_batches // steps) * run.world_size:,} samples",
+        f"updates          {run.planned_steps:,}: {counted(run.epochs, 'epoch')} of {steps:,}{each}",
+        *[f"processes        {run.world_size}, each with batches of {counted(size, 'sample')}"] * (run.world_size > 1),
+        f"effective batch  {counted(size * -(-micro_batches // steps) * run.world_size, 'sample')}",
         f"learning rate    {lrs[0]:.3g} at the start, {max(lrs):.3g} at its peak, {lrs[-1]:.3g} at the end",
     ]
