@@ -142,12 +142,13 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
     with opened as folder, matmul_precision(settings["matmul"]):
         try:
             result = fit(**arguments, resume=resume, out=folder)
-        except KeyboardInterrupt:
-            more = (f"; to go on: loopctl run --resume {shlex.quote(str(folder))}" if savers
+        except (KeyboardInterrupt, SystemExit) as error:
+            by_signal = isinstance(error, KeyboardInterrupt) or any(getattr(saver, "signal", 0) for saver in savers)
+            more = (f"; to go on:\nloopctl run --resume {shlex.quote(str(folder))}" if savers
                     else f"; what was written is in {folder}") if recorder.started else ""
-            if rank() == 0:
+            if by_signal and rank() == 0:
                 click.echo(f"interrupted{more}", err=True)
-            raise SystemExit(130) from None
+            raise SystemExit(130) if isinstance(error, KeyboardInterrupt) else error from None
         weights = folder / "weights.safetensors"
         if not recorder.started and weights.exists():
             more = f"{counted(result.epoch, 'epoch')}); use more --epochs to continue it"
