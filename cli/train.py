@@ -13,8 +13,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
-from itertools import count, takewhile
-from math import inf, isfinite
+from itertools import count
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -173,13 +173,9 @@ def check_losses(run: Run, weights: Path) -> None:
 
     A script that goes on with the weights would go on with NaN.
     """
-    last = run.history[-1] if run.history else {}
-    for name in ("train_loss", "val_loss"):
-        if not isfinite(last.get(name, 0.0)):
-            lasting = takewhile(lambda row: not isfinite(row.get(name, 0.0)), reversed(run.history))    # noqa: B023
-            advice = "" if "nan_guard" in run.hook.plugins else ", or --plugin nan_guard, which skips such steps"
-            raise click.ClickException(f"{name} is {last[name]} since epoch {[*lasting][-1]['epoch']}, so {weights} is "
-                                       f"of no use; begin a new run with a lower --lr{advice}")
+    if lost := run.lost_loss():
+        advice = "" if "nan_guard" in run.hook.plugins else ", or --plugin nan_guard, which skips such steps"
+        raise click.ClickException(f"{lost}, so {weights} is of no use; begin a new run with a lower --lr{advice}")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ can join.
 """
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -36,6 +37,8 @@ from loopctl.optim.optimizer_mode import optimizer_eval_mode, set_eval_mode, set
 from loopctl.prepare import build_run, rates_remembered
 from loopctl.rehearsal import rehearse
 from loopctl.run import Run
+
+log = logging.getLogger("loopctl")
 
 DEFAULTS = (defaults, sys.modules[__name__])        # what implements the hooks that no plugin replaces
 
@@ -87,6 +90,9 @@ def fit(
         resume=Path(resume) if resume else Path(out) if restart_count() else None)
     with blame_plugin(run.hook), rates_remembered(run.optimizer):
         run.hook.train(run=run)
+    if (lost := run.lost_loss()) and not run.config and run.rank == 0:      # the command line says it in its own words
+        advice = "" if "nan_guard" in run.hook.plugins else ", or add the plugin nan_guard, which skips such steps"
+        log.warning("%s, so the model is of no use; train again with a lower learning rate%s", lost, advice)
     return run
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
-from math import inf
+from itertools import count, islice, takewhile
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,8 +172,21 @@ class Run:
         self.counted_plan = found
         self.counters.set_steps_per_epoch(found[0])
 
+    def lost_loss(self) -> str:
+        """Which loss is not finite at the end of the history, and since which epoch; empty where both are finite."""
+        for name in ("train_loss", "val_loss"):
+            lost = [*takewhile(lambda row: is_lost(row.get(name)), reversed(self.history))]         # noqa: B023
+            if lost:
+                return f"{name} is {lost[0][name]} since epoch {lost[-1]['epoch']}"
+        return ""
+
     def say_once(self, key: str, text: str) -> None:
         """Log a warning, unless one with the same `key` was logged in this run."""
         if key not in self._said:
             log.warning(text)
         self._said.add(key)
+
+
+def is_lost(loss: Any) -> bool:
+    """Whether a loss is NaN or infinite."""
+    return isinstance(loss, float) and not isfinite(loss)
