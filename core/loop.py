@@ -32,7 +32,7 @@ from loopctl.metrics.meters import Meters, without_placeholders
 from loopctl.metrics.weights import counts_nothing, reported_loss, weighted_batches
 from loopctl.model.ownership import modules_of
 from loopctl.optim.fast_step import zero_grad
-from loopctl.optim.learning_rate import apply_schedules
+from loopctl.optim.learning_rate import apply_schedules, recorded_rates
 from loopctl.optim.optimizer_mode import optimizer_eval_mode, set_eval_mode, set_train_mode
 from loopctl.prepare import build_run, rates_remembered
 from loopctl.rehearsal import rehearse
@@ -222,5 +222,4 @@ def record_metrics(run: Run) -> None:
     if run.history and run.counters.recorded == run.attempts:
         run.history.pop()
     run.counters.finish_record()
-    lr = float(run.optimizer.param_groups[0]["lr"])
-    run.history.append({"epoch": epoch, "step": run.step, **run.metrics, "lr": lr})
+    run.history.append({"epoch": epoch, "step": run.step, **run.metrics, **recorded_rates(run.optimizer)})

@@ -66,9 +66,10 @@ class Progress:
         if self.live and time.monotonic() >= self.next:
             self.next = time.monotonic() + self.interval
             self.bar.start()                           # does nothing when it has started
-            lr = float(run.optimizer.param_groups[0]["lr"])
+            rates = sorted(float(group["lr"]) for group in run.optimizer.param_groups)
+            lr = " to ".join(f"{rate:.3g}" for rate in dict.fromkeys((rates[0], rates[-1])))
             loss = self.loss.update(nan if run.loss is None else run.loss)
-            now = f"loss {loss:.4f} lr {lr:.3g} {self.speed(self.count.update(self.counted))}"
+            now = f"loss {loss:.4f} lr {lr} {self.speed(self.count.update(self.counted))}"
             self.bar.update(self.task, completed=run.attempts, epoch=f"{run.epoch + 1}/{run.epochs}", now=now)
             self.bar.refresh()
 

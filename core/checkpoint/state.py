@@ -178,8 +178,11 @@ def load_state(run: Run, saved: dict[str, Any], file: Path) -> None:
     """Load the state dicts of model, loss function, optimizer and plugins from `saved`, the content of `file`."""
     load_model(run.model, saved["model"])
     load_loss_tensors(run, saved["loss_fn"])
+    names = [group.get("name") for group in run.optimizer.param_groups]
     with without_dynamo_wrappers():
         run.optimizer.load_state_dict({key: saved["optimizer"][key] for key in ("state", "param_groups")})
+    for group, name in zip(run.optimizer.param_groups, names, strict=True):
+        group |= {"name": name} if name else {}         # the checkpoint may be older than the name
     for name, plugin in stateful(run).items():
         if run.rank == 0 or not getattr(plugin, "rank_zero_only", False):
             try:
