@@ -40,6 +40,7 @@ from loopctl.loop import DEFAULTS
 from loopctl.model.eval_mode import eval_mode
 from loopctl.model.summary import record_forward, render, table
 from loopctl.plugins.checkpoint import Checkpoint
+from loopctl.plugins.freeze import Freeze
 from loopctl.prepare import build_run, find_device
 from loopctl.rng import seed_everything
 from loopctl.run import Run
@@ -208,6 +209,10 @@ def explanation(settings: dict[str, Any]) -> str:
 def layer_summary(settings: dict[str, Any]) -> str:
     """The text of `loopctl summary`: the model's layers, with their output shapes for one batch."""
     run = prepare_run(settings)
+    with blame_plugin(run.hook):
+        for plugin in run.hook.plugins.values():
+            if isinstance(plugin, Freeze):          # one with `until` freezes only now
+                plugin.train_start(run)
     images, _ = next(iter(run.train))
     with eval_mode(run.model), torch.no_grad(), record_forward(run.model) as layers:
         run.model(images.to(run.device))
