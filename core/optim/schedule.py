@@ -31,7 +31,7 @@ class Schedule:
     count_from: Literal["start", "run"] = "start"
 
     def __post_init__(self) -> None:
-        if self.start is None and self.until is None:
+        if self.start is None and self.until is None and type(self).check is Schedule.check:
             self.train_start = None         # type: ignore[assignment, method-assign]   # there is nothing to check
 
     @hookimpl
