@@ -38,6 +38,18 @@ def test_a_pipe_gets_a_line_per_evaluation_with_all_values(net, batches, valid, 
     assert "\x1b" not in "".join(lines)
 
 
+def test_a_row_is_printed_when_its_epoch_ends(net, batches, sgd, capsys):
+    class Look:
+        seen = []
+
+        @hookimpl
+        def safe_point(self, run):
+            if not run.seen_in_epoch:
+                self.seen += [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] + [run.epoch]
+    fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["progress", Look()])
+    assert Look.seen == ["epoch 1/2", 1, "epoch 2/2", 2]
+
+
 # What a terminal shows. rich takes FORCE_COLOR for one
 
 
