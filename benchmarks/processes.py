@@ -192,7 +192,7 @@ def memory() -> None:
         losses[plugin] = torch.stack(recorder.all)
     distance = (losses["fsdp"] - losses["ddp"]).abs().max()
     dist.all_reduce(distance, dist.ReduceOp.MAX)
-    print("\n| plugin | parameters, MB per process | AdamW's state, MB | largest difference of losses in 20 steps |\n"
+    print("\n| plugin | parameters, MiB per process | AdamW's state, MiB | largest difference of losses in 20 steps |\n"
           "|---|---|---|---|")
     for plugin, (parameters, state) in sizes.items():
         difference = "" if plugin == "ddp" else f"{distance.item():.0e}" if distance else "none"

@@ -77,7 +77,7 @@ PROCESSES = {
 
 def moments(command: list[str], folder: str) -> list[tuple[str, float, float, float]]:
     """What the process says of itself, and its end: the moment, seconds since its start, its seconds of processor time,
-    its memory's peak in MB."""
+    its memory's peak in MiB."""
     began = time.time()
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         output = process.stdout.read()
@@ -101,7 +101,7 @@ def main(rounds: int) -> None:
                 for what, *measured in moments(command, folder):
                     found.setdefault((name, what), []).append(measured)
             print(f"round {number} of {rounds}", file=sys.stderr)
-    print("| process | until | seconds | of processor time | peak memory, MB |\n|---|---|---|---|---|")
+    print("| process | until | seconds | of processor time | peak memory, MiB |\n|---|---|---|---|---|")
     for (name, what), each in found.items():
         seconds, processor, peak = (median(values) for values in zip(*each[1:], strict=True))   # the first fills caches
         print(f"| {name} | {what} | {seconds:.2f} | {processor:.2f} | {peak:,.0f} |")

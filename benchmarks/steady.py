@@ -43,6 +43,6 @@ class Watch:
 
 if __name__ == "__main__":
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
-    print("| step | us per step | resident memory, MB |\n|---|---|---|")
+    print("| step | us per step | resident memory, MiB |\n|---|---|---|")
     fit(make(), nn.CrossEntropyLoss(), sgd, BATCHES[:PER_EPOCH], epochs=steps // PER_EPOCH,
         plugins=["clip:max_norm=1", "cosine:by=step", "ema", Watch({1000, 2000, 10_000, steps // 2000 * 1000, steps})])

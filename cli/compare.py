@@ -118,9 +118,11 @@ def read_history(file: Path) -> list[dict[str, float]]:
 
 
 def configuration(runs: list[RecordedRun]) -> list[Row]:
-    """The rows of options on which the runs differ."""
+    """The rows of options on which the runs differ, below one that says which runs have no configuration."""
     configs = [run.config for run in runs if run.config]
     rows = []
+    if len(configs) < len(runs):
+        rows.append(("run.toml", ["" if run.config else "none, as of a run in Python" for run in runs]))
     for key in sorted({key for config in configs for key in config}):
         values = [config.get(key) for config in configs]
         if any(value != values[0] for value in values):

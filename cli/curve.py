@@ -10,8 +10,8 @@ from typing import Any
 from loopctl.checkpoint.state import parameter_names
 from loopctl.cli.train import prepare_run
 from loopctl.composition.compose import blame_plugin
-from loopctl.errors import UsageError, names
-from loopctl.optim.learning_rate import divisor, lr_curve
+from loopctl.errors import UsageError, counted
+from loopctl.optim.learning_rate import describe_groups, distinct_curves, divisor, lr_curve
 from loopctl.report import plots
 from loopctl.run import Run
 
@@ -35,7 +35,10 @@ def draw(settings: dict[str, Any], out: Path | None) -> str:
         except UsageError as error:
             reason = str(error).removeprefix("it ").removeprefix(f"{out} ")
             raise UsageError(f"--out {reason}" if reason.startswith("needs") else f"--out {out} {reason}") from error
-    return chart([groups[0] for groups in rates], f"{run.epochs} epochs, {run.planned_steps:,} steps")
+    length = f"{counted(run.epochs, 'epoch')}, {counted(run.planned_steps, 'step')}"
+    drawn = chart([groups[0] for groups in rates], length)
+    curves = [f"{label}: start {values[0]:.3g}, end {values[-1]:.3g}" for label, values in labelled_curves(run, rates)]
+    return "\n".join([drawn, *(["", f"{curves[0]} (drawn)", *curves[1:]] if curves[1:] else [])])
 
 
 def chart(values: list[float], length: str, width: int | None = None, height: int = 12) -> str:
@@ -121,12 +124,8 @@ def draw_image(run: Run, steps: list[int], rates: list[list[float]], spans: dict
 
 def labelled_curves(run: Run, rates: list[list[float]]) -> Iterator[tuple[str, list[float]]]:
     """Each distinct curve once, with a label that names the parameter groups that have it."""
-    groups_by_curve: dict[tuple[float, ...], list[int]] = {}
-    for number, values in enumerate(zip(*rates, strict=True)):
-        groups_by_curve.setdefault(values, []).append(number)
     parameters = parameter_names(run)
-    for values, numbers in groups_by_curve.items():
+    for values, numbers in distinct_curves(rates).items():
         members = [name for number in numbers for name in parameters[number]]
         few = members if len(members) <= 3 else [members[0], f"{len(members) - 2} more", members[-1]]
-        groups = names([str(number) for number in numbers])
-        yield f"group{'s' * (len(numbers) > 1)} {groups}: {', '.join(few)}", list(values)
+        yield f"{describe_groups(run.optimizer, numbers)}: {', '.join(few)}", list(values)

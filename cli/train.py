@@ -13,8 +13,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
-from itertools import count, takewhile
-from math import inf, isfinite
+from itertools import count
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -35,11 +35,12 @@ from loopctl.composition.compose import blame_plugin, compose
 from loopctl.composition.discovery import build_plugin, split_spec
 from loopctl.composition.options import to_spec
 from loopctl.distributed.process_group import launched_processes, rank, read_note, restart_count, store_note
-from loopctl.errors import UsageError, one_line
+from loopctl.errors import UsageError, counted, one_line
 from loopctl.loop import DEFAULTS
 from loopctl.model.eval_mode import eval_mode
 from loopctl.model.summary import record_forward, render, table
 from loopctl.plugins.checkpoint import Checkpoint
+from loopctl.plugins.freeze import Freeze
 from loopctl.prepare import build_run, find_device
 from loopctl.rng import seed_everything
 from loopctl.run import Run
@@ -142,15 +143,16 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
     with opened as folder, matmul_precision(settings["matmul"]):
         try:
             result = fit(**arguments, resume=resume, out=folder)
-        except KeyboardInterrupt:
-            more = (f"; to go on: loopctl run --resume {shlex.quote(str(folder))}" if savers
+        except (KeyboardInterrupt, SystemExit) as error:
+            by_signal = isinstance(error, KeyboardInterrupt) or any(getattr(saver, "signal", 0) for saver in savers)
+            more = (f"; to go on:\nloopctl run --resume {shlex.quote(str(folder))}" if savers
                     else f"; what was written is in {folder}") if recorder.started else ""
-            if rank() == 0:
+            if by_signal and rank() == 0:
                 click.echo(f"interrupted{more}", err=True)
-            raise SystemExit(130) from None
+            raise SystemExit(130) if isinstance(error, KeyboardInterrupt) else error from None
         weights = folder / "weights.safetensors"
         if not recorder.started and weights.exists():
-            more = f"{result.epoch} epochs); use more --epochs to continue it"
+            more = f"{counted(result.epoch, 'epoch')}); use more --epochs to continue it"
             raise UsageError(f"{folder}: this run is finished ({f'{result.stop})' if result.stop else more}")
         final = Weights(result.model)         # a collective operation if the model's tensors are sharded
         if rank():
@@ -162,7 +164,7 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
             raise click.ClickException(f"{weights} cannot be written ({error.strerror or error}); "
                                        f"use loopctl run --resume {folder} to try again") from error
     click.echo(f"stopped early: {one_line(result.stop)}" if result.stop
-               else f"finished: {result.epoch} epochs, {result.step:,} updates")
+               else f"finished: {counted(result.epoch, 'epoch')}, {counted(result.step, 'update')}")
     click.echo(f"run folder: {folder}")
     check_losses(result, weights)
 
@@ -172,13 +174,9 @@ def check_losses(run: Run, weights: Path) -> None:
 
     A script that goes on with the weights would go on with NaN.
     """
-    last = run.history[-1] if run.history else {}
-    for name in ("train_loss", "val_loss"):
-        if not isfinite(last.get(name, 0.0)):
-            lasting = takewhile(lambda row: not isfinite(row.get(name, 0.0)), reversed(run.history))    # noqa: B023
-            advice = "" if "nan_guard" in run.hook.plugins else ", or --plugin nan_guard, which skips such steps"
-            raise click.ClickException(f"{name} is {last[name]} since epoch {[*lasting][-1]['epoch']}, so {weights} is "
-                                       f"of no use; begin a new run with a lower --lr{advice}")
+    if lost := run.lost_loss():
+        advice = "" if "nan_guard" in run.hook.plugins else ", or --plugin nan_guard, which skips such steps"
+        raise click.ClickException(f"{lost}, so {weights} is of no use; begin a new run with a lower --lr{advice}")
 
 
 @contextmanager
@@ -211,6 +209,10 @@ def explanation(settings: dict[str, Any]) -> str:
 def layer_summary(settings: dict[str, Any]) -> str:
     """The text of `loopctl summary`: the model's layers, with their output shapes for one batch."""
     run = prepare_run(settings)
+    with blame_plugin(run.hook):
+        for plugin in run.hook.plugins.values():
+            if isinstance(plugin, Freeze):          # one with `until` freezes only now
+                plugin.train_start(run)
     images, _ = next(iter(run.train))
     with eval_mode(run.model), torch.no_grad(), record_forward(run.model) as layers:
         run.model(images.to(run.device))

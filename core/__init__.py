@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from loopctl.optim.duration import Duration
     from loopctl.run import Run
 
-__all__ = ["Data", "Duration", "Monitor", "Parallel", "Run", "UsageError", "__version__", "available", "evaluate", "explain",
-           "fit", "hookimpl", "load", "load_weights"]
+__all__ = ["Data", "Duration", "Monitor", "Parallel", "Run", "UsageError", "__version__", "available", "evaluate",
+           "explain", "fit", "hookimpl", "load", "load_weights"]
 
 # Imported when first used, for most of it imports torch, and `loopctl --help` is to answer at once.
 LAZY = {

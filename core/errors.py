@@ -26,6 +26,11 @@ def one_line(error: object) -> str:
     return text if len(text) <= 470 else f"{text[:290]} ... {text[-170:]}"
 
 
+def counted(number: int, thing: str) -> str:
+    """Return a number of things: `1 epoch`, `2 epochs`, `1,000 batches`."""
+    return f"{number:,} {thing}{'es' if thing.endswith(('s', 'tch')) else 's'}" if number != 1 else f"1 {thing}"
+
+
 def names(items: Iterable[str]) -> str:
     """Join names for a message: `a`, `a and b`, `a, b and c`."""
     *first, last = items

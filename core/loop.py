@@ -6,6 +6,7 @@ can join.
 """
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -31,7 +32,7 @@ from loopctl.metrics.meters import Meters, without_placeholders
 from loopctl.metrics.weights import counts_nothing, reported_loss, weighted_batches
 from loopctl.model.ownership import modules_of
 from loopctl.optim.fast_step import zero_grad
-from loopctl.optim.learning_rate import apply_schedules
+from loopctl.optim.learning_rate import apply_schedules, recorded_rates
 from loopctl.optim.optimizer_mode import optimizer_eval_mode, set_eval_mode, set_train_mode
 from loopctl.optim.several import step_in_turn
 from loopctl.prepare import build_run, rates_remembered
@@ -40,6 +41,7 @@ from loopctl.run import Run
 
 OptimizerOrFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | torch.optim.Optimizer
 Forward = Callable[[nn.Module, Any], Any]
+log = logging.getLogger("loopctl")
 DEFAULTS = (defaults, sys.modules[__name__])        # what implements the hooks that no plugin replaces
 
 
@@ -100,6 +102,9 @@ def fit(
         resume=Path(resume) if resume else Path(out) if restart_count() else None)
     with blame_plugin(run.hook), rates_remembered(run.optimizer):
         run.hook.train(run=run)
+    if (lost := run.lost_loss()) and not run.config and run.rank == 0:      # the command line says it in its own words
+        advice = "" if "nan_guard" in run.hook.plugins else ", or add the plugin nan_guard, which skips such steps"
+        log.warning("%s, so the model is of no use; train again with a lower learning rate%s", lost, advice)
     return run
 
 
@@ -240,5 +245,4 @@ def record_metrics(run: Run) -> None:
     if run.history and run.counters.recorded == run.attempts:
         run.history.pop()
     run.counters.finish_record()
-    lr = float(run.optimizer.param_groups[0]["lr"])
-    run.history.append({"epoch": epoch, "step": run.step, **run.metrics, "lr": lr})
+    run.history.append({"epoch": epoch, "step": run.step, **run.metrics, **recorded_rates(run.optimizer)})

@@ -122,8 +122,11 @@ def check(run: Run, metrics: Any) -> None:
                          "out one of the two")
     for optimizer in run.optimizer.values() if isinstance(run.optimizer, Mapping) else [run.optimizer]:
         if not (callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer)):
-            raise UsageError(f"optimizer is {describe(optimizer)}; pass one optimizer, or a factory such as "
-                             "partial(torch.optim.SGD, lr=0.1); or a dict of them by the part of the model")
+            cls = optimizer_class(optimizer)
+            way_out = (f"pass partial(torch.optim.{cls}, lr=...), or an optimizer" if cls else
+                       "pass one optimizer, or a factory such as partial(torch.optim.SGD, lr=0.1); or a dict of them by"
+                       " the part of the model")
+            raise UsageError(f"optimizer is {describe(optimizer)}; {way_out}")
     if not isinstance(metrics, Mapping):
         raise UsageError(f"metrics is {describe(metrics)}; pass a dict of functions by name, such as "
                          '{"accuracy": accuracy}')
@@ -131,6 +134,13 @@ def check(run: Run, metrics: Any) -> None:
         if not isinstance(name, str) or not name or name == "loss":
             raise UsageError(f"a metric is called {name!r}; use another name"
                              + ", for that is what the mean of loss_fn is called" * (name == "loss"))
+
+
+def optimizer_class(text: Any) -> str:
+    """The class of torch.optim that a text means, such as "adam" or "sgd:momentum=0.9"; empty where there is none."""
+    classes = {name.lower(): name for name, cls in vars(torch.optim).items()
+               if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer}
+    return classes.get(text.partition(":")[0].strip().lower(), "") if isinstance(text, str) else ""
 
 
 def describe(value: Any) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
-from math import inf
+from itertools import count, islice, takewhile
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopctl.counters import Counters
 from loopctl.data.batch import length_or_none, loader_name
+from loopctl.errors import counted
 from loopctl.optim.duration import Duration, convert, parse_duration
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Run:
     def __repr__(self) -> str:
         stopped = f", stopped: {self.stop}" if self.stop else ""
         return (f"<Run of {type(self.model).__name__} on {self.device}: epoch {self.epoch} of {self.epochs}, "
-                f"{self.step:,} updates{stopped}>")
+                f"{counted(self.step, 'update')}{stopped}>")
 
     def validation_sets(self) -> dict[str, Any]:
         """The validation data by name: of several sets, their names; of a single one, ""."""
@@ -185,8 +186,9 @@ class Run:
         as_long = self.steps_per_epoch is None and length_or_none(self.train) == self.seen_in_epoch
         if as_long or self.should_stop or found == self.plan():
             return
-        self.say_once("length", f"train gave {found[1]:,} batches in epoch {self.epoch + 1}, but its length is "
-                                f"{self.plan()[1]:,}; schedules count {found[0]:,} steps per epoch from here on")
+        self.say_once("length", f"train gave {counted(found[1], 'batch')} in epoch {self.epoch + 1}, but its length is "
+                                f"{self.plan()[1]:,}; schedules count {counted(found[0], 'step')} per epoch from here "
+                                "on")
         self.counted_plan = found
         self.counters.set_steps_per_epoch(found[0])
 
@@ -203,8 +205,21 @@ class Run:
             meters, weight = self.log_target
             meters.log(name, value, weight)
 
+    def lost_loss(self) -> str:
+        """Which loss is not finite at the end of the history, and since which epoch; empty where both are finite."""
+        for name in ("train_loss", "val_loss"):
+            lost = [*takewhile(lambda row: is_lost(row.get(name)), reversed(self.history))]         # noqa: B023
+            if lost:
+                return f"{name} is {lost[0][name]} since epoch {lost[-1]['epoch']}"
+        return ""
+
     def say_once(self, key: str, text: str) -> None:
         """Log a warning, unless one with the same `key` was logged in this run."""
         if key not in self._said:
             log.warning(text)
         self._said.add(key)
+
+
+def is_lost(loss: Any) -> bool:
+    """Whether a loss is NaN or infinite."""
+    return isinstance(loss, float) and not isfinite(loss)

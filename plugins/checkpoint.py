@@ -44,6 +44,7 @@ from loopctl.distributed.process_group import (
     is_peer_failure,
     launched_processes,
 )
+from loopctl.report.terminal import counted
 
 log = logging.getLogger("loopctl")
 
@@ -158,8 +159,8 @@ class Checkpoint:
         file = run.out / getattr(run.hook.plugins.get("csv"), "path", "metrics.csv")
         epochs = last_epoch(file)
         if epochs > self.folder.is_dir():
-            raise UsageError(f"{file} has {epochs} epochs, but {self.folder} has no checkpoint to resume from; mount "
-                             "or restore the folder, or begin a new run")
+            raise UsageError(f"{file} has {counted(epochs, 'epoch')}, but {self.folder} has no checkpoint to resume "
+                             "from; mount or restore the folder, or begin a new run")
 
     def lock_folder(self) -> None:
         """Lock the folder. Raises UsageError where another run uses it, or has used it since this one began."""

@@ -1,6 +1,6 @@
 """Gradient clipping by norm or by value."""
 from dataclasses import dataclass
-from math import nan
+from math import inf, nan
 from typing import Annotated, ClassVar
 
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -46,6 +46,17 @@ class Clip:
     @hookimpl
     def train_start(self, run: Run) -> None:
         self.parameters = trained_parameters(run)
+        others = run.hook.plugins.items()
+        alike = [name for name, other in others if isinstance(other, Clip) and other.kind == self.kind]
+        if len(alike) > 1 and self.max_norm != inf:
+            run.say_once(f"clip {self.kind}", f"{' and '.join(alike)} clip the same {self.kind}, so the smaller "
+                         "limit counts; leave one of them out")
+
+    @property
+    def kind(self) -> str:
+        """What is limited. A norm that is only measured is a kind of its own."""
+        measured = "unlimited " * (self.max_norm == inf)
+        return "value" if self.max_norm is None else f"{measured}norm of type {self.norm_type:g}"
 
     @hookimpl
     def grads_ready(self, run: Run) -> None:

@@ -14,6 +14,9 @@ log = logging.getLogger("loopctl")
 class Csv:
     """Write a row per epoch to a CSV file: losses, metrics and the learning rate.
 
+    Where parameter groups have different learning rates, each has a column: lr_ and the group's name, or its number; lr
+    is that of the first group.
+
     path: CSV file, relative to the run's folder; it must not exist yet
     """
 

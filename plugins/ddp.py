@@ -34,7 +34,7 @@ class Ddp(Parallel):
     find_unused_parameters: for a model that does not use all parameters in every step; set automatically while parts
         of the model are frozen, and where several optimizers have a loss each
     gradient_as_bucket_view: keep gradients in the communication buckets, which saves the memory of one copy
-    bucket_cap_mb: size in MB of the buckets in which gradients are reduced during the backward pass
+    bucket_cap_mb: size in MiB of the buckets in which gradients are reduced during the backward pass
     """
 
     sync_batchnorm: bool = False

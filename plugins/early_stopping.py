@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loopctl import Monitor, Run, hookimpl
+from loopctl.report.terminal import counted
 
 
 @dataclass(eq=False)
@@ -46,7 +47,7 @@ class EarlyStopping:
             self.num_bad += 1
         if self.num_bad >= self.patience:
             reason = "been NaN" if self.watch.best is None else f"not improved on {self.watch.best:.4g}"
-            run.stop = f"{self.watch.metric} has {reason} for {self.num_bad} evaluations"
+            run.stop = f"{self.watch.metric} has {reason} for {counted(self.num_bad, 'evaluation')}"
 
     @hookimpl
     def train_end(self, run: Run) -> None:

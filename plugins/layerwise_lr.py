@@ -17,9 +17,10 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 class LayerwiseLr:
     """Set different learning rates for different parts of the model.
 
-    The first parameter group has the optimizer's own learning rate, which is the one in the history. Layer-wise decay
-    is from ELECTRA, arXiv:2003.10555, with layers counted as in BEiT, arXiv:2106.08254: each block of a stack is a
-    layer, and so is each other part; a norm belongs to the layer before it or, after a block, to the layer after it.
+    The first parameter group has the optimizer's own learning rate. A group's name is its pattern, or layer 3, counted
+    from the input. Layer-wise decay is from ELECTRA, arXiv:2003.10555, with layers counted as in BEiT,
+    arXiv:2106.08254: each block of a stack is a layer, and so is each other part; a norm belongs to the layer before it
+    or, after a block, to the layer after it.
 
     rates: learning rates by pattern, conv1.*=0.01,fc.*=x10, where x10 is ten times the optimizer's own; a pattern is a
         glob (conv1.*), the name of a module (layer1) or a regular expression (/^layer[12]\\./); the first pattern that
@@ -50,23 +51,25 @@ class LayerwiseLr:
             if not new:
                 raise UsageError(f"rates: earlier patterns match all parameters that {pattern!r} matches; put it first")
             matched |= set(new)
-            by_pattern.append((base_lr * number if relative else same_type(base_lr, number), new))
+            by_pattern.append((pattern, base_lr * number if relative else same_type(base_lr, number), new))
         if self.decay is None:
-            rest = [(base_lr, list(run.model.parameters()))]
+            rest = [("rest", base_lr, list(run.model.parameters()))]
         else:
-            rest = [(base_lr * self.decay ** depth, layer) for depth, layer in enumerate(reversed(layers(run.model)))]
-        rest = [(lr, [parameter for parameter in layer if parameter not in matched]) for lr, layer in rest]
-        return [group for lr, parameters in rest + by_pattern for group in self.groups(lr, parameters)]
+            found = layers(run.model)
+            rest = [(f"layer {len(found) - depth}", base_lr * self.decay ** depth, layer)
+                    for depth, layer in enumerate(reversed(found))]
+        rest = [(name, lr, [parameter for parameter in layer if parameter not in matched]) for name, lr, layer in rest]
+        return [group for part in rest + by_pattern for group in self.groups(*part)]
 
-    def groups(self, lr: Any, parameters: list[nn.Parameter]) -> Iterator[dict[str, Any]]:
+    def groups(self, name: str, lr: Any, parameters: list[nn.Parameter]) -> Iterator[dict[str, Any]]:
         """The parameter groups of the trainable `parameters`: one, or two if some have no weight decay."""
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
         undecayed = [parameter for parameter in trainable if self.no_decay and parameter.ndim <= 1]
         decayed = [parameter for parameter in trainable if not self.no_decay or parameter.ndim > 1]
         if decayed:
-            yield {"params": decayed, "lr": lr}
+            yield {"params": decayed, "lr": lr, "name": name}
         if undecayed:
-            yield {"params": undecayed, "lr": lr, "weight_decay": 0.0}
+            yield {"params": undecayed, "lr": lr, "name": f"{name} (no decay)", "weight_decay": 0.0}
 
 
 def parse_rate(pattern: str, rate: float | str) -> tuple[float, bool]:

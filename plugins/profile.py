@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from loopctl import Run, UsageError, hookimpl
 from loopctl.checkpoint.atomic_files import atomic_write, claim_output
 from loopctl.model import summary
-from loopctl.report.terminal import say
+from loopctl.report.terminal import counted, say
 
 log = logging.getLogger("loopctl")
 
@@ -64,7 +64,8 @@ class Profile:
             if self.profiler and self.done > self.start:
                 self.finish(run)
             elif self.due:
-                say(f"profile: nothing was recorded, because the run ended after {self.done} steps; pass start=0")
+                say(f"profile: nothing was recorded, because the run ended after {counted(self.done, 'step')}; "
+                    "pass start=0")
         return result
 
     @hookimpl

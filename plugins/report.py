@@ -106,7 +106,7 @@ class Report:
             html.section("Composition", "<p>Every hook, in order, and the plugins that act there.</p>",
                          html.verbatim(self.tree))]
         if self.first_step.layers:
-            parts.append(html.section("Layers", layer_table(self.first_step.layers)))
+            parts.append(html.section("Layers", layer_table(summary.after_thawing(self.first_step.layers, run.model))))
         return html.page(title, end, parts)
 
     def facts(self, run: Run) -> list[list[str]]:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from loopctl import Run, UsageError, hookimpl
 from loopctl.data.batch import iter_tensors, map_nested
 from loopctl.metrics.weights import counts_nothing, weighted_loss
+from loopctl.report.terminal import counted
 from loopctl.rng import rng_state, set_rng_state
 
 
@@ -82,8 +83,8 @@ class Split:
         """
         parts = split_batch(batch, self.parts)
         if len(parts) < self.parts and run.world_size > 1:
-            raise UsageError(f"cannot split a batch of {len(parts)} samples into {self.parts} parts, which the other "
-                             "processes do; use a smaller number, or DataLoader(drop_last=True)")
+            raise UsageError(f"cannot split a batch of {counted(len(parts), 'sample')} into {self.parts} parts, which "
+                             "the other processes do; use a smaller number, or DataLoader(drop_last=True)")
         counts = [run.hook.batch_weight(run=run, batch=part) for part in parts]
         total, losses, outputs = sum(counts), [], []
         if counts_nothing(total):       # every part has the batch's weight, which is 0
@@ -148,7 +149,8 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
             if not isinstance(value, Tensor) or not value.ndim:
                 return value
             if len(value) != samples:
-                raise UsageError(f"cannot split a batch of {samples} samples that has a tensor of length {len(value)}")
+                raise UsageError(f"cannot split a batch of {counted(samples, 'sample')} that has a tensor of length "
+                                 f"{len(value)}")
             return value[begin:end]
         return take
 

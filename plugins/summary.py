@@ -13,7 +13,7 @@ class Summary:
     """Print each layer's output shape, parameters and multiply-adds, and the sizes in memory.
 
     It makes no forward pass of its own: it records the first micro-batch's and prints after the first step, so the run
-    is the same as without it; only torch.compile compiles once more, for the second step. An MB is 2**20 bytes. It is
+    is the same as without it; only torch.compile compiles once more, for the second step. A MiB is 2**20 bytes. It is
     the table of torchsummary (github.com/sksq96/pytorch-summary), except that activations, the outputs of the innermost
     layers, are not doubled for their gradients.
 

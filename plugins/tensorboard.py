@@ -1,5 +1,6 @@
 """Logs for TensorBoard."""
 import logging
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator
@@ -14,6 +15,7 @@ from loopctl import Run, UsageError, hookimpl
 from loopctl.checkpoint.atomic_files import claim_output
 from loopctl.checkpoint.state import run_config
 from loopctl.metrics.host_copy import HostCopy
+from loopctl.optim.learning_rate import group_names
 
 log = logging.getLogger("loopctl")
 
@@ -91,9 +93,8 @@ class Tensorboard:
     @hookimpl
     def after_step(self, run: Run) -> None:
         if run.attempts % self.every_steps == 0 or run.attempts == 1:
-            groups = run.optimizer.param_groups
-            for number, group in enumerate(groups):
-                self.send(run, f"lr/group_{number}" if len(groups) > 1 else "lr", group["lr"])
+            for tag, group in zip(rate_tags(run.optimizer), run.optimizer.param_groups, strict=True):
+                self.send(run, tag, group["lr"])
             if run.loss is not None:
                 self.send(run, "step_loss", run.loss)
             self.write_arrived()
@@ -164,3 +165,12 @@ class Tensorboard:
         for writer in self.writers.values():
             writer.close()
         self.writers = {}
+
+
+def rate_tags(optimizer: torch.optim.Optimizer) -> list[str]:
+    """The tags of the learning rates: with the names of the groups in letters that TensorBoard takes, or numbers."""
+    if len(optimizer.param_groups) == 1:
+        return ["lr"]
+    labels = [re.sub(r"[^\w.-]", "_", name) for name in group_names(optimizer)]
+    unique = labels if len(set(labels)) == len(labels) else range(len(labels))
+    return [f"lr/group_{label}" for label in unique]

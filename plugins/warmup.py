@@ -26,6 +26,14 @@ class Warmup(Schedule):
         if not 0 <= self.start_factor <= 1:
             raise ValueError(f"start_factor is 0 to 1, not {self.start_factor}")
 
+    def check(self, run: Run) -> None:
+        super().check(run)
+        last = max(0, int(run.duration(None, self.unit)) - 1 - self.origin(self.window(run)[0]))
+        reached = self.scale(run, last, 1.0, {})
+        if self.duration(run, self.length) > last + 1:
+            run.say_once("warmup", f"warmup: length={self.length} is longer than the run, whose learning rate reaches "
+                                   f"only {reached:.0%} of its full value; use a shorter length, such as 5%")
+
     def scale(self, run: Run, position: int, initial_lr: float, group: dict[str, Any]) -> float:
         done = min(1.0, position / self.duration(run, self.length))
         return self.start_factor + (1 - self.start_factor) * done

@@ -28,5 +28,5 @@ def test_an_example_package_installs_passes_its_tests_and_trains(folder, install
         (line,) = [line for line in listed if line.split()[0] == name]
         assert line.endswith(f"[{project['name']} {project['version']}]")
     for command in re.findall(r"^\$ loopctl (run .*)$", (folder / "README.md").read_text(), re.MULTILINE):
-        assert "finished: 1 epochs" in call("loopctl", *shlex.split(command), "--epochs", "1")
+        assert "finished: 1 epoch" in call("loopctl", *shlex.split(command), "--epochs", "1")
     call("pytest", "-q", "-p", "no:cacheprovider", str(folder))

@@ -404,3 +404,27 @@ def test_a_step_on_cuda_does_not_synchronize_with_the_device(net, batches, valid
     run = fit(net, cross_entropy, sgd, pinned, valid, device="cuda", metrics={"accuracy": accuracy},
               plugins=[Strict(), "amp:dtype=bfloat16", "accumulate:every=2", "clip", "warmup", "cosine:by=step"])
     assert run.step == 200
+
+
+class LoseLoss:
+    """Makes the validation loss NaN in these epochs."""
+
+    def __init__(self, *epochs):
+        self.epochs = epochs
+
+    @hookimpl
+    def after_evaluate(self, run):
+        if run.epoch in self.epochs:
+            run.metrics["val_loss"] = math.nan
+
+
+@pytest.mark.parametrize("guard", [[], ["nan_guard:action=skip"]], ids=["alone", "with nan_guard"])
+def test_losses_that_are_nan_to_the_end_are_said_once_at_the_end(guard, net, batches, valid, sgd, caplog):
+    fit(net, cross_entropy, sgd, batches, valid, epochs=4, plugins=[LoseLoss(1, 3, 4), *guard])
+    assert caplog.messages == ["val_loss is nan since epoch 3, so the model is of no use; train again with a lower learning rate"
+                               + ", or add the plugin nan_guard, which skips such steps" * (not guard)]
+
+
+def test_a_run_whose_losses_are_finite_at_the_end_says_nothing(net, batches, valid, sgd, caplog):
+    fit(net, cross_entropy, sgd, batches, valid, epochs=3, plugins=[LoseLoss(1, 2)])
+    assert not caplog.messages

@@ -21,7 +21,7 @@ ARROWS = {
     "report": "errors metrics",
     "composition": "errors hooks optim data distributed",
     "checkpoint": "errors rng counters metrics optim data distributed composition model",
-    "run": "counters metrics optim data distributed composition",
+    "run": "errors counters metrics optim data distributed composition",
     "defaults": "errors hooks metrics optim model data run",
     "prepare": "errors rng metrics optim data distributed composition run model",
     "rehearsal": "errors rng metrics model data defaults",

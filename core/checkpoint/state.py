@@ -22,7 +22,7 @@ from loopctl.composition.options import to_spec
 from loopctl.counters import Counters
 from loopctl.data.batch import map_nested
 from loopctl.distributed.process_group import all_gather, broadcast_from_rank0, restart_count
-from loopctl.errors import UsageError, names, one_line
+from loopctl.errors import UsageError, counted, names, one_line
 from loopctl.metrics.meters import Meters, is_stateful_metric, load_metric_state, metric_state
 from loopctl.model.ownership import load_loss_tensors, loss_tensors
 from loopctl.optim.fast_step import without_dynamo_wrappers
@@ -179,8 +179,11 @@ def load_state(run: Run, saved: dict[str, Any], file: Path) -> None:
     """Load the state dicts of model, loss function, optimizer and plugins from `saved`, the content of `file`."""
     load_model(run.model, saved["model"])
     load_loss_tensors(run, saved["loss_fn"])
+    names = [group.get("name") for group in run.optimizer.param_groups]
     with without_dynamo_wrappers():
         run.optimizer.load_state_dict({key: saved["optimizer"][key] for key in ("state", "param_groups")})
+    for group, name in zip(run.optimizer.param_groups, names, strict=True):
+        group |= {"name": name} if name else {}         # the checkpoint may be older than the name
     for name, plugin in stateful(run).items():
         if run.rank == 0 or not getattr(plugin, "rank_zero_only", False):
             try:
@@ -242,7 +245,8 @@ def compare(run: Run, saved: dict[str, Any]) -> list[str]:
     found += missing("there is {}", *([" ".join(["validation data", *name.split(".")[1:]]) for name in data
                                        if name != "train"] for data in sets))
     if saved["plan"] != list(run.planned_by_length()) and len(saved["ranks"]) == run.world_size:
-        plans = ["{} steps of {} batches".format(*plan) for plan in (saved["plan"], run.planned_by_length())]
+        plans = [f"{counted(steps, 'step')} of {counted(batches, 'batch')}"
+                 for steps, batches in (saved["plan"], run.planned_by_length())]
         found.append(f"{differs('an epoch has', *plans)}; keep data, batch size and accumulation")
     found += other_data(*sets)
     generators = len(rank0["random"]["generators"]), len(loader_generators(run.data_sets().values()))
@@ -273,7 +277,7 @@ def other_data(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
 
 def planned_length(epochs: Any, steps: float) -> str:
-    return f"{epochs} epochs" + (f" or {steps} steps" if steps != inf else "")
+    return counted(epochs, "epoch") + (f" or {counted(int(steps), 'step')}" if steps != inf else "")
 
 
 def differs(fact: str, in_checkpoint: Any, in_run: Any) -> str:

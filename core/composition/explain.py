@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from loopctl import hooks
 from loopctl.composition.compose import SPECS, compose
 from loopctl.data.batch import sample_count
-from loopctl.optim.learning_rate import lr_curve
+from loopctl.errors import counted
+from loopctl.optim.learning_rate import describe_groups, distinct_curves, lr_curve
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -36,11 +37,14 @@ def describe_plan(run: Run) -> list[str]:
     """Return lines with the planned number of updates, batch sizes and learning rates of a prepared run."""
     steps, micro_batches = run.plan()
     size = getattr(run.train, "batch_size", None) or sample_count(next(iter(run.train)))
-    lrs = [lr[0] for _, lr in lr_curve(run)]
+    curves = distinct_curves([rates for _, rates in lr_curve(run)])
     each = f", {micro_batches / steps:.3g} micro-batches each" if micro_batches != steps else ""
     return [
-        f"updates          {run.planned_steps:,}: {run.epochs} epochs of {steps:,}{each}",
-        *[f"processes        {run.world_size}, each with batches of {size:,} samples"] * (run.world_size > 1),
-        f"effective batch  {size * -(-micro_batches // steps) * run.world_size:,} samples",
-        f"learning rate    {lrs[0]:.3g} at the start, {max(lrs):.3g} at its peak, {lrs[-1]:.3g} at the end",
+        f"updates          {run.planned_steps:,}: {counted(run.epochs, 'epoch')} of {steps:,}{each}",
+        *[f"processes        {run.world_size}, each with batches of {counted(size, 'sample')}"] * (run.world_size > 1),
+        f"effective batch  {counted(size * -(-micro_batches // steps) * run.world_size, 'sample')}",
+        *[f"{'' if number else 'learning rate':17}"
+          f"{f'{describe_groups(run.optimizer, groups)}: ' * (len(curves) > 1)}"
+          f"{lrs[0]:.3g} at the start, {max(lrs):.3g} at its peak, {lrs[-1]:.3g} at the end"
+          for number, (lrs, groups) in enumerate(curves.items())],
     ]

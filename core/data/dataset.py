@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from loopctl.data import on_device
 from loopctl.data.checked_dataset import CheckedDataset
 from loopctl.data.memory import check_memory
-from loopctl.errors import UsageError
+from loopctl.errors import UsageError, counted
 from loopctl.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class Data:
         if workers > limit:
             raise UsageError(f"--workers {workers:,} is too many processes for this machine; use {limit} or fewer")
         images = min(batch_size, len(self.train))        # type: ignore[arg-type]
-        check_memory(f"a batch of {images:,} images of {'x'.join(map(str, self.shape))}", 4 * images * prod(self.shape),
-             "use a smaller --batch-size, or smaller images")
+        check_memory(f"a batch of {counted(images, 'image')} of {'x'.join(map(str, self.shape))}",
+                     4 * images * prod(self.shape), "use a smaller --batch-size, or smaller images")
         if check_labels and self.classes < 2:
             raise UsageError(f"data {self.name} has one class, so there is nothing to learn; it needs two or more")
         train, valid = (self.checked(part, kind, check_labels)

@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from loopctl.data.batch import length_or_none
 from loopctl.distributed.process_group import all_gather, all_reduce_sum, is_single_process
-from loopctl.errors import UsageError, names
+from loopctl.errors import UsageError, counted, names
 from loopctl.optim.several import each_optimizer
 
 if TYPE_CHECKING:
@@ -186,8 +186,8 @@ def groups_in_step(run: Run, batches: Iterable[Any], groups: Iterator[list[Any]]
             ended = [str(rank) for rank, has in enumerate(all_gather(run, group is not None)) if not has]
             several = len(ended) > 1
             raise UsageError(f"process{'es' * several} {names(ended)} ha{'ve' if several else 's'} no batches left "
-                             f"after {step - 1} steps of a pass over train, and the others have; give every process "
-                             "equally many, or pass steps_per_epoch=... that all of them reach")
+                             f"after {counted(step - 1, 'step')} of a pass over train, and the others have; give "
+                             "every process equally many, or pass steps_per_epoch=... that all of them reach")
         if group is None:
             return
         yield group

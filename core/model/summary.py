@@ -35,6 +35,7 @@ class Layer:
     shared: str = ""        # the earlier names of the module, or of parameters and buffers in it
     parameters: int = 0     # its own, without those of submodules
     trainable: int = 0      # how many of these
+    thawed: bool = False    # some of these were frozen when it was recorded, and were trained later
     size: int = 0           # bytes of its own parameters and buffers
     calls: int = 0          # how often its forward ran
     shape: str = "-"        # of the first output
@@ -111,6 +112,13 @@ class FirstStepLayers:
         self.stack.close()
         finished, self.recording = self.recording, False
         return finished
+
+
+def after_thawing(recorded: list[Layer], model: nn.Module) -> list[Layer]:
+    """The recorded layers, with what of them `model` trains by now; a plugin may have unfrozen parts since."""
+    now = {layer.name: layer.trainable for layer in layers(model, {})}
+    return [replace(layer, trainable=trained, thawed=True) if (trained := now.get(layer.name, 0)) > layer.trainable
+            else layer for layer in recorded]
 
 
 def layers(model: nn.Module, calls: dict[nn.Module, list[Call]]) -> Iterator[Layer]:
@@ -194,9 +202,9 @@ def table(layers: list[Layer], depth: int | None = None) -> Table:
     ran = any(layer.calls for layer in layers)
     for label, value in {
         "Parameters": f"{total:,}", "  trainable": f"{trainable:,}", "  frozen": f"{total - trainable:,}",
-        "Parameters and buffers": megabytes(sum(layer.size for layer in layers)),
-        "Activations, forward": megabytes(sum(layer.activations for layer in layers)) if ran else "-",
-        "Input": megabytes(layers[0].inputs) if layers[0].calls else "-",
+        "Parameters and buffers": mebibytes(sum(layer.size for layer in layers)),
+        "Activations, forward": mebibytes(sum(layer.activations for layer in layers)) if ran else "-",
+        "Input": mebibytes(layers[0].inputs) if layers[0].calls else "-",
         "Multiply-adds, forward": format_macs(layers) if ran else "-",
     }.items():
         report.add_row(label, "", "", value)
@@ -208,7 +216,8 @@ def state(layer: Layer) -> str:
     if layer.again:
         return f"used again: {layer.shared or 'model'}"
     training = "trainable" if layer.trainable == layer.parameters else "partly frozen" if layer.trainable else "frozen"
-    notes = [training] * bool(layer.parameters) + [f"shared: {layer.shared}"] * bool(layer.shared)
+    notes = [training] * bool(layer.parameters) + ["frozen at first"] * layer.thawed
+    notes += [f"shared: {layer.shared}"] * bool(layer.shared)
     return ", ".join(notes + [f"used {layer.calls} times"] * (layer.calls > 1))
 
 
@@ -221,9 +230,9 @@ def format_macs(layers: list[Layer]) -> str:
     return "at least " * any(layer.more for layer in layers) + digits + units[0]
 
 
-def megabytes(size: int) -> str:
-    """Return bytes as text in units of 2**20 bytes."""
-    return f"{size / 2**20:,.3f} MB"
+def mebibytes(size: int) -> str:
+    """Return bytes as text in MiB, units of 2**20 bytes."""
+    return f"{size / 2**20:,.3f} MiB"
 
 
 def render(report: Table) -> str:

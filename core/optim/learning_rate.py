@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from loopctl.errors import UsageError, names
+from loopctl.errors import UsageError, names, one_line
 from loopctl.optim.schedule import Schedule
 from loopctl.optim.several import each_optimizer
 
@@ -77,6 +77,26 @@ def set_learning_rates(optimizer: Optimizer, values: list[float]) -> None:
             group["lr"] = lr
 
 
+def group_names(optimizer: Optimizer) -> list[str]:
+    """The name of each parameter group: what its key `name` says, else its index. A repeated name gets it too."""
+    found = [one_line(group.get("name") or index) for index, group in enumerate(optimizer.param_groups)]
+    return [name if found.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(found)]
+
+
+def describe_groups(optimizer: Optimizer, indices: list[int]) -> str:
+    """The parameter groups with these indices, for a message: `group 0`, `groups layer 1 and layer 2`."""
+    labels = group_names(optimizer)
+    return f"group{'s' * (len(indices) > 1)} {names([labels[index] for index in indices])}"
+
+
+def recorded_rates(optimizer: Optimizer) -> dict[str, float]:
+    """The columns of the history: `lr` of the first parameter group; where groups differ, `lr_NAME` of each."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    initial = {group["initial_lr"] for group in optimizer.param_groups}
+    named = zip(group_names(optimizer), rates, strict=True) if len({*rates}) > 1 or len(initial) > 1 else ()
+    return {"lr": rates[0]} | {f"lr_{name}": rate for name, rate in named}
+
+
 def check_momentum_cycling(run: Run, plugin: Any) -> list[float]:
     """Return the momentum of each parameter group, or the first of its betas.
 
@@ -113,6 +133,14 @@ def checked_rates(run: Run, step: int) -> list[float]:
         raise UsageError(f"{schedules}: the learning rate is {max(rates, key=abs):.3g} at step {step + 1:,}; "
                          "choose other numbers")
     return rates
+
+
+def distinct_curves(rates: list[list[float]]) -> dict[tuple[float, ...], list[int]]:
+    """The indices of the parameter groups that have each curve. rates: of each group, for each step of `lr_curve`."""
+    found: dict[tuple[float, ...], list[int]] = {}
+    for index, values in enumerate(zip(*rates, strict=True)):
+        found.setdefault(values, []).append(index)
+    return found
 
 
 def lr_curve(run: Run, points: int = 2000) -> Iterator[tuple[int, list[float]]]:

@@ -33,7 +33,8 @@ class Schedule:
     optimizer: str = ""
 
     def __post_init__(self) -> None:
-        if self.start is None and self.until is None and not self.optimizer:
+        if (self.start is None and self.until is None and not self.optimizer
+                and type(self).check is Schedule.check):
             self.train_start = None         # type: ignore[assignment, method-assign]   # there is nothing to check
 
     @hookimpl

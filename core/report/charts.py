@@ -57,14 +57,18 @@ class Scale:
 
 
 def curves(history: list[dict[str, Any]]) -> dict[str, list[Line]]:
-    """Return the lines of each chart, by metric, from a dict per epoch. Training and validation share a chart."""
+    """Return the lines of each chart, by metric, from a dict per epoch. Training and validation share a chart, and so
+    do the learning rates of parameter groups."""
     charts: dict[str, list[Line]] = {}
-    for column in dict.fromkeys(key for row in history for key in row):
+    columns = dict.fromkeys(key for row in history for key in row)
+    if any(column.startswith("lr_") for column in columns):         # one of them is the first group's, which `lr` is
+        columns.pop("lr", None)
+    for column in columns:
         values = [row.get(column) for row in history]
         if column in ("epoch", "step") or not any(type(value) in (int, float) for value in values):
             continue
         part, _, rest = column.partition("_")
-        name, line = (rest, PARTS[part]) if part in PARTS and rest else (column, "")
+        name, line = (rest, PARTS[part]) if part in PARTS and rest else (part, rest) if part == "lr" else (column, "")
         epochs = [row["epoch"] if number(row.get("epoch")) else index for index, row in enumerate(history, 1)]
         charts.setdefault(name, []).append(Line(line, [*zip(epochs, values, strict=True)]))
     return charts

@@ -6,7 +6,8 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from loopctl.errors import one_line as one_line  # for plugins
+from loopctl.errors import counted as counted  # for plugins
+from loopctl.errors import one_line as one_line
 
 # Of bars and boxes, the ASCII characters that look most like them. Other characters become escapes such as \u0142.
 PLAIN = dict(zip("▁▂▃▄▅▆▇█│└─━╸╺…", "__..::##|+----~", strict=True))

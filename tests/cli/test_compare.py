@@ -215,3 +215,14 @@ def test_two_runs_of_the_command_line_are_compared(runs):
     assert table["end"] == ["finished", "finished"]
     assert "grad_norm last" in table
     assert [len(line[0]) for line in lines((runs / "page.html").read_text())["val_loss per epoch"]] == [2, 2]
+
+
+@pytest.mark.parametrize("second", ["", CONFIG["a"]], ids=["two from Python", "one from Python"])
+def test_a_run_from_python_is_said_to_have_no_configuration(second):
+    make_run("c", log=LOG["b"])
+    make_run("d", second, log=LOG["b"])
+    text = compare("c", "d", "--out", "page.html")
+    none = "none, as of a run in Python"
+    assert re.search(rf"^ *run\.toml +{none}{'' if second else f' +{none}'}$", text, re.MULTILINE)
+    assert "no difference" not in text
+    assert "No difference" not in Path("page.html").read_text()

@@ -101,7 +101,7 @@ def test_parameter_groups_have_a_curve_each_and_share_equal_ones(run, tmp_path):
     run("lr", "--model", "mlp", "--optimizer", "sgd", "--lr", "0.1", "--plugin", "layerwise_lr:decay=0.5,no_decay=true", "--out", "lr.svg")
     words = [word for word in labels(tmp_path / "lr.svg") if word.startswith("group")]
     assert len(words) >= 2
-    assert words[0].startswith("groups 0 and 1: ")              # with weight decay and without
+    assert words[0].startswith("groups layer 3 and layer 3 (no decay): ")      # with weight decay and without
 
 
 @pytest.mark.parametrize(("plugins", "expected"), [
@@ -156,8 +156,8 @@ SHOWN = {  # the texts in each image: the ticks of step, learning rate and epoch
 USUAL = SHOWN["step"][:3]
 SHOWN |= {
     "cosine": (*USUAL, ["warmup", "cosine"]),
-    "groups": (*USUAL, ["warmup", "cosine", "group 0: 16.weight, 16.bias", "group 1: 10.weight, 11.weight, 11.bias", "group 2: 7.weight, 8.weight, 8.bias",
-                        "group 3: 3.weight, 4.weight, 4.bias", "group 4: 0.weight, 1.weight, 1.bias"]),
+    "groups": (*USUAL, ["warmup", "cosine", "group layer 5: 16.weight, 16.bias", "group layer 4: 10.weight, 11.weight, 11.bias", "group layer 3: 7.weight, 8.weight, 8.bias",
+                        "group layer 2: 3.weight, 4.weight, 4.bias", "group layer 1: 0.weight, 1.weight, 1.bias"]),
     "lambda": ("0 20 40 60 80", USUAL[1], "0 1 2 3 4", ["lambda"]),
     "multiplicative": ("0 25 50 75 100 125 150 175", USUAL[1], "0 1 2 3 4 5 6 7 8", ["multiplicative"]),
     "swa": (*USUAL, ["swa", "step"]),

@@ -89,7 +89,7 @@ def test_a_new_plugin_is_listed_described_and_trains(kind, tmp_path, monkeypatch
     hook = {"schedule": "lr_scale", "observer": "setup, after_step", "wrapper": "compute_loss (wraps)", "replacer": "compute_loss"}
     assert f"hooks    {hook[kind]}\n" in page
     result = invoke("run", "--plugin", name, "--epochs", 1, "--model", "linear")
-    assert "finished: 1 epochs" in result.stdout
+    assert "finished: 1 epoch" in result.stdout
     assert result.stderr == ""
     assert (kind == "observer") == ("my_own_observer" in result.stdout)
 

@@ -285,7 +285,7 @@ def test_an_empty_hidden_folder_is_no_class(tmp_path, run):
     for part in ("train", "val"):
         save(tmp_path / ".cache" / "images", part=part)
     (tmp_path / ".cache" / "images" / "train" / ".ipynb_checkpoints").mkdir()
-    assert "finished: 1 epochs, 1 updates" in run_folder(run, tmp_path / ".cache" / "images")
+    assert "finished: 1 epoch, 1 update" in run_folder(run, tmp_path / ".cache" / "images")
 
 
 @pytest.mark.fault(row="H", given="no image in a class, hidden classes only, a class in val only", right="refused in one line that says where")

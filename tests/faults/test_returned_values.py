@@ -84,9 +84,11 @@ def test_a_metric_may_be_a_tensor_and_a_float_in_turn(plain, sgd):
     ({"loss_fn": partial(nn.functional.cross_entropy, reduction="none")}, "loss_fn.reduction is 'none'"),
     ({"loss_fn": lambda output, target: nn.functional.cross_entropy(output, target, reduction="none")}, "a tensor of shape (8,)"),
     ({"optimizer": [partial(torch.optim.SGD, lr=0.1)] * 2}, "optimizer is a list; pass one optimizer"),
-    ({"optimizer": "adam"}, "optimizer is 'adam'; pass one optimizer"),
+    ({"optimizer": "adam"}, "optimizer is 'adam'; pass partial(torch.optim.Adam, lr=...), or an optimizer"),
+    ({"optimizer": "sgd:momentum=0.9"}, "optimizer is 'sgd:momentum=0.9'; pass partial(torch.optim.SGD, lr=...), or an optimizer"),
+    ({"optimizer": "optimizer"}, "optimizer is 'optimizer'; pass one optimizer"),
     ({"metrics": [lambda output, target: 0.0]}, "metrics is a list; pass a dict"),
-    ({"valid": {"a": []}}, "valid is a dict, not an iterable of batches"),
+    ({"valid": {"a": []}}, "valid.a has no batches"),
 ])
 @pytest.mark.fault(row="A6", given="arguments of fit of a wrong kind, and losses that are no scalar", right="refused, naming the argument")
 def test_arguments_of_a_wrong_kind_are_refused_by_name(refused, changed, message):

@@ -32,3 +32,14 @@ def test_equals_a_plain_loop_to_the_bit(net, batches, clone, same, sgd, spec, cl
         assert "grad_norm" not in run.history[0]
     else:
         assert [row["grad_norm"] for row in run.history] == [norms[7].item(), norms[15].item()]
+
+
+@pytest.mark.parametrize(("specs", "said"), [
+    (["clip", "clip:max_norm=0.5"], ["clip and clip.2 clip the same norm of type 2, so the smaller limit counts; leave one of them out"]),
+    (["clip:value=1", "clip:value=2"], ["clip and clip.2 clip the same value, so the smaller limit counts; leave one of them out"]),
+    (["clip", "clip:value=1"], []), (["clip", "clip:max_norm=1,norm_type=inf"], []), (["clip:max_norm=inf", "clip", "clip:value=1"], []),
+    (["clip:max_norm=inf", "clip:max_norm=inf"], []),
+], ids=str)
+def test_two_that_clip_the_same_are_said(specs, said, net, batches, sgd, caplog):
+    fit(net, cross_entropy, sgd, batches[:1], plugins=specs)
+    assert caplog.messages == said

@@ -151,7 +151,7 @@ def test_only_permanently_frozen_parameters_are_left_out(net, batches, order):
 def test_explain_shows_the_optimizers_own_rate(net, batches):
     run = Run(net, cross_entropy, sgd, batches, epochs=2, hook=compose([LayerwiseLr(decay=0.5), "cosine"], DEFAULTS))
     prepare(run, {}, None, None)
-    assert "learning rate    0.1 at the start, 0.1 at its peak, 0.05 at the end" in explain(run=run)
+    assert "learning rate    group layer 2: 0.1 at the start, 0.1 at its peak, 0.05 at the end" in explain(run=run)
     assert "param_groups          layerwise_lr" in explain(run=run)
 
 
@@ -189,3 +189,11 @@ def test_rates_that_are_not_a_dict_are_refused():
 def test_an_optimizer_instance_is_refused(net, batches):
     with pytest.raises(UsageError, match="layerwise_lr sets the parameter groups, but the optimizer has its own; pass a factory"):
         fit(net, cross_entropy, sgd(net.parameters()), batches, plugins=[LayerwiseLr(decay=0.5)])
+
+
+def test_groups_are_named_after_their_pattern_or_layer(net):
+    def named(spec):
+        run = Run(net, cross_entropy, sgd, [], hook=compose([spec], DEFAULTS))
+        return [group["name"] for group in run.hook.param_groups(run=run)]
+    assert named("layerwise_lr:rates=4.*=x10") == ["rest", "4.*"]
+    assert named("layerwise_lr:decay=0.5,no_decay=true") == ["layer 2", "layer 2 (no decay)", "layer 1", "layer 1 (no decay)"]

@@ -446,3 +446,10 @@ def test_a_browser_draws_it_without_a_complaint(reported, tmp_path):
                           capture_output=True, text=True, timeout=120)
     assert done.stdout.count("<figure>") == 8
     assert "CONSOLE" not in done.stderr
+
+
+def test_a_layer_that_was_thawed_is_trainable_and_frozen_at_first(net, batches, sgd, tmp_path):
+    fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["freeze:patterns=0,until=1ep", "freeze:patterns=1", "report"], out=tmp_path)
+    _, page = pages(tmp_path / "report.html")
+    states = {row[0].strip(): row[-1] for table in page.tables for row in table if "Linear" in row or "BatchNorm1d" in row}
+    assert states == {"0": "trainable, frozen at first", "1": "frozen", "4": "trainable"}

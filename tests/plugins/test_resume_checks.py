@@ -480,7 +480,7 @@ def test_options_that_may_change_on_resume(change, loopctl, tmp_path):
     plugins = ["--plugin", "kill.py:Kill", "--plugin", "checkpoint:every_steps=10"]
     loopctl("--epochs", 3, "--out", "whole", "--plugin", "checkpoint:every_steps=10", "--without", "progress")
     _, errors = loopctl("--epochs", 2, "--out", "a", *plugins, status=130)
-    assert errors == "interrupted; to go on: loopctl run --resume a\n"
+    assert errors == "interrupted; to go on:\nloopctl run --resume a\n"
     loopctl("--resume", "a", "--epochs", 3, *change)
     for file in ("weights.safetensors", "metrics.csv"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from loopctl import Run, UsageError, fit, hookimpl, load
+from loopctl import Run, UsageError, explain, fit, hookimpl, load
 from loopctl.composition.compose import compose
 from loopctl.composition.discovery import entry_point
 from loopctl.loop import DEFAULTS
@@ -345,3 +345,18 @@ def test_lr_curve_does_not_change_the_counters_of_the_run():
     assert (run.epoch, run.attempts, run.seen) == (1, 6, 6)
     run.epochs = 3000
     assert len(list(lr_curve(run, points=100))) <= 102
+
+
+@pytest.mark.parametrize(("spec", "percent"), [
+    ("length=30ep", "38%"), ("length=32st,start_factor=0", "47%"), ("length=4,by=epoch,start_factor=0", "25%"),
+    ("length=8,by=step,start=10,start_factor=0", "62%"), ("length=100%", None), ("length=2ep", None), ("length=6,start=10", None),
+    ("length=2,by=epoch", None),
+])
+def test_a_warmup_that_does_not_end_within_the_run_is_said_once(spec, percent, net, batches, sgd, caplog):
+    run = fit(net, torch.nn.CrossEntropyLoss(), sgd, batches, epochs=2, plugins=[f"warmup:{spec}"])
+    explain(run=run)
+    length = spec.partition(",")[0].removeprefix("length=")
+    assert caplog.messages == [f"warmup: length={length} is longer than the run, whose learning rate reaches only {percent} of its full value; "
+                               "use a shorter length, such as 5%"][:1 if percent else 0]
+    if percent:
+        assert f"{run.history[-1]['lr'] / 0.1:.0%}" == percent

@@ -508,11 +508,11 @@ def assert_same_files(folder, whole, *names):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
-def assert_stopped_by(number, child, out):
-    """Assert that the child saved and exited, with one line on stderr."""
+def assert_stopped_by(number, child, out, last=""):
+    """Assert that the child saved and exited, with one line on stderr; `last`: what follows it."""
     assert child.end() == 128 + number
     assert re.fullmatch(rf"checkpoint: stopped by {number.name} after \d+ updates, in epoch [12]; resume continues from "
-                        rf"{out}/checkpoints/step-\d+\.pt\n", child.errors())
+                        rf"{out}/checkpoints/step-\d+\.pt\n{last}", child.errors())
     assert not list(child.folder.rglob("*.new"))
 
 
@@ -528,7 +528,7 @@ def test_loopctl_run_saves_exits_and_resumes(number, workers, moment, group, sta
     (os.killpg if group else os.kill)(child.pid, number)
     time.sleep(0.3 if group else 0)                 # time for a worker to end if it does not ignore the signal
     (tmp_path / "continue").touch()
-    assert_stopped_by(number, child, "part")
+    assert_stopped_by(number, child, "part", "interrupted; to go on:\nloopctl run --resume part\n")
     assert not (tmp_path / "part" / "weights.safetensors").exists()
     resumed = start("loopctl", "run", "--resume", "part")
     assert resumed.end() == 0

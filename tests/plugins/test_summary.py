@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer, resnet18
 
 from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.cli import main
 from loopctl.model.summary import Layer, record_forward, table
 from loopctl.plugins.summary import Summary
 
-MB = 2**20
+MIB = 2**20
 
 
 def cnn():
@@ -93,9 +95,9 @@ def test_totals():
     rows = text(seen(model, torch.randn(512, 3, 8, 8)))
 
     assert [rows[name][2] for name in ("Parameters", "trainable", "frozen")] == ["1,530", "1,306", "224"]
-    assert rows["Parameters and buffers"][2] == f"{6192 / MB:.3f} MB" == "0.006 MB"
-    assert rows["Activations, forward"][2] == f"{4 * 512 * 1930 / MB:.3f} MB" == "3.770 MB"
-    assert rows["Input"][2] == f"{4 * 512 * 192 / MB:.3f} MB" == "0.375 MB"
+    assert rows["Parameters and buffers"][2] == f"{6192 / MIB:.3f} MiB" == "0.006 MiB"
+    assert rows["Activations, forward"][2] == f"{4 * 512 * 1930 / MIB:.3f} MiB" == "3.770 MiB"
+    assert rows["Input"][2] == f"{4 * 512 * 192 / MIB:.3f} MiB" == "0.375 MiB"
     assert rows["0"] == ["Conv2d", "[512, 8, 8, 8]", "224", "14.6%", "7.08 M", "frozen"]
     assert rows["6"] == ["Linear", "[512, 10]", "1,290", "84.3%", "655 k", "trainable"]
     assert rows["2"] == ["ReLU", "[512, 8, 8, 8]", "", "", "", ""]
@@ -680,3 +682,14 @@ def test_a_narrow_terminal_folds_and_cuts_nothing_off():
 
     assert "…" not in console.file.getvalue()
     assert " 1,001,000  19.9%  2.00 M " in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("spec", "frozen"), [("keep=7", "24,832"), ("patterns=7,until=1ep", "1,290"), ("patterns=1,gradual=1ep", "8,320")])
+def test_the_command_shows_what_is_frozen_in_the_first_step(spec, frozen):
+    done = CliRunner().invoke(main, ["summary", "--model", "mlp", "--plugin", f"freeze:{spec}"])
+    assert [line.split()[1:] for line in done.output.splitlines() if line.strip().startswith("frozen")] == [[frozen]]
+
+
+def test_the_command_refuses_a_freeze_that_the_run_would_refuse():
+    done = CliRunner().invoke(main, ["summary", "--model", "mlp", "--plugin", "freeze:patterns=*,until=1ep"])
+    assert (done.exit_code, done.output) == (2, "error: freeze: nothing is left to train at the start; keep at least the last part trainable\n")

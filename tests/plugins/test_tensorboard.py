@@ -10,6 +10,7 @@ from torch import nn
 from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.composition.compose import compose
 from loopctl.metrics.host_copy import HostCopy
+from loopctl.plugins.tensorboard import rate_tags
 
 pytest.importorskip("tensorboard", reason="needs tensorboard: pip install 'loopctl[tensorboard]'")
 
@@ -61,6 +62,15 @@ def test_train_and_valid_of_a_metric_share_a_chart(net, batches, valid, sgd, tmp
     assert set(read(tmp_path / "tensorboard" / "valid").Tags()["scalars"]) == {"loss", "right"}
 
 
+@pytest.mark.parametrize(("names", "tags"), [
+    ((None,), ["lr"]), ((None, None), ["lr/group_0", "lr/group_1"]), (("fc.*", "a/b"), ["lr/group_fc._", "lr/group_a_b"]),
+    (("a*", "a?"), ["lr/group_0", "lr/group_1"]),
+], ids=str)
+def test_the_tags_of_learning_rates_are_names_that_stay_apart(names, tags):
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "name": name} for name in names]
+    assert rate_tags(torch.optim.SGD(groups, lr=0.1)) == tags
+
+
 def test_losses_and_rates_of_steps(net, batches, sgd, tmp_path):
     watch = Watch()
     fit(net, cross_entropy, sgd, batches, epochs=2, out=tmp_path,
@@ -69,7 +79,7 @@ def test_losses_and_rates_of_steps(net, batches, sgd, tmp_path):
     steps_of = tmp_path / "tensorboard"
     assert points(steps_of, "step_loss") == [(step, single(watch.losses[step - 1])) for step in steps]
     for group in range(len(watch.rates[0])):
-        assert points(steps_of, f"lr/group_{group}") == [(step, single(watch.rates[step - 1][group])) for step in steps]
+        assert points(steps_of, f"lr/group_layer_{2 - group}") == [(step, single(watch.rates[step - 1][group])) for step in steps]
     assert not (tmp_path / "tensorboard" / "valid").exists()
 
 
