@@ -23,6 +23,7 @@ class Ema(WeightAverage):
     decay: float = 0.999
     warmup: bool = True
     start: Duration | None = None
+    topic = "weights"
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1:

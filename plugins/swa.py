@@ -46,6 +46,7 @@ class Swa(WeightAverage):
     swa_lr: float | None = None
     anneal_epochs: int = 10
     anneal_strategy: Literal["cos", "linear"] = "cos"
+    topic = "weights"
 
     def __post_init__(self) -> None:
         if self.anneal_epochs < 0:

@@ -29,6 +29,7 @@ class Schedule:
     start: Duration | None = None
     until: Duration | None = None
     count_from: Literal["start", "run"] = "start"
+    topic = "learning-rate schedules"           # the heading in `loopctl plugins`
 
     def __post_init__(self) -> None:
         if self.start is None and self.until is None:
