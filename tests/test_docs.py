@@ -6,12 +6,15 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from torch import nn
 
 import loopctl
 from loopctl import available, fit, hooks
@@ -56,6 +59,53 @@ def test_the_example_of_a_hook_trains(name, net, batches, valid, sgd):
     assert run.hook.acting[name] == [plugin_name(cls)]
     assert run.epoch == 2
     assert cls.__doc__
+
+
+# The hooks whose example changes neither the weights nor the statistics nor the losses of a run.
+UNCHANGED = {"wrap_model", "train", "train_start", "micro_step", "after_backward", "after_step", "safe_point",
+             "evaluate", "after_evaluate", "epoch_end"}
+
+
+def small_network():
+    """A network with BatchNorm and dropout, and an optimizer with momentum."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.25), nn.Linear(12, 3))
+    inputs, targets = torch.randn(40, 6), torch.arange(40) % 3
+    return model, list(zip(inputs.split(8), targets.split(8), strict=True)), partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+@pytest.fixture(scope="module")
+def plain_loop():
+    """The state of the small network, and the mean loss of each epoch, after a training loop written by hand."""
+    model, batches, sgd = small_network()
+    optimizer, losses = sgd(model.parameters()), []
+    torch.manual_seed(7)
+    for _ in range(2):
+        model.train()
+        total = torch.zeros(())
+        for input, target in batches:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(input), target)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(input)
+        losses.append(total.item() / 40)
+    return model.state_dict(), losses
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_example_of_a_hook_changes_the_result_only_if_that_is_its_purpose(name, plain_loop):
+    scope = {}
+    exec(IMPORTS, scope)
+    before = set(scope)
+    exec(blocks(HOOKS[name])[1], scope)
+    (cls,) = (scope[found] for found in set(scope) - before if isinstance(scope[found], type))
+    model, batches, sgd = small_network()
+    run = fit(model, nn.CrossEntropyLoss(), sgd, batches, batches, epochs=2, plugins=[cls()], seed=7)
+    state, losses = plain_loop
+    same_state = all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    same_losses = [row["train_loss"] for row in run.history] == pytest.approx(losses, rel=1e-6)
+    assert (same_state and same_losses) == (name in UNCHANGED)
 
 
 TUTORIAL = (DOCS / "tutorial.md").read_text()
