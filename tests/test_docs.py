@@ -17,10 +17,11 @@ from click.testing import CliRunner
 from torch import nn
 
 import loopctl
-from loopctl import available, fit, hooks
+from loopctl import available, fit, hooks, load
 from loopctl.cli import main
 from loopctl.composition.compose import SPECS
 from loopctl.composition.discovery import build_plugin, plugin_name
+from loopctl.composition.options import plugin_options
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -129,6 +130,17 @@ def test_the_tutorial_works_as_written(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "runs" / "first").iterdir()} == {name.rstrip("/") for name in listed}
 
 
+def test_the_first_page_works_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, scope = (DOCS / "index.md").read_text(), {}
+    (command,) = re.findall(r"^\$ (loopctl .*)$", page, re.MULTILINE)
+    done = CliRunner().invoke(main, [*shlex.split(command)[1:], "--epochs", "1"])
+    assert done.exit_code == 0, done.output
+    exec(blocks(page)[0], scope)
+    assert len(scope["run"].history) == 20
+    assert all((DOCS / link).exists() for link in re.findall(r"\]\(([\w-]+\.md)", page))
+
+
 def specs(text):
     """The plugin specs in the right column of a page's tables."""
     cells = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ") and " | " in line]
@@ -197,10 +209,20 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "-q", DOCS, site, "-d", tmp_path / "trees"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    listed = (site / "plugins.html").read_text()
+    pictures = re.findall(r"!\[\w+\]\(gallery/(\w+)\.svg\)", (DOCS / "gallery.md").read_text())
     for name in available():
-        assert (site / "generated" / f"{name}.html").exists()
-    for picture in re.findall(r"!\[\w+\]\(gallery/(\w+\.svg)\)", (DOCS / "gallery.md").read_text()):
-        assert (site / "_images" / picture).exists()
+        text = (site / "generated" / f"{name}.html").read_text()
+        shown = html.unescape(re.sub(r"<[^>]+>", "", text))
+        for paragraph in inspect.getdoc(load(name)).split("\n\n")[:-1]:            # with every asterisk and backslash
+            assert dense(paragraph) in dense(shown)
+        assert all(dense(option.help) in dense(shown) for option in plugin_options(load(name)).values())
+        assert f'href="generated/{name}.html"' in listed
+        (command,) = re.findall(r"\$ (loopctl run .*)", shown)
+        built = [build_plugin(spec)[0] for spec in re.findall(r"--plugin (\S+)", command)]
+        assert name in built
+        assert (f"_images/{name}.svg" in text) == (name in pictures)
+    assert all((site / "_images" / f"{picture}.svg").exists() for picture in pictures)
     page = (site / "api.html").read_text()
     shown = dense(html.unescape(re.sub(r"<[^>]+>", "", page)))
     known = {f"loopctl.{name}": getattr(loopctl, name) for name in loopctl.__all__}
