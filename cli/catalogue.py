@@ -1,6 +1,6 @@
 """`loopctl models`, `loopctl data` and `loopctl optimizers`: lists of what has a name, and the options of one.
 
-All of it is read from source files: importing torch or torchvision would take seconds.
+All of it is read from source files, where they say it: importing torch or torchvision would take seconds.
 """
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from loopctl.cli import models, optimizers
 from loopctl.cli.listing import default_text, option_lines
-from loopctl.cli.source_reader import SourceReader, bound_names
+from loopctl.cli.source_reader import SourceReader, Unreadable, bound_names
 from loopctl.cli.specs import DATA, TYPES, argument_options, resolve
+from loopctl.composition.discovery import load
 from loopctl.composition.options import Option
 from loopctl.errors import harmless
 
@@ -50,13 +51,22 @@ def stand_in(place: tuple[str, str], reader: SourceReader) -> Callable[..., None
     return function
 
 
+def definition(place: tuple[str, str], reader: SourceReader) -> Callable[..., Any]:
+    """The stand-in for a definition; where its source does not say enough, the definition itself, imported."""
+    try:
+        return stand_in(place, reader)
+    except Unreadable:
+        found: Callable[..., Any] = load(":".join(place))
+        return found
+
+
 def table(kind: str) -> str:
     """A line for each name: what it is. Names of several packages are listed by package."""
     found, reader = places(kind), SourceReader()
     width = max(map(len, found), default=0)
     packages: dict[str, list[str]] = {}
     for name, place in sorted(found.items()):
-        line = first_line(stand_in(place, reader).__doc__ or "")
+        line = first_line(getdoc(definition(place, reader)) or "")
         packages.setdefault(place[0].split(".")[0], []).append(f"{name:{width}}  {line}".rstrip())
     if len(packages) == 1:
         return "\n".join(*packages.values())
@@ -67,7 +77,7 @@ def page(kind: str, spec: str) -> str:
     """Describe what a spec names: its docstring and its options. Raises UsageError where the spec is wrong."""
     found, reader = places(kind), SourceReader()
     more = more_options(kind, reader)
-    name, factory, _ = resolve(kind, spec, lambda: found, lambda name: stand_in(found[name], reader), more)
+    name, factory, _ = resolve(kind, spec, lambda: found, lambda name: definition(found[name], reader), more)
     known = options_of(kind, name, factory, more, reader)
     text = getdoc(factory) or ""
     lines = [f"{name}: {plain(prose(text))}", "", *option_lines(known)]

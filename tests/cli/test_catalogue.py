@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 import loopctl
 from loopctl.cli import DATA, catalogue, main, models, optimizers
+from loopctl.cli.source_reader import Unreadable
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -63,6 +64,16 @@ def test_the_page_of_a_torchvision_model_names_its_pretrained_weights():
 def test_the_page_of_data_has_the_options_of_all_data():
     page = show("data digits")
     assert re.findall(r"^  (\w+)  ", page, re.MULTILINE) == ["channels", "on_device"]
+
+
+@pytest.mark.parametrize("command", ["models vit", "models resnet50", "data", "data fake", "optimizers sgd", "optimizers adamw"])
+def test_what_the_source_does_not_say_is_imported_and_shown_in_the_same_way(command, monkeypatch):
+    expected = show(command)
+
+    def signature(*place):
+        raise Unreadable
+    monkeypatch.setattr(catalogue.SourceReader, "signature", signature)
+    assert show(command) == expected
 
 
 def test_a_function_of_the_user_has_a_page(tmp_path):
