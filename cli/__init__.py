@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
+from loopctl.cli.completion import completer
+from loopctl.cli.grouped_help import MAIN, GroupedCommand, GroupedOption
 from loopctl.cli.parameters import DevicesType, FloatType, IntegerType, PathType, TextType
-from loopctl.cli.specs import DEFAULT_PLUGINS
+from loopctl.cli.specs import DATA, DEFAULT_PLUGINS
 from loopctl.errors import UsageError, nearest, one_line
 from loopctl.report.terminal import say, use_plain_letters
 
 
 class Commands(click.Group):
     """A group of commands that reports an error in one line. Usage errors exit with status 2, other failures with 1."""
+
+    command_class = GroupedCommand
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["loopctl.arguments"] = list(args)
@@ -76,13 +79,6 @@ def describe_failure(error: BaseException) -> str:
     return " ".join(", ".join(parts).split())
 
 
-def completer(names: Callable[[], list[str]]) -> Callable[..., list[CompletionItem]]:
-    """Shell completion of the names that `names` returns, without importing torch."""
-    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in names() if name.startswith(incomplete)]
-    return complete
-
-
 def plugin_names() -> list[str]:
     from loopctl.composition.discovery import available
     return list(available())
@@ -96,9 +92,6 @@ def model_names() -> list[str]:
 def optimizer_names() -> list[str]:
     from loopctl.cli import optimizers
     return optimizers.known_names()
-
-
-DATA = ["cifar10", "cifar100", "digits", "fake", "fashionmnist", "imagefolder", "imagenet", "mnist"]
 
 
 def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
@@ -140,54 +133,60 @@ def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
 
 
 def shared_option(flag: str, names: Callable[[], list[str]] | None = None, **settings: Any) -> Callable[..., Any]:
-    """An option of several commands. Its help shows its default, and the shell completes its `names`."""
+    """An option in a group. Its help shows its default, and the shell completes its `names` and their options.
+
+    group: the heading that `--help` shows it under; the options of `MAIN` fill the first screen, so choose another
+    """
     if settings.get("default") is not None and not settings.get("is_flag"):
         settings["show_default"] = True
-    return click.option(flag, shell_complete=completer(names) if names else None, **settings)
+    complete = completer(names, flag.removeprefix("--")) if names else None
+    return click.option(flag, cls=GroupedOption, shell_complete=complete, **settings)
 
 
 COUNT = IntegerType(1)
+LENGTH, DEVICES, REPEATING = "Length and evaluation", "Devices and precision", "Repeating a run"
 SHARED_OPTIONS = (
-    shared_option("--model", model_names, default="cnn", type=TextType(), metavar="M",
-                  help="The model: cnn, linear, mlp, vit, any of torchvision's by name, package.module:factory or "
-                       "file.py:factory."),
-    shared_option("--data", lambda: DATA, default="digits", type=TextType(), metavar="D",
-                  help=f"The data set: {', '.join(DATA)}, package.module:factory or file.py:factory; "
-                       "with :on_device=true all of it is kept in the memory of the device."),
-    shared_option("--data-root", default="data", type=PathType(str), metavar="DIR",
+    shared_option("--model", model_names, group=MAIN, default="cnn", type=TextType(), metavar="M",
+                  help="One of `loopctl models`, package.module:factory or file.py:factory."),
+    shared_option("--data", lambda: DATA, group=MAIN, default="digits", type=TextType(), metavar="D",
+                  help="One of `loopctl data`, package.module:factory or file.py:factory."),
+    shared_option("--optimizer", optimizer_names, group=MAIN, default="adamw", type=TextType(), metavar="O",
+                  help="One of `loopctl optimizers`, package.module:Class or file.py:Class."),
+    shared_option("--lr", group=MAIN, type=FloatType(), metavar="F",
+                  help="Learning rate.  [default: the optimizer's own]"),
+    shared_option("--epochs", group=MAIN, default=20, type=COUNT, metavar="N", help="Passes over the training data."),
+    shared_option("--batch-size", group=MAIN, default=64, type=COUNT, metavar="N",
+                  help="Samples per batch, in each process."),
+    shared_option("--plugin", plugin_names, group=MAIN, multiple=True, type=TextType(), metavar="NAME[:OPTIONS]",
+                  help="Add one of `loopctl plugins`, as in clip:max_norm=1; repeat it for more, which act in the "
+                       "order given."),
+    shared_option("--device", group=MAIN, default="auto", type=TextType(), metavar="DEVICE",
+                  help="auto (cuda, then mps, then cpu), cpu, mps, cuda or one such as cuda:1."),
+    shared_option("--data-root", group="Data", default="data", type=PathType(str), metavar="DIR",
                   help="The folder where data sets are stored."),
-    shared_option("--download", is_flag=True, help="Download the data set if it is not in --data-root."),
-    shared_option("--workers", default=0, type=IntegerType(0), metavar="N",
+    shared_option("--download", group="Data", is_flag=True,
+                  help="Download the data set if it is not in --data-root."),
+    shared_option("--workers", group="Data", default=0, type=IntegerType(0), metavar="N",
                   help="Number of worker processes that load data; 0 loads it in the main process."),
-    shared_option("--optimizer", optimizer_names, default="adamw", type=TextType(), metavar="O",
-                  help="The optimizer: any of torch.optim with its options, such as sgd:momentum=0.9, "
-                       "package.module:Class or file.py:Class."),
-    shared_option("--lr", type=FloatType(), metavar="F", help="Learning rate.  [default: the optimizer's own]"),
-    shared_option("--epochs", default=20, type=COUNT, metavar="N", help="Number of passes over the training data."),
-    shared_option("--max-steps", type=COUNT, metavar="N",
+    shared_option("--max-steps", group=LENGTH, type=COUNT, metavar="N",
                   help="End the run after N updates, even if --epochs are not complete."),
-    shared_option("--eval-every", type=COUNT, metavar="N",
+    shared_option("--eval-every", group=LENGTH, type=COUNT, metavar="N",
                   help="Evaluate every N steps, in addition to the end of each epoch."),
-    shared_option("--batch-size", default=64, type=COUNT, metavar="N", help="Images per batch, in each process."),
-    shared_option("--plugin", plugin_names, multiple=True, type=TextType(), metavar="NAME[:option=value,...]",
-                  help="Add a plugin (see `loopctl plugins`); repeat the option for more, which act in the "
-                       "order given. A value with a comma is put in double quotes."),
-    shared_option("--without", type=click.Choice(DEFAULT_PLUGINS), multiple=True,
-                  help="Leave out a plugin that `run` adds by default."),
-    shared_option("--device", default="auto", type=TextType(), metavar="DEVICE",
-                  help="Device to train on: auto, cpu, mps, cuda or one such as cuda:1; auto chooses cuda, then mps, "
-                       "then cpu."),
-    shared_option("--devices", type=DevicesType(), metavar="0,1",
+    shared_option("--without", type=click.Choice(DEFAULT_PLUGINS), multiple=True, metavar="NAME",
+                  help=f"Leave out a plugin that `run` adds by default: {', '.join(DEFAULT_PLUGINS)}."),
+    shared_option("--devices", group=DEVICES, type=DevicesType(), metavar="0,1",
                   help="Train in several processes, one for each GPU listed (on a CPU, one for each number), and add "
                        "the plugin ddp unless ddp or fsdp is given."),
-    shared_option("--seed", default=0, type=IntegerType(0, 2**64 - 1), metavar="N",
+    shared_option("--matmul", group=DEVICES, type=click.Choice(["highest", "high", "medium"]), default="highest",
+                  metavar="P",
+                  help="Precision of float32 matrix products (torch.set_float32_matmul_precision): highest, high or "
+                       "medium; the last two are faster on recent GPUs."),
+    shared_option("--seed", group=REPEATING, default=0, type=IntegerType(0, 2**64 - 1), metavar="N",
                   help="Seed of the random-number generators of Python, NumPy and torch."),
-    shared_option("--matmul", type=click.Choice(["highest", "high", "medium"]), default="highest",
-                  help="Precision of float32 matrix products (torch.set_float32_matmul_precision); high and medium are "
-                       "faster on recent GPUs."),
-    shared_option("--deterministic", is_flag=True,
+    shared_option("--deterministic", group=REPEATING, is_flag=True,
                   help="Use only deterministic algorithms (torch.use_deterministic_algorithms)."),
-    shared_option("--config", type=PathType(), is_eager=True, callback=read_defaults, metavar="FILE.toml",
+    shared_option("--config", group=REPEATING, type=PathType(), is_eager=True, callback=read_defaults,
+                  metavar="FILE.toml",
                   help="Read options from the run.toml of another run; options on the command line override them."),
     shared_option("--traceback", is_flag=True, expose_value=False, help="Show Python's traceback of a failure."),
 )
@@ -211,10 +210,10 @@ def main(ctx: click.Context) -> None:
 
 @main.command()
 @training_options
-@click.option("--out", type=PathType(), metavar="DIR",
-              help="The folder that the run writes to.  [default: a new one in runs/]")
-@click.option("--resume", type=PathType(), is_eager=True, callback=read_defaults, metavar="DIR",
-              help="Resume the run in this folder from its last checkpoint.")
+@shared_option("--out", group=MAIN, type=PathType(), metavar="DIR",
+               help="The run's folder.  [default: a new one in runs/]")
+@shared_option("--resume", group=MAIN, type=PathType(), is_eager=True, callback=read_defaults, metavar="DIR",
+               help="Resume the run in DIR from its last checkpoint.")
 @click.pass_context
 def run(ctx: click.Context, **settings: Any) -> None:
     """Train a model. Without options, a small convolutional network on images of handwritten digits."""
@@ -235,8 +234,8 @@ def explain(**settings: Any) -> None:
 
 @main.command()
 @training_options
-@click.option("--out", type=PathType(), metavar="FILE",
-              help="Also write an image of the curve: lr.png, lr.svg or lr.pdf.")
+@shared_option("--out", group=MAIN, type=PathType(), metavar="FILE",
+               help="Also write an image of the curve: lr.png, lr.svg or lr.pdf.")
 def lr(out: Path | None, **settings: Any) -> None:
     """Draw the learning rate over a whole run, without training."""
     from loopctl.cli import curve
@@ -262,17 +261,47 @@ def compare(runs: tuple[Path, ...], out: Path | None) -> None:
 
 @main.command()
 @click.argument("name", required=False, type=TextType(), shell_complete=completer(plugin_names))
-@click.option("--check", is_flag=True, help="Import each plugin and mark those that cannot be imported.")
+@click.option("--check", is_flag=True, help="Import each plugin, or NAME, and show what cannot be imported.")
 def plugins(name: str | None, check: bool) -> None:
-    """List the installed plugins, or describe one of them: its options, hooks and origin."""
+    """List the installed plugins, or show the options of one.
+
+    With a NAME, its options with their types and defaults, its hooks and its origin are shown.
+    """
     from loopctl.cli import listing
     if name is not None:
-        say(listing.page(name))
+        say(listing.page(name, check))
     else:
         listed, broken = listing.table(check)
         say(listed)
         if broken:
             raise click.ClickException(f"broken plugins: {', '.join(broken)}; see their lines above")
+
+
+def describe_kind(kind: str, name: str | None) -> None:
+    """List what has a name for `--kind`, or describe the one called `name`."""
+    from loopctl.cli import catalogue
+    say(catalogue.table(kind) if name is None else catalogue.page(kind, name))
+
+
+@main.command("models")
+@click.argument("name", required=False, type=TextType(), shell_complete=completer(model_names))
+def list_models(name: str | None) -> None:
+    """List the models that have a name, or show the options of one."""
+    describe_kind("model", name)
+
+
+@main.command("data")
+@click.argument("name", required=False, type=TextType(), shell_complete=completer(lambda: DATA))
+def list_data(name: str | None) -> None:
+    """List the data sets that have a name, or show the options of one."""
+    describe_kind("data", name)
+
+
+@main.command("optimizers")
+@click.argument("name", required=False, type=TextType(), shell_complete=completer(optimizer_names))
+def list_optimizers(name: str | None) -> None:
+    """List the optimizers that have a name, or show the options of one."""
+    describe_kind("optimizer", name)
 
 
 @main.command()

@@ -201,7 +201,7 @@ def html_page(runs: list[RecordedRun], tables: dict[str, list[Row]]) -> str:
     """The HTML page: the tables, and a chart per metric with the curves of all runs."""
     parts = []
     for title, rows in tables.items():
-        heading, kind = ["", *(run.name for run in runs)], "results" if title == "Result" else "wide"
+        heading, kind = ["", *(run.name for run in runs)], "results stacked" if title == "Result" else "wide stacked"
         table = html.table(heading, [[label, *map(html_cell, cells)] for label, cells in rows], kind)
         parts.append(html.section(title, table if rows else "<p>No difference.</p>"))
     metrics = dict.fromkeys(key for run in runs for row in run.history for key in row if key not in ("epoch", "step"))

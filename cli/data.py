@@ -27,7 +27,7 @@ from loopctl.run import Run
 log = logging.getLogger("loopctl")
 
 # The option that every data set has, besides the arguments of its function.
-COMMON_OPTIONS = {"on_device": Option("on_device", bool, False, "")}
+COMMON_OPTIONS = {"on_device": Option("on_device", bool, False, "keep all of it in the memory of the device")}
 
 
 def make(spec: str, root: str, download: bool) -> Data:
@@ -64,7 +64,10 @@ def from_pair(name: str, train: Any, valid: Any) -> Data:
 
 
 def digits(channels: int = 1) -> Data:
-    """1,797 handwritten digits of 8x8 pixels (UCI, bundled with scikit-learn); every fifth is in the validation set."""
+    """1,797 handwritten digits of 8x8 pixels (UCI, bundled with scikit-learn); every fifth is in the validation set.
+
+    channels: the grey image is repeated in this many channels, such as 3 for a model of colour images
+    """
     from sklearn.datasets import load_digits
 
     at_least_one("data digits", channels=channels)
@@ -106,7 +109,10 @@ def check_channels(label: str, channels: int) -> None:
 
 
 def mnist(root: str, download: bool, channels: int = 1) -> Data:
-    """60,000 and 10,000 images of handwritten digits, 28x28 pixels."""
+    """60,000 and 10,000 images of handwritten digits, 28x28 pixels.
+
+    channels: 1, or 3 for a model of colour images: the grey image is repeated
+    """
     from torchvision.datasets import MNIST
 
     check_channels("data mnist", channels)
@@ -115,7 +121,10 @@ def mnist(root: str, download: bool, channels: int = 1) -> Data:
 
 
 def fashionmnist(root: str, download: bool, channels: int = 1) -> Data:
-    """60,000 and 10,000 images of clothes, 28x28 pixels."""
+    """60,000 and 10,000 images of clothes, 28x28 pixels.
+
+    channels: 1, or 3 for a model of colour images: the grey image is repeated
+    """
     from torchvision.datasets import FashionMNIST
 
     check_channels("data fashionmnist", channels)
@@ -124,14 +133,20 @@ def fashionmnist(root: str, download: bool, channels: int = 1) -> Data:
 
 
 def cifar10(root: str, download: bool, augment: bool = True) -> Data:
-    """50,000 and 10,000 colour images of 32x32 pixels in 10 classes; the training set is augmented."""
+    """50,000 and 10,000 colour images of 32x32 pixels in 10 classes; the training set is augmented.
+
+    augment: random crops of the image padded by 4 pixels, mirrored at random; false for the image itself
+    """
     from torchvision.datasets import CIFAR10
 
     return cifar("cifar10", CIFAR10, root, download, augment, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
 def cifar100(root: str, download: bool, augment: bool = True) -> Data:
-    """50,000 and 10,000 colour images of 32x32 pixels in 100 classes; the training set is augmented."""
+    """50,000 and 10,000 colour images of 32x32 pixels in 100 classes; the training set is augmented.
+
+    augment: random crops of the image padded by 4 pixels, mirrored at random; false for the image itself
+    """
     from torchvision.datasets import CIFAR100
 
     return cifar("cifar100", CIFAR100, root, download, augment, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
@@ -153,7 +168,11 @@ def cifar(name: str, cls: Any, root: str, download: bool, augment: bool, mean: A
 
 
 def imagenet(root: str, size: int = 224, augment: bool = True) -> Data:
-    """ImageNet 2012, 1,000 classes, from its original archives in `root`; the transforms are those of `imagefolder`."""
+    """ImageNet 2012, 1,000 classes, from its original archives in `root`; the transforms are those of `imagefolder`.
+
+    size: height and width of the images in pixels
+    augment: random crops, mirrored at random; false for the centre
+    """
     from torchvision.datasets import ImageNet
 
     from loopctl.cli.image_folder import load_image
@@ -175,6 +194,9 @@ def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
 
     A training image is a random crop, mirrored at random. A validation image is the centre, after the shorter side is
     resized to 256 pixels (for size=224). augment=false uses the centre for both.
+
+    size: height and width of the images in pixels
+    augment: random crops, mirrored at random; false for the centre
     """
     from loopctl.cli.image_folder import IMG_EXTENSIONS, VisibleImageFolder
 
@@ -221,7 +243,13 @@ def photo_transforms(size: int, augment: bool) -> Any:
 
 
 def fake(size: int = 1000, image: int = 32, classes: int = 10, channels: int = 3) -> Data:
-    """Random images with random classes, for experiments; the validation set is a fifth as large."""
+    """Random images with random classes, for experiments; the validation set is a fifth as large.
+
+    size: number of training images
+    image: height and width of the images in pixels
+    classes: number of classes
+    channels: number of channels
+    """
     from torchvision.datasets import FakeData
 
     at_least_one("data fake", size=size, classes=classes)

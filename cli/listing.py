@@ -3,43 +3,55 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
 from dataclasses import MISSING
-from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint
-from importlib.util import find_spec
-from pathlib import Path
 from textwrap import wrap
 
-import loopctl.plugins  # noqa: F401  so that `source_file` finds its folder; it imports no plugin
+import loopctl.plugins  # noqa: F401  so that the source of its modules is found; it imports no plugin
+from loopctl.cli.source_reader import SourceReader, Unreadable
 from loopctl.composition.compose import SPECS
-from loopctl.composition.discovery import available, load, load_class, package_name, plugin_name, split_spec
+from loopctl.composition.discovery import (
+    available,
+    entry_point,
+    load,
+    load_class,
+    package_name,
+    plugin_name,
+    split_spec,
+)
 from loopctl.composition.option_types import describe_type, format_value
 from loopctl.composition.options import Option, parse_options, plugin_options
 from loopctl.errors import UsageError, harmless, one_line
 
+NO_TOPIC = "other"              # the heading of plugins that declare no topic
+
 
 def table(check: bool) -> tuple[str, list[str]]:
-    """A line per installed plugin and, with `check`, the names of those that cannot be imported."""
+    """A line per installed plugin, by topic, and with `check` the names of those that cannot be imported."""
     plugins, broken = available(), []
-    rows = []
+    reader, topics = SourceReader(), dict[str, list[str]]()
+    width = max(map(len, plugins), default=0)
     for name, entry in plugins.items():
-        line = first_line(entry)
+        line = first_line(entry, reader)
         if check:
             try:
                 load(name)
             except UsageError as error:
                 broken.append(name)
                 line = f"BROKEN  {error}"
-        rows.append((name, harmless(line), "" if origin(entry).startswith("loopctl ") else f"  [{origin(entry)}]"))
-    width = max(len(name) for name in plugins)
-    return "\n".join(f"{name:{width}}  {line}{package}" for name, line, package in rows), broken
+        package = "" if origin(entry).startswith("loopctl ") else f"  [{origin(entry)}]"
+        topics.setdefault(topic(entry, reader), []).append(f"  {name:{width}}  {harmless(line)}{package}")
+    order = sorted(topics, key=lambda topic: (topic == NO_TOPIC, topic))
+    return "\n\n".join("\n".join([topic, *topics[topic]]) for topic in order), broken
 
 
-def page(spec: str) -> str:
-    """Describe one plugin: its docstring, options, hooks and origin. Raises UsageError if `run` would."""
+def page(spec: str, check: bool = False) -> str:
+    """Describe one plugin: its docstring, options, hooks and origin. Raises UsageError if its options are wrong.
+
+    check: import the plugin in any case, so that an error in that is raised too
+    """
     head, rest = split_spec(spec)
-    cls = load_class(head)
+    cls = load_class(head) if check else plugin_class(head)
     known = plugin_options(cls)
     parse_options(plugin_name(cls), rest, known)             # raises UsageError for a wrong option
     hooks = [hook for hook in SPECS if hasattr(getattr(cls, hook, None), "loopctl_impl")]
@@ -50,20 +62,24 @@ def page(spec: str) -> str:
     about = "\n".join(text[:next((i for i, line in enumerate(text) if line.startswith(names)), len(text))]).strip()
     entry = available().get(head)
     lines = [f"{plugin_name(cls)}: {about}", ""]
-    if known:
-        lines.append("options")
-        width = max(map(len, known))
-        for option in known.values():
-            default = "required" if option.default is MISSING else f"default {default_text(option) or '(empty)'}"
-            text = [*wrap(option.help, 96 - width), f"{describe_type(option.type)}; {default}"]
-            lines += [f"  {option.name if line is text[0] else '':{width}}  {line}" for line in text]
-        lines.append("")
+    lines += option_lines(known)
     required = ",".join(f"{option.name}=..." for option in known.values() if option.default is MISSING)
     lines.append(f"use      loopctl run --plugin {head}{':' if required else ''}{required}")
     wraps = {hook for hook in hooks if getattr(cls, hook).loopctl_impl["wrapper"]}
     lines.append("hooks    " + ", ".join(f"{hook} (wraps)" if hook in wraps else hook for hook in hooks))
     lines.append(f"from     {origin(entry) + ', ' if entry else ''}{cls.__module__}:{cls.__qualname__}")
     return harmless("\n".join(lines))
+
+
+def option_lines(known: dict[str, Option]) -> list[str]:
+    """The options of a page: what each is for, its type and its default, and an empty line after them."""
+    width = max(map(len, known), default=0)
+    lines = ["options"] if known else []
+    for option in known.values():
+        default = "required" if option.default is MISSING else f"default {default_text(option) or '(empty)'}"
+        text = [*wrap(option.help, 96 - width), f"{describe_type(option.type)}; {default}"]
+        lines += [f"  {option.name if line is text[0] else '':{width}}  {line}" for line in text]
+    return [*lines, ""] if known else []
 
 
 def default_text(option: Option) -> str:
@@ -79,36 +95,30 @@ def origin(entry: EntryPoint) -> str:
     return one_line(package_name(entry.dist)) if entry.dist else ""
 
 
-def first_line(entry: EntryPoint) -> str:
-    """The first line of a plugin's docstring, read from its source without importing it; empty if not found."""
-    file = source_file(entry.module)
-    if file is None:
-        return ""
+def plugin_class(head: str) -> type:
+    """The class of a plugin, read from its source if it is an installed one that can be read so, otherwise imported."""
     try:
-        body = ast.parse(file.read_bytes()).body
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        if ":" in head:                     # a class of the user's own: importing it shows what is wrong with it
+            raise Unreadable
+        entry = entry_point(head)
+        cls = SourceReader().class_of(entry.module, entry.attr)
+        plugin_options(cls)
+    except (Unreadable, UsageError):
+        return load_class(head)
+    return cls
+
+
+def first_line(entry: EntryPoint, reader: SourceReader) -> str:
+    """The first line of a plugin's docstring, read from its source without importing it; empty if not found."""
+    try:
+        return (ast.get_docstring(reader.definition(entry.module, entry.attr)[1]) or "").split("\n")[0]
+    except Unreadable:
         return ""
-    classes = [node for node in body if isinstance(node, ast.ClassDef) and node.name == entry.attr]
-    return ((ast.get_docstring(classes[0]) or "") if classes else "").split("\n")[0]
 
 
-def source_file(module: str) -> Path | None:
-    """The source file of a module, or None. Neither the module nor its parent packages are imported."""
-    path: list[str] | None = None
-    parts = module.split(".")
-    for count in range(1, len(parts) + 1):
-        name = ".".join(parts[:count])
-        if name in sys.modules:
-            imported = sys.modules[name]
-            if count == len(parts):
-                return Path(imported.__file__) if imported.__file__ else None
-            path = list(getattr(imported, "__path__", []))
-            continue
-        # For a top-level package, find_spec tries all finders: `pip install -e` may have installed one of its own.
-        spec = find_spec(name) if path is None else PathFinder.find_spec(name, path)
-        if spec is None or spec.origin is None:
-            return None
-        path = list(spec.submodule_search_locations or [])
-        if count == len(parts):
-            return Path(spec.origin)
-    return None
+def topic(entry: EntryPoint, reader: SourceReader) -> str:
+    """What a plugin is listed under: its class attribute `topic`, or that of its base class."""
+    try:
+        return one_line(reader.attribute(entry.module, entry.attr, "topic")).strip() or NO_TOPIC
+    except Unreadable:
+        return NO_TOPIC

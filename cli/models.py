@@ -26,8 +26,8 @@ def known_names() -> list[str]:
     return sorted([*SMALL, *torchvision_names()])
 
 
-def torchvision_names() -> list[str]:
-    """The names of torchvision's models, read from its source: importing torchvision would take seconds."""
+def torchvision_names() -> dict[str, str]:
+    """The names of torchvision's models and their modules, read from its source: its import would take seconds."""
     return names_in_source("torchvision", "models", r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(")
 
 
@@ -114,7 +114,11 @@ def linear(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
 
 
 def mlp(num_classes: int, in_channels: int, image_size: int, width: int = 128, dropout: float = 0.0) -> nn.Module:
-    """A multilayer perceptron with two hidden layers on the pixels."""
+    """A multilayer perceptron with two hidden layers on the pixels.
+
+    width: number of units of each hidden layer
+    dropout: probability of dropping a unit, after each hidden layer
+    """
     from torch import nn
 
     at_least_one("model mlp", width=width)
@@ -124,7 +128,11 @@ def mlp(num_classes: int, in_channels: int, image_size: int, width: int = 128, d
 
 
 def cnn(num_classes: int, in_channels: int, width: int = 32, dropout: float = 0.0) -> nn.Module:
-    """A convolutional network of four layers in two stages, for images of 8 to 32 pixels."""
+    """A convolutional network of four layers in two stages, for images of 8 to 32 pixels.
+
+    width: number of channels of the first stage; the second has twice as many
+    dropout: probability of dropping an input of the last layer
+    """
     from torch import nn
 
     def convolution(channels: int, filters: int) -> list[nn.Module]:
@@ -139,7 +147,14 @@ def cnn(num_classes: int, in_channels: int, width: int = 32, dropout: float = 0.
 
 def vit(num_classes: int, in_channels: int, image_size: int, patch_size: int | None = None, width: int = 64,
         depth: int = 6, heads: int = 4, dropout: float = 0.0) -> nn.Module:
-    """A small torchvision VisionTransformer; patch_size must divide the images' height and width."""
+    """A small torchvision VisionTransformer; patch_size must divide the images' height and width.
+
+    patch_size: height and width of a patch in pixels; 2 for images below 28 pixels, otherwise 4
+    width: length of the vector of a patch
+    depth: number of layers
+    heads: number of attention heads of a layer
+    dropout: probability of dropping an element
+    """
     from torch import nn
     from torchvision.models import VisionTransformer
 

@@ -15,8 +15,13 @@ if TYPE_CHECKING:
 
 def known_names() -> list[str]:
     """The names of torch.optim's classes in lower case, found without importing torch."""
+    return sorted(map(str.lower, class_modules()))
+
+
+def class_modules() -> dict[str, str]:
+    """The names of torch.optim's classes and their modules, read from its source."""
     classes = names_in_source("torch", "optim", r"^class (\w+)\((?:Optimizer|Adam)\)")
-    return sorted({name.lower() for name in classes if not name.startswith("_")})
+    return {name: module for name, module in classes.items() if not name.startswith("_")}
 
 
 def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[Any], Any], float | None]:

@@ -16,6 +16,7 @@ from loopctl.composition.discovery import load, split_head
 from loopctl.composition.options import Option, option_type, parse_options
 from loopctl.errors import UsageError, nearest, one_line
 
+DATA = ["cifar10", "cifar100", "digits", "fake", "fashionmnist", "imagefolder", "imagenet", "mnist"]
 DEFAULT_PLUGINS = ("csv", "checkpoint", "progress")        # `run` adds these, except those in --without
 
 # Types of options by the text of an argument's annotation, because annotations may be strings.
@@ -62,12 +63,10 @@ def parse_arguments(label: str, factory: Callable[..., Any], text: str, more: di
     message of a UsageError.
     """
     try:
-        parameters = inspect.signature(factory).parameters.values()
+        parameters = list(inspect.signature(factory).parameters.values())
     except ValueError as error:                 # some callables written in C have no signature
         raise UsageError(f"{label}: {one_line(error)}; name a function of your own that calls it") from error
-    named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    types = {name: TYPES.get(inspect.formatannotation(p.annotation).strip("'"), Any) for name, p in named.items()}
-    known = {name: Option(name, option_type(types[name], p.default), p.default, "") for name, p in named.items()}
+    known = argument_options(parameters)
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         known |= {name: Option(name, Any, None, "") for name in re.findall(r"(?:^|,)\s*(\w+)\s*=", text)}
     known |= more
@@ -81,6 +80,13 @@ def parse_arguments(label: str, factory: Callable[..., Any], text: str, more: di
             example = ",".join(map(str, default))
             raise UsageError(f"{label}: {name} takes {len(default)} values, as in {name}={example}, not {value!r}")
     return values
+
+
+def argument_options(parameters: Iterable[inspect.Parameter]) -> dict[str, Option]:
+    """The options that are a factory's arguments, by name. An annotation that is not known allows any value."""
+    named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    types = {name: TYPES.get(inspect.formatannotation(p.annotation).strip("'"), Any) for name, p in named.items()}
+    return {name: Option(name, option_type(types[name], p.default), p.default, "") for name, p in named.items()}
 
 
 def at_least_one(label: str, **values: int) -> None:
@@ -114,11 +120,15 @@ def call_factory(label: str, factory: Callable[..., Any], options: dict[str, Any
         raise UsageError(f"{label}: {type(error).__name__}: {one_line(error)}") from error
 
 
-def names_in_source(package: str, folder: str, pattern: str) -> list[str]:
-    """The names that `pattern` finds in the source files of a package. It is not imported, which would take seconds."""
+def names_in_source(package: str, folder: str, pattern: str) -> dict[str, str]:
+    """The names that `pattern` finds in the source files of a package, sorted, and the module that each is in.
+
+    The package is not imported, which would take seconds.
+    """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        return []
+        return {}
     files = Path(spec.submodule_search_locations[0], folder).glob("*.py")
-    texts = (file.read_text(encoding="utf-8") for file in files)
-    return sorted({name for text in texts for name in re.findall(pattern, text, re.MULTILINE)})
+    found = {name: f"{package}.{folder}.{file.stem}" for file in files
+             for name in re.findall(pattern, file.read_text(encoding="utf-8"), re.MULTILINE)}
+    return dict(sorted(found.items()))

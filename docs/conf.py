@@ -3,12 +3,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import loopctl
+from loopctl.cli.listing import default_text
 from loopctl.composition.compose import SPECS
+from loopctl.composition.option_types import describe_type
 from loopctl.composition.options import plugin_options
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,24 +32,67 @@ myst_heading_anchors = 3
 exclude_patterns = ["examples"]        # packages of their own
 suppress_warnings = ["myst.xref_missing"]       # links to files of the repository, which the site does not have
 PLUGINS = Path(__file__).parent / "generated"
+# Options of `loopctl run` with which a plugin is typically used, where that is not without options of the plugin.
+EXAMPLES = {
+    "accumulate": "--batch-size 16 --plugin accumulate:every=4",
+    "amp": "--plugin amp:dtype=bfloat16",
+    "checkpoint": "--plugin checkpoint:every_minutes=10,monitor=val_accuracy",
+    "clip": "--plugin clip:max_norm=1",
+    "compile": "--plugin compile:mode=max-autotune",
+    "ddp": "--devices 0,1 --plugin ddp:sync_batchnorm=true",
+    "early_stopping": "--plugin early_stopping:monitor=val_accuracy,patience=5,restore_best=true",
+    "ema": "--plugin ema:decay=0.999",
+    "freeze": "--plugin freeze:patterns=0.*,until=2ep",
+    "fsdp": "--devices 0,1 --plugin fsdp",
+    "layerwise_lr": "--lr 0.01 --plugin layerwise_lr:decay=0.75,no_decay=true",
+    "lr_finder": "--plugin lr_finder:only=true",
+    "nan_guard": "--plugin nan_guard:action=skip",
+    "plateau": "--plugin plateau:factor=0.5,patience=3",
+    "profile": "--max-steps 40 --plugin profile:start=10",
+    "sam": "--plugin sam:rho=0.05",
+    "split": "--batch-size 256 --plugin split:into=4",
+}
+# The arguments of the commands of gallery.md, without those that only draw, by the name of the picture.
+DRAWN = {Path(arguments[-1]).stem: arguments[1:-2] for arguments in gallery.commands()}
 
 
 def page(name: str, cls: type) -> str:
-    """What a plugin is for, its options, and the hooks that it joins."""
+    """What a plugin is for, how it is used, its curve if it is a schedule, its options, and the hooks that it joins."""
     summary, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
     known = plugin_options(cls)
     prose = without_options(rest.strip(), set(known))
-    lines = [f"# {name}", "", summary, "", prose, ""]
+    lines = [f"# {name}", "", markdown(summary), "", markdown(prose), ""]
+    lines += ["```console", f"$ {example(name)}", "```", ""]
+    if name in DRAWN:
+        lines += [f"![The learning rate of {name}](../gallery/{name}.svg)", "",
+                  f"The picture is from [the curves of all schedules](../gallery.md#{name}).", ""]
     if known:
         lines += ["| option | default | |", "|---|---|---|"]
         for option in known.values():
-            default = f"`{option.default}`"
-            if option.default is None or option.default is dataclasses.MISSING:
-                default = "" if option.default is None else "must be said"
-            lines.append(f"| `{option.name}` | {default} | {option.help.replace('|', chr(92) + '|')} |")
+            default = "required" if option.default is dataclasses.MISSING else code(default_text(option))
+            about = "; ".join(filter(None, [markdown(option.help), markdown(describe_type(option.type))]))
+            lines.append(f"| `{option.name}` | {default} | {about} |")
     own = [hook for hook in SPECS if hasattr(getattr(cls, hook, None), "loopctl_impl")]
     lines += ["", "It joins " + ", ".join(f"[`{hook}`](../hooks.md#{hook})" for hook in own) + ".", ""]
     return "\n".join(lines)
+
+
+def example(name: str) -> str:
+    """A command with the plugin: that of the gallery for a schedule, otherwise one with typical options."""
+    return " ".join(["loopctl run", *DRAWN.get(name, EXAMPLES.get(name, f"--plugin {name}").split())])
+
+
+def markdown(text: str) -> str:
+    """Text of a docstring as Markdown that shows it as it is, also in a table; what is in backticks is literal."""
+    parts = re.split(r"`+([^`]+)`+", text)
+    for index, part in enumerate(parts):
+        parts[index] = code(part) if index % 2 else re.sub(r"([\\*_\[\]<>|#~])", r"\\\1", part)
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", "".join(parts))
+
+
+def code(text: str) -> str:
+    """Literal text, in a table too; nothing for no text."""
+    return f"`{text.replace('|', chr(92) + '|')}`" if text else ""
 
 
 def without_options(text: str, names: set[str]) -> str:
@@ -69,6 +115,12 @@ def write(app: Any) -> None:
             file.write_text(text)
 
 
+def link_plugins(app: Any, docname: str, source: list[str]) -> None:
+    """Link the names in the table of plugins.md to the pages of the plugins, which only the site has."""
+    if docname == "plugins":
+        source[0] = re.sub(r"^\| `(\w+)` \|", r"| [`\1`](generated/\1.md) |", source[0], flags=re.MULTILINE)
+
+
 def draw(app: Any) -> None:
     """Draw the pictures of gallery.md that are missing, or older than the page."""
     gallery.draw(outdated_only=True)
@@ -77,6 +129,7 @@ def draw(app: Any) -> None:
 def setup(app: Any) -> None:
     app.connect("builder-inited", write)
     app.connect("builder-inited", draw)
+    app.connect("source-read", link_plugins)
     app.connect("autodoc-process-docstring", docstrings.process)
     app.connect("autodoc-process-signature", docstrings.shorten)
     app.connect("autodoc-skip-member", docstrings.skip)

@@ -15,6 +15,7 @@ class Accumulate:
     """
 
     every: int = 4
+    topic = "gradients"
 
     def __post_init__(self) -> None:
         if self.every < 1:

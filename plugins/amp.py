@@ -33,6 +33,7 @@ class Amp:
     init_scale: float = 65536.0
     growth_interval: int = 2000
     capturable: ClassVar[bool] = True
+    topic = "precision and speed"
 
     def __post_init__(self) -> None:
         if not self.init_scale >= 1:

@@ -19,6 +19,8 @@ class ChannelsLast:
     rounding. The model keeps the format after the run.
     """
 
+    topic = "precision and speed"
+
     @hookimpl(wrapper=True)
     def setup(self, run: Run) -> Generator[None, None, None]:       # a wrapper: runs after plugins that add layers
         yield

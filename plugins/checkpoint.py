@@ -74,6 +74,7 @@ class Checkpoint:
     mode: Literal["auto", "min", "max"] = "auto"
     keep: int = 2
     dir: str = "checkpoints"
+    topic = "checkpoints and stopping"
 
     def __post_init__(self) -> None:
         for name in ("every_epochs", "every_steps", "keep"):

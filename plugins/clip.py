@@ -26,6 +26,7 @@ class Clip:
     norm_type: Annotated[float, "or inf"] = 2.0
     value: float | None = None
     capturable: ClassVar[bool] = True
+    topic = "gradients"
 
     def __post_init__(self) -> None:
         if self.max_norm is not None and self.value is not None:

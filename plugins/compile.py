@@ -37,6 +37,7 @@ class Compile:
     dynamic: bool | None = None
     fullgraph: bool = False
     per_block: bool = False
+    topic = "precision and speed"
 
     def __post_init__(self) -> None:
         if self.mode and self.backend != "inductor":

@@ -22,6 +22,7 @@ class Csv:
 
     path: str = "metrics.csv"
     rank_zero_only: ClassVar[bool] = True
+    topic = "logging and reports"
 
     @hookimpl
     def train_start(self, run: Run) -> None:

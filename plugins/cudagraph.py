@@ -29,6 +29,7 @@ class Cudagraph:
     """
 
     warmup: int = 3
+    topic = "precision and speed"
 
     def __post_init__(self) -> None:
         if self.warmup < 1:

@@ -23,6 +23,7 @@ class EarlyStopping:
     patience: int = 10
     min_delta: float = 0.0
     restore_best: bool = False
+    topic = "checkpoints and stopping"
 
     def __post_init__(self) -> None:
         if self.patience < 1:

@@ -25,6 +25,7 @@ class Ema(WeightAverage):
     warmup: bool = True
     start: Duration | None = None
     evaluate_raw: bool = False
+    topic = "weights"
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1:

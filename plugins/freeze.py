@@ -31,6 +31,7 @@ class Freeze:
     keep: list[str] = field(default_factory=list)
     until: Duration | None = None
     gradual: Duration | None = None
+    topic = "weights"
 
     def __post_init__(self) -> None:
         for name in ("patterns", "keep"):

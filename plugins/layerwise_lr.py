@@ -32,6 +32,7 @@ class LayerwiseLr:
     rates: dict[str, float | str] = field(default_factory=dict)
     decay: float | None = None
     no_decay: bool = False
+    topic = "learning rates"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rates, dict):

@@ -44,6 +44,7 @@ class LrFinder:
     use: bool = False
     only: bool = False
     path: str = "lr_finder.png"
+    topic = "learning rates"
 
     def __post_init__(self) -> None:
         if not 0 < self.start_lr < self.end_lr:

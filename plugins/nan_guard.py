@@ -42,6 +42,7 @@ class NanGuard:
 
     action: Literal["stop", "skip", "rollback"] = "stop"
     limit: int = 20
+    topic = "gradients"
 
     def __post_init__(self) -> None:
         if self.limit < 1:

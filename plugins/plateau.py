@@ -33,6 +33,7 @@ class Plateau:
     cooldown: int = 0
     min_lr: float | list[float] = 0.0
     eps: float = 1e-8
+    topic = "learning-rate schedules"
 
     def __post_init__(self) -> None:
         if not 0 <= self.factor < 1:

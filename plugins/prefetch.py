@@ -25,6 +25,7 @@ class Prefetch:
 
     capturable: ClassVar[bool] = True
     observer_only: ClassVar[bool] = True
+    topic = "precision and speed"
 
     def __post_init__(self) -> None:
         self.groups: Iterator[list[Any]] | None = None         # of the current epoch

@@ -46,6 +46,7 @@ class Profile:
     path: str = "trace.json"
     capturable: ClassVar[bool] = True
     rank_zero_only: ClassVar[bool] = True
+    topic = "logging and reports"
 
     def __post_init__(self) -> None:
         for name, minimum in (("start", 0), ("steps", 1)):

@@ -28,6 +28,7 @@ class Progress:
     unit: str = "samples"
     interval: float = 0.1
     rank_zero_only: ClassVar[bool] = True
+    topic = "logging and reports"
 
     def __post_init__(self) -> None:
         if not self.interval >= 0:

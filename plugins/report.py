@@ -37,6 +37,7 @@ class Report:
     path: str = "report.html"
     capturable: ClassVar[bool] = True       # it only records the first step
     rank_zero_only: ClassVar[bool] = True
+    topic = "logging and reports"
 
     @hookimpl(wrapper=True)
     def train(self, run: Run) -> Generator[None, None, None]:

@@ -25,6 +25,7 @@ class Sam:
 
     rho: float = 0.05
     adaptive: bool = False
+    topic = "gradients"
 
     def __post_init__(self) -> None:
         if not self.rho > 0:

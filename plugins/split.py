@@ -28,6 +28,7 @@ class Split:
     """
 
     into: int | Literal["auto"] = 2
+    topic = "gradients"
 
     def __post_init__(self) -> None:
         if self.into != "auto" and self.into < 1:

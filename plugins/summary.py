@@ -28,6 +28,7 @@ class Summary:
     depth: int | None = None
     capturable: ClassVar[bool] = True       # it only records the first step
     rank_zero_only: ClassVar[bool] = True
+    topic = "logging and reports"
 
     def __post_init__(self) -> None:
         if self.depth is not None and self.depth < 1:

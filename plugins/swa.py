@@ -48,6 +48,7 @@ class Swa(WeightAverage):
     anneal_epochs: int = 10
     anneal_strategy: Literal["cos", "linear"] = "cos"
     evaluate_raw: bool = False
+    topic = "weights"
 
     def __post_init__(self) -> None:
         if self.anneal_epochs < 0:

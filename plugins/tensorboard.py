@@ -40,6 +40,7 @@ class Tensorboard:
     dir: str = "tensorboard"
     every_steps: int = 50
     rank_zero_only: ClassVar[bool] = True
+    topic = "logging and reports"
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:

@@ -55,6 +55,7 @@ class Throughput:
     unit: str = "samples"
     observer_only: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
+    topic = "logging and reports"
 
     def __post_init__(self) -> None:
         for name in ("peak", "flops"):

@@ -6,18 +6,22 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from torch import nn
 
 import loopctl
-from loopctl import available, fit, hooks
+from loopctl import available, fit, hooks, load
 from loopctl.cli import main
 from loopctl.composition.compose import SPECS
 from loopctl.composition.discovery import build_plugin, plugin_name
+from loopctl.composition.options import plugin_options
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -58,6 +62,53 @@ def test_the_example_of_a_hook_trains(name, net, batches, valid, sgd):
     assert cls.__doc__
 
 
+# The hooks whose example changes neither the weights nor the statistics nor the losses of a run.
+UNCHANGED = {"wrap_model", "train", "train_start", "micro_step", "after_backward", "after_step", "safe_point",
+             "evaluate", "after_evaluate", "epoch_end"}
+
+
+def small_network():
+    """A network with BatchNorm and dropout, and an optimizer with momentum."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.25), nn.Linear(12, 3))
+    inputs, targets = torch.randn(40, 6), torch.arange(40) % 3
+    return model, list(zip(inputs.split(8), targets.split(8), strict=True)), partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+@pytest.fixture(scope="module")
+def plain_loop():
+    """The state of the small network, and the mean loss of each epoch, after a training loop written by hand."""
+    model, batches, sgd = small_network()
+    optimizer, losses = sgd(model.parameters()), []
+    torch.manual_seed(7)
+    for _ in range(2):
+        model.train()
+        total = torch.zeros(())
+        for input, target in batches:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(input), target)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(input)
+        losses.append(total.item() / 40)
+    return model.state_dict(), losses
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_example_of_a_hook_changes_the_result_only_if_that_is_its_purpose(name, plain_loop):
+    scope = {}
+    exec(IMPORTS, scope)
+    before = set(scope)
+    exec(blocks(HOOKS[name])[1], scope)
+    (cls,) = (scope[found] for found in set(scope) - before if isinstance(scope[found], type))
+    model, batches, sgd = small_network()
+    run = fit(model, nn.CrossEntropyLoss(), sgd, batches, batches, epochs=2, plugins=[cls()], seed=7)
+    state, losses = plain_loop
+    same_state = all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    same_losses = [row["train_loss"] for row in run.history] == pytest.approx(losses, rel=1e-6)
+    assert (same_state and same_losses) == (name in UNCHANGED)
+
+
 TUTORIAL = (DOCS / "tutorial.md").read_text()
 
 
@@ -77,6 +128,17 @@ def test_the_tutorial_works_as_written(tmp_path, monkeypatch):
     assert scope["run"].history[-1]["val_loss"] < 0.05
     listed = set(re.findall(r"^\| `([\w./]+)`", TUTORIAL, re.MULTILINE))
     assert {path.name for path in (tmp_path / "runs" / "first").iterdir()} == {name.rstrip("/") for name in listed}
+
+
+def test_the_first_page_works_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, scope = (DOCS / "index.md").read_text(), {}
+    (command,) = re.findall(r"^\$ (loopctl .*)$", page, re.MULTILINE)
+    done = CliRunner().invoke(main, [*shlex.split(command)[1:], "--epochs", "1"])
+    assert done.exit_code == 0, done.output
+    exec(blocks(page)[0], scope)
+    assert len(scope["run"].history) == 20
+    assert all((DOCS / link).exists() for link in re.findall(r"\]\(([\w-]+\.md)", page))
 
 
 def specs(text):
@@ -147,10 +209,20 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "-q", DOCS, site, "-d", tmp_path / "trees"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    listed = (site / "plugins.html").read_text()
+    pictures = re.findall(r"!\[\w+\]\(gallery/(\w+)\.svg\)", (DOCS / "gallery.md").read_text())
     for name in available():
-        assert (site / "generated" / f"{name}.html").exists()
-    for picture in re.findall(r"!\[\w+\]\(gallery/(\w+\.svg)\)", (DOCS / "gallery.md").read_text()):
-        assert (site / "_images" / picture).exists()
+        text = (site / "generated" / f"{name}.html").read_text()
+        shown = html.unescape(re.sub(r"<[^>]+>", "", text))
+        for paragraph in inspect.getdoc(load(name)).split("\n\n")[:-1]:            # with every asterisk and backslash
+            assert dense(paragraph) in dense(shown)
+        assert all(dense(option.help) in dense(shown) for option in plugin_options(load(name)).values())
+        assert f'href="generated/{name}.html"' in listed
+        (command,) = re.findall(r"\$ (loopctl run .*)", shown)
+        built = [build_plugin(spec)[0] for spec in re.findall(r"--plugin (\S+)", command)]
+        assert name in built
+        assert (f"_images/{name}.svg" in text) == (name in pictures)
+    assert all((site / "_images" / f"{picture}.svg").exists() for picture in pictures)
     page = (site / "api.html").read_text()
     shown = dense(html.unescape(re.sub(r"<[^>]+>", "", page)))
     known = {f"loopctl.{name}": getattr(loopctl, name) for name in loopctl.__all__}

@@ -25,7 +25,7 @@ def test_an_example_package_installs_passes_its_tests_and_trains(folder, install
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     listed = call("loopctl", "plugins").splitlines()
     for name in project["entry-points"]["loopctl"]:
-        (line,) = [line for line in listed if line.split()[0] == name]
+        (line,) = [line for line in listed if line.split()[:1] == [name]]
         assert line.endswith(f"[{project['name']} {project['version']}]")
     for command in re.findall(r"^\$ loopctl (run .*)$", (folder / "README.md").read_text(), re.MULTILINE):
         assert "finished: 1 epoch" in call("loopctl", *shlex.split(command), "--epochs", "1")

@@ -567,7 +567,7 @@ def page():
             tests.setdefault(int(number), []).append(f"`{name}`")
     lines = [f"| {number} | {what} | {how} | {', '.join(tests.get(number, ['none yet']))} |" for number, (what, how) in ROWS.items()]
     return "\n".join([
-        "# Thirty things people do by hand", "",
+        "# Training techniques and the option for each", "",
         "For each row there is a test with the same training in plain PyTorch, written by hand. It compares every weight with the result",
         "of loopctl: bit for bit if the operations are the same, else with a tolerance that the test explains.",
         "`python tests/test_sources.py` writes this table.", "",

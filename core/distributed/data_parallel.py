@@ -67,6 +67,7 @@ class Parallel:
 
     needs_process_group: ClassVar[bool] = False         # create a process group even for a single process
     collective_forward: ClassVar[bool] = False          # the forward pass has collectives, in evaluation too
+    topic = "several processes"
 
     def __post_init__(self) -> None:
         if not 0.001 <= self.timeout <= 1e9:        # torch counts milliseconds, in 64 bits

@@ -31,6 +31,7 @@ class Schedule:
     until: Duration | None = None
     count_from: Literal["start", "run"] = "start"
     optimizer: str = ""
+    topic = "learning-rate schedules"           # the heading in `loopctl plugins`
 
     def __post_init__(self) -> None:
         if (self.start is None and self.until is None and not self.optimizer

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ tbody th { font-weight: 500 } .wide td { overflow-wrap: anywhere; min-width: 8re
 .results td { min-width: 5.5rem } .results tbody th { min-width: 7rem; overflow-wrap: anywhere }
 .layers :is(th, td):nth-child(n+4):nth-child(-n+6) { text-align: right; white-space: nowrap }
 .layers tbody :is(th, td), .wide td { white-space: pre-wrap } .layers tbody th { white-space: pre }
+@media (max-width: 40rem) {
+  .stacked thead { display: none } .stacked, .stacked :is(tbody, tr, th, td) { display: block }
+  .stacked tr { padding: .3rem 0; border-bottom: 1px solid var(--rule) }
+  .stacked tbody th, .stacked td { padding: .1rem 0; border: 0 } .stacked td:empty { display: none }
+  .stacked td::before { content: attr(data-of) ": "; color: var(--soft) } }
 @media print { body { max-width: none } figure { break-inside: avoid } }
 """
 
@@ -124,12 +130,17 @@ def section(title: str, *content: str) -> str:
 def table(header: Iterable[Any], rows: Iterable[Iterable[Any]], kind: str = "wide") -> str:
     """Return a table as HTML; the first cell of each row is its heading.
 
-    kind: the class that styles it: wide, numbers, results or layers
+    kind: the classes that style it: wide, numbers, results or layers; with stacked, each cell is on a line of its own
+        below the heading of its row where the window is narrow, after the heading of its column
     """
+    header = list(header)
+    of = [f' data-of="{escaped(cell)}"' if "stacked" in kind else "" for cell in header[1:]]
     head = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in header)
     top = f"<thead><tr>{head}</tr></thead>" if head else ""
-    body = "".join(f'<tr><th scope="row">{escaped(first)}</th>'
-                   f'{"".join(f"<td>{escaped(cell)}</td>" for cell in cells)}</tr>\n' for first, *cells in rows)
+    body = ""
+    for first, *cells in rows:
+        line = "".join(f"<td{label}>{escaped(cell)}</td>" for cell, label in zip_longest(cells, of, fillvalue=""))
+        body += f'<tr><th scope="row">{escaped(first)}</th>{line}</tr>\n'
     return f'<div class="scroll" tabindex="0"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
 
 

@@ -138,7 +138,7 @@ def options_are_documented(subject: Subject) -> None:
 
 def untyped_fields(cls: type) -> Iterator[str]:
     """Yield the names of a class's public data attributes without an annotation, except those that loopctl reads."""
-    typed = {name for kind in cls.__mro__ for name in inspect.get_annotations(kind)} | {*FLAGS}
+    typed = {name for kind in cls.__mro__ for name in inspect.get_annotations(kind)} | {*FLAGS, "topic"}
     for kind in cls.__mro__[:-1]:
         for name, value in vars(kind).items():
             plain = not callable(value) and not hasattr(value, "__get__")

@@ -138,6 +138,17 @@ def test_the_page_has_the_tables_and_a_chart_per_metric():
     assert len(text) < 40_000
 
 
+def test_in_a_narrow_window_every_cell_of_the_page_names_its_run():
+    make_run("c", CONFIG["b"], LOG["b"])
+    compare("a", "b", "c", "--out", "page.html")
+    text = Path("page.html").read_text()
+    tables = re.findall(r'<table class="(?:wide|results) stacked">(.*?)</table>', text, re.DOTALL)
+    assert len(tables) == 2
+    for row in re.findall(r"<tr><th scope=.row.>.*", "".join(tables)):
+        assert re.findall(r'<td data-of="(\w+)">', row) == ["a", "b", "c"]
+    assert "content: attr(data-of)" in text
+
+
 def test_text_of_a_run_is_escaped_in_html_and_in_the_terminal():
     make_run("<b>", "epochs = 3\nmodel = '<script>'\n", "epoch,<i>_loss\n1,2\n2,1\n")
     shown = compare("<b>", "a", "--out", "page.html")

@@ -80,7 +80,7 @@ def test_the_tests_of_the_packages_pass(packages, site):
 def test_a_new_plugin_is_listed_described_and_trains(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = f"my_own_{kind}"
-    lines = [line for line in invoke("plugins").stdout.splitlines() if line.startswith(name)]
+    lines = [line for line in invoke("plugins").stdout.splitlines() if line.startswith(f"  {name} ")]
     assert len(lines) == 1
     assert lines[0].endswith(f"[loopctl-my-own-{kind} 0.1.0]")
     page = invoke("plugins", name).stdout

@@ -635,7 +635,7 @@ def test_a_broken_package_does_not_affect_runs_without_its_plugin(tmp_path, monk
     listed = CliRunner().invoke(main, ["plugins"])
     assert (listed.exit_code, listed.stderr) == (0, "")
     assert "BROKEN" not in listed.stdout
-    assert any(line.startswith("nebula ") and "[nebula 1.2]" in line for line in listed.stdout.splitlines())
+    assert any(line.startswith("  nebula ") and "[nebula 1.2]" in line for line in listed.stdout.splitlines())
     run = CliRunner().invoke(main, ["run", "--model", "linear", "--max-steps", "1", "--out", "new", "--plugin", "clip"])
     assert (run.exit_code, run.stderr) == (0, "")
     assert (tmp_path / "new" / "metrics.csv").is_file()
@@ -646,7 +646,7 @@ def test_plugins_check_marks_the_broken_plugins():
     result = CliRunner().invoke(main, ["plugins", "--check"])
     assert result.exit_code == 1
     assert result.stderr == "error: broken plugins: nebula, quasar; see their lines above\n"
-    lines = {line.split()[0]: line for line in result.stdout.splitlines()}
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.startswith("  ")}
     assert "BROKEN  nebula: nebula.plugin cannot be imported (ImportError: it needs a telescope)" in lines["nebula"]
     assert "BROKEN  quasar: quasar has no 'Quasar'" in lines["quasar"]
     assert [name for name, line in lines.items() if "BROKEN" in line] == ["nebula", "quasar"]

@@ -103,6 +103,6 @@ def test_a_package_that_only_an_import_finder_knows_is_listed_with_its_help(tmp_
             return spec_from_file_location(name, tmp_path / "far" / "far_away.py") if name == "far_away" else None
     monkeypatch.syspath_prepend(tmp_path / "near")
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
-    (line,) = [line for line in listing.table(False)[0].splitlines() if line.startswith("far ")]
+    (line,) = [line for line in listing.table(False)[0].splitlines() if line.startswith("  far ")]
     assert line.split() == ["far", "Far", "away.", "[far", "1.0]"]
     assert "far_away" not in sys.modules
