@@ -151,6 +151,9 @@ SHARED_OPTIONS = (
     shared_option("--model", model_names, default="cnn", type=TextType(), metavar="M",
                   help="The model: cnn, linear, mlp, vit, any of torchvision's by name, package.module:factory or "
                        "file.py:factory."),
+    shared_option("--init", type=TextType(), metavar="FILE",
+                  help="Weights to begin with: a file (.safetensors, .pt, .pth), a checkpoint or a run's folder; with "
+                       ":strict=false only those that fit."),
     shared_option("--data", lambda: DATA, default="digits", type=TextType(), metavar="D",
                   help=f"The data set: {', '.join(DATA)}, package.module:factory or file.py:factory; "
                        "with :on_device=true all of it is kept in the memory of the device."),
