@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -34,7 +35,7 @@ class Commands(click.Group):
             print_error(error.format_message(), error)
             sys.exit(error.exit_code)
         except UsageError as error:
-            print_error(error, error)
+            print_error(own_message(error), error)
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt) as error:
             print_error("interrupted", error, "")
@@ -72,8 +73,17 @@ def print_error(text: object, error: BaseException, start: str = "error: ") -> N
 
 def describe_failure(error: BaseException) -> str:
     """An unexpected error in one line: its type, its message, and which plugin raised it."""
-    parts = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
+    parts = [f"{type(error).__name__}: {own_message(error)}", *getattr(error, "__notes__", [])]
     return " ".join(", ".join(parts).split())
+
+
+def own_message(error: BaseException) -> str:
+    """The message of an error. Of one that torch raises again for a loader worker, without the worker's traceback."""
+    before, found, raised = str(error).rpartition("\nOriginal Traceback (most recent call last):\n")
+    if not found or not before.startswith("Caught "):
+        return str(error)
+    last = re.findall(rf"^(?:[\w.]+\.)?{type(error).__name__}: ((?:.*\n?)+)", raised, re.MULTILINE)
+    return ", ".join(last[-1].strip().splitlines()) if last else str(error)
 
 
 def completer(names: Callable[[], list[str]]) -> Callable[..., list[CompletionItem]]:
