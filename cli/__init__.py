@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class Commands(click.Group):
             print_error(error.format_message(), error)
             sys.exit(error.exit_code)
         except UsageError as error:
-            print_error(error, error)
+            print_error(own_message(error), error)
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt) as error:
             print_error("interrupted", error, "")
@@ -75,8 +76,17 @@ def print_error(text: object, error: BaseException, start: str = "error: ") -> N
 
 def describe_failure(error: BaseException) -> str:
     """An unexpected error in one line: its type, its message, and which plugin raised it."""
-    parts = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
+    parts = [f"{type(error).__name__}: {own_message(error)}", *getattr(error, "__notes__", [])]
     return " ".join(", ".join(parts).split())
+
+
+def own_message(error: BaseException) -> str:
+    """The message of an error. Of one that torch raises again for a loader worker, without the worker's traceback."""
+    before, found, raised = str(error).rpartition("\nOriginal Traceback (most recent call last):\n")
+    if not found or not before.startswith("Caught "):
+        return str(error)
+    last = re.findall(rf"^(?:[\w.]+\.)?{type(error).__name__}: ((?:.*\n?)+)", raised, re.MULTILINE)
+    return ", ".join(last[-1].strip().splitlines()) if last else str(error)
 
 
 def plugin_names() -> list[str]:
@@ -162,6 +172,9 @@ SHARED_OPTIONS = (
                        "order given."),
     shared_option("--device", group=MAIN, default="auto", type=TextType(), metavar="DEVICE",
                   help="auto (cuda, then mps, then cpu), cpu, mps, cuda or one such as cuda:1."),
+    shared_option("--init", group="Data", type=TextType(), metavar="FILE",
+                  help="Weights to begin with: a file (.safetensors, .pt, .pth), a checkpoint or a run's folder; with "
+                       ":strict=false only those that fit."),
     shared_option("--data-root", group="Data", default="data", type=PathType(str), metavar="DIR",
                   help="The folder where data sets are stored."),
     shared_option("--download", group="Data", is_flag=True,

@@ -215,6 +215,9 @@ def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
     if hidden := [path for part in sets for path in part.hidden]:
         log.warning("data imagefolder: %s%s left out, because the name starts with a dot", one_line(hidden[0]),
                     f" and {len(hidden) - 1:,} more" if hidden[1:] else "")
+    if others := [path for part in sets for path in part.others]:
+        log.warning("data imagefolder: %s%s left out, because the name ends in none of %s", one_line(others[0]),
+                    f" and {len(others) - 1:,} more" if others[1:] else "", ", ".join(IMG_EXTENSIONS))
     if sets[0].classes != sets[1].classes:
         differ = sorted(set(sets[0].classes) ^ set(sets[1].classes))
         raise UsageError(f"data imagefolder: train and val in {root} have different classes; "

@@ -20,10 +20,12 @@ class VisibleImageFolder(ImageFolder):
     """torchvision's ImageFolder without folders and files whose names start with a dot, such as `.ipynb_checkpoints`.
 
     hidden: the paths of the folders that would have been classes, and of the images, that were left out
+    others: the paths of files whose names do not end as those of images that torchvision reads
     """
 
     def __init__(self, root: str, transform: Any) -> None:
         self.hidden: list[str] = []
+        self.others: list[str] = []
         super().__init__(root, transform, loader=load_image, is_valid_file=partial(self.is_visible_image, root))
 
     def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
@@ -35,11 +37,12 @@ class VisibleImageFolder(ImageFolder):
         return classes, {name: number for number, name in enumerate(classes)}
 
     def is_visible_image(self, root: str, path: str) -> bool:
-        if not path.lower().endswith(IMG_EXTENSIONS):
-            return False
-        if hidden := f"{os.sep}." in path[len(root):]:
+        hidden, is_image = f"{os.sep}." in path[len(root):], path.lower().endswith(IMG_EXTENSIONS)
+        if hidden and is_image:
             self.hidden.append(path)
-        return not hidden
+        elif not hidden and not is_image:
+            self.others.append(path)
+        return is_image and not hidden
 
 
 def load_image(path: str) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loopctl.cli.pretrained import load_pretrained, replace_head
 from loopctl.cli.specs import at_least_one, at_most, call_factory, factory_arguments, names_in_source, resolve
 from loopctl.data.memory import check_memory
 from loopctl.errors import UsageError, one_line
@@ -31,10 +33,12 @@ def torchvision_names() -> dict[str, str]:
     return names_in_source("torchvision", "models", r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(")
 
 
-def make(spec: str, data: Data) -> nn.Module:
+def make(spec: str, data: Data, pretrained: bool = True) -> nn.Module:
     """Return the model that `spec` names, for the classes and the image shape of `data`.
 
-    A factory is passed `num_classes`, `in_channels` and `image_size` if it has arguments of these names.
+    A factory is passed `num_classes`, `in_channels` and `image_size` if it has arguments of these names. With
+    `weights`, a model of torchvision gets a new last layer if the weights are for another number of classes.
+    pretrained: whether to read weights from a file that the spec names; a run that resumes has them in its checkpoint.
     Raises UsageError where the model cannot be built, or does not return one logit per class for an image.
     """
     from torch import nn
@@ -44,24 +48,52 @@ def make(spec: str, data: Data) -> nn.Module:
     name, factory, options = resolve("model", spec, lambda: [*small, *large],
                                      lambda name: small.get(name) or torchvision_factory(name))
     from_data = {"num_classes": data.classes, "in_channels": data.shape[0], "image_size": data.shape[-1]}
+    weights, file, changes_head = None, None, False
     if name in large:
-        from torchvision.models import get_model_weights
-
-        options = {"num_classes": data.classes} | SINGLE_OUTPUT.get(name, {}) | options
         if options.get("aux_logits"):
             raise UsageError(f"model {name}: with aux_logits=true it returns a second output in training; leave it out")
-        weights = list(get_model_weights(name).__members__)
-        if options.get("weights") not in (None, *weights):
-            raise UsageError(f"model {name}: weights takes none or {', '.join(weights)}, not {options['weights']!r}")
+        weights = named_weights(name, options, pretrained)
+        if weights is None:
+            file = options.pop("weights", None)
+            options = {"num_classes": data.classes} | SINGLE_OUTPUT.get(name, {}) | options
+        else:
+            changes_head = "num_classes" not in options
+            options = {"num_classes": len(weights.meta["categories"])} | options
+            options.pop("aux_logits", None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")       # check_output reports it
         if name in small or name in large:
             check_model_memory(name, factory, options, from_data)
-        model = call_factory(f"model {name}", factory, options, from_data)
+        try:
+            model = call_factory(f"model {name}", factory, options, from_data)
+        except UsageError as error:
+            if weights is None or not isinstance(error.__cause__, OSError):
+                raise
+            raise UsageError(f"model {name}: its weights cannot be downloaded ({one_line(error.__cause__)}); "
+                             f"pass a file, as in {name}:weights=FILE") from error
         if not isinstance(model, nn.Module):
             raise UsageError(f"model {name} returned a {type(model).__name__}, not a torch.nn.Module")
+        if weights is not None and name == "inception_v3":
+            model.aux_logits, model.AuxLogits = False, None      # type: ignore[assignment]   # it has them with its weights
+        if changes_head:
+            replace_head(f"model {name}", model, data.classes)
+        if file is not None and pretrained:
+            load_pretrained(f"model {name}", model, str(file))
         check_output(name, model, data)
     return model
+
+
+def named_weights(name: str, options: dict[str, Any], read: bool) -> Any:
+    """Return torchvision's own weights that an option names; None where it names none, or a file.
+
+    Raises UsageError for a name that is neither; not for one that is not to be `read`.
+    """
+    from torchvision.models import get_model_weights
+
+    given, known = options.get("weights"), get_model_weights(name).__members__
+    if given is not None and given not in known and read and not Path(str(given)).exists():
+        raise UsageError(f"model {name}: weights takes none, {', '.join(known)} or a file; there is no file {given}")
+    return known.get(given) if isinstance(given, str) else None
 
 
 def torchvision_factory(name: str) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ from loopctl.checkpoint.atomic_files import Weights, atomic_write, save_weights
 from loopctl.checkpoint.folder_lock import RUN as LOCK
 from loopctl.checkpoint.folder_lock import FolderLock, LostLock
 from loopctl.checkpoint.state import checkpoints_in, find_candidates
-from loopctl.cli import data, launch, models, optimizers
+from loopctl.cli import data, launch, models, optimizers, pretrained
 from loopctl.cli.lasting_output import lasting_output
 from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.composition.compose import blame_plugin, compose
@@ -61,9 +61,13 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (predicted == target).float().mean()
 
 
-def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Build what the settings name. Return the arguments of `fit`, and the settings with all defaults filled in."""
+def build_arguments(settings: dict[str, Any], resume: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Build what the settings name. Return the arguments of `fit`, and the settings with all defaults filled in.
+
+    resume: the folder of a run; if it has a checkpoint, the files of weights to begin with are not read again
+    """
     specs, plugins = build_plugins(settings)
+    begins = not has_checkpoint(resume, plugins)
     device = find_device(device_name(settings))
     factory, lr = optimizers.make(settings["optimizer"], settings["lr"], device.type)
     if settings["deterministic"]:
@@ -72,7 +76,10 @@ def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
         torch.backends.cudnn.benchmark = False
     seed_everything(settings["seed"])
     dataset = data.make(settings["data"], settings["data_root"], settings["download"])
-    model = models.make(settings["model"], dataset)
+    model = models.make(settings["model"], dataset, begins)
+    init = settings["init"]
+    if begins and init is not None:
+        init = pretrained.load_init(model, init)
     train, valid = dataset.loaders(settings["batch_size"], settings["workers"], device, data.has_default_loss(plugins))
     arguments = {
         "model": model, "loss_fn": nn.CrossEntropyLoss(), "optimizer": factory, "train": train, "valid": valid,
@@ -80,7 +87,14 @@ def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
         "plugins": plugins, "metrics": {"accuracy": accuracy}, "device": device, "seed": settings["seed"]}
     full_specs = [to_spec(split_spec(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=True)]
     several = launched_processes() > 1 or settings["devices"]               # then each process has a device of its own
-    return arguments, settings | {"lr": lr, "device": device.type if several else str(device), "plugin": full_specs}
+    resolved = {"lr": lr, "init": init, "device": device.type if several else str(device), "plugin": full_specs}
+    return arguments, settings | resolved
+
+
+def has_checkpoint(folder: Path | None, plugins: list[Any]) -> bool:
+    """Whether a run with these plugins has written a checkpoint to its folder; False without a folder."""
+    dirs = [plugin.dir for plugin in plugins if isinstance(plugin, Checkpoint)]
+    return folder is not None and bool(find_candidates(folder) or any(checkpoints_in(folder / name) for name in dirs))
 
 
 def build_plugins(settings: dict[str, Any]) -> tuple[list[str], list[Any]]:
@@ -130,10 +144,9 @@ def run(settings: dict[str, Any], arguments: list[str]) -> None:
 
 def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> None:
     """Train in this process, in a new folder or in that of the run to resume, and save the final weights there."""
-    arguments, resolved = build_arguments(settings)
+    arguments, resolved = build_arguments(settings, resume)
     savers = [plugin for plugin in arguments["plugins"] if isinstance(plugin, Checkpoint)]
-    if resume and (resume / "weights.safetensors").exists() and not (
-            find_candidates(resume) or any(checkpoints_in(resume / plugin.dir) for plugin in savers)):
+    if resume and (resume / "weights.safetensors").exists() and not has_checkpoint(resume, savers):
         raise UsageError(f"--resume {resume}: this run is finished and has no checkpoint to resume from; "
                          "start a new run")
     recorder = Recorder(resolved, new=not resume)
@@ -274,6 +287,8 @@ class Recorder:
         print(f"{self.settings['model']} ({parameters:,} parameters) on {self.settings['data']} "
               f"({size[0]:,} + {size[1]:,} images), {self.settings['optimizer']}, {self.settings['device']}"
               f"{f', {run.world_size} processes' if run.world_size > 1 else ''}")
+        if self.settings["init"] and self.new:
+            print(f"weights to begin with: {self.settings['init']}")
         if not self.new:
             self.write_configuration(run)
         with unwritable_is_error(run.out):

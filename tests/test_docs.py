@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from torch import nn
 
 import loopctl
@@ -139,6 +140,28 @@ def test_the_first_page_works_as_written(tmp_path, monkeypatch):
     exec(blocks(page)[0], scope)
     assert len(scope["run"].history) == 20
     assert all((DOCS / link).exists() for link in re.findall(r"\]\(([\w-]+\.md)", page))
+
+def test_the_commands_of_the_page_on_fine_tuning_run_in_order(tmp_path, monkeypatch):
+    """With tiny images, and random weights in place of those that would be downloaded."""
+    from PIL import Image
+    from torchvision.models import ResNet18_Weights, resnet18
+
+    monkeypatch.chdir(tmp_path)
+    for part, number in (("train", 4), ("val", 2)):
+        for kind, colour in (("cat", "red"), ("dog", "blue")):
+            Path("photos", part, kind).mkdir(parents=True)
+            for index in range(number):
+                Image.new("RGB", (32, 32), colour).save(Path("photos", part, kind, f"{index}.jpg"))
+    state = resnet18(weights=None).state_dict()
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda self, **arguments: state)
+    (*commands,) = re.findall(r"^\$ (loopctl .*)$", (DOCS / "fine-tuning.md").read_text(), re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        done = CliRunner().invoke(main, [*shlex.split(command.replace("imagefolder", "imagefolder:size=32"))[1:], "--epochs", "1"])
+        assert done.exit_code == 0, done.output
+    head, whole = (load_file(f"runs/{name}/weights.safetensors") for name in ("head", "all"))
+    assert {name for name in state if "fc" not in name and not torch.equal(state[name], head[name])} == set()
+    assert any(not torch.equal(head[name], whole[name]) for name in head if "fc" not in name)
 
 
 def specs(text):

@@ -278,9 +278,10 @@ def describe_type(hint: Any) -> str:
     if origin is Literal:
         return "|".join(map(str, args))
     if is_list(hint):
-        words = describe_type(next(item_hints(hint))).removeprefix("an ").removeprefix("a ")
+        item = next(item_hints(hint))
+        words = describe_type(item).removeprefix("an ").removeprefix("a ")
         noun = re.split(r",| \(", words)[0]
-        return f"a list of {noun}s{words[len(noun):]}"
+        return f"a list of {noun}{'s' * (get_origin(item) is not Literal)}{words[len(noun):]}"
     if is_dict(hint):
         return "pairs, name=value"
     if is_callable(hint):

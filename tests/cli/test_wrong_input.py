@@ -339,7 +339,7 @@ def case(command, *words):
     case("run --model vit:depth=1000000", "model vit: depth is at most 1,000, not 1,000,000"),
     case("run --model cnn:dropout=nan", "model cnn: dropout takes a number of at most 3.4e38, not 'nan'"),
     case("run --model cnn:num_classes=0", "returned a tensor of shape (1, 0) for one image", "change its last layer"),
-    case("run --model resnet18:weights=mine", "model resnet18: weights takes none or IMAGENET1K_V1, DEFAULT, not 'mine'"),
+    case("run --model resnet18:weights=mine", "model resnet18: weights takes none, IMAGENET1K_V1, DEFAULT or a file; there is no file mine"),
     case("run --model googlenet:aux_logits=true", "model googlenet: with aux_logits=true it returns a second output", "leave it out"),
     case("run --model mobilenet_v2:round_nearest=0", "model mobilenet_v2: ZeroDivisionError"),
     case("run --model mobilenet_v2:width_mult=1e308", "model mobilenet_v2: width_mult takes a number of at most 3.4e38"),

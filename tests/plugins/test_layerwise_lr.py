@@ -158,7 +158,12 @@ def test_explain_shows_the_optimizers_own_rate(net, batches):
 def test_its_options_can_be_parsed_from_its_spec():
     plugin = compose([f"{LAYERS}:rates=conv1.*=0.01,fc=x10,decay=0.5,no_decay=true"]).plugins["layerwise_lr"]
     assert plugin.rates == {"conv1.*": 0.01, "fc": "x10"}
-    assert to_spec("layerwise_lr", plugin) == "layerwise_lr:rates=conv1.*=0.01,fc=x10,decay=0.5,no_decay=true"
+    assert to_spec("layerwise_lr", plugin) == "layerwise_lr:rates=conv1.*=0.01,fc=x10,decay=0.5,no_decay=true,weight_decays="
+    spec = "layerwise_lr:rates=fc=x10,decay=0.5,no_decay=norms,tokens,weight_decays=conv1.*=0.01,fc=x0.5"
+    plugin = compose([spec.replace("layerwise_lr", LAYERS, 1)]).plugins["layerwise_lr"]
+    assert plugin.no_decay == ["norms", "tokens"]
+    assert plugin.weight_decays == {"conv1.*": 0.01, "fc": "x0.5"}
+    assert to_spec("layerwise_lr", plugin) == spec
 
 
 EXPECTED = "takes conv1.*=0.01, or conv1.*=x10 for ten times the optimizer's own rate, not"
@@ -173,12 +178,124 @@ EXPECTED = "takes conv1.*=0.01, or conv1.*=x10 for ten times the optimizer's own
     ("rates=0.1", f"rates {EXPECTED} =0.1"),
     ("decay=1.5", "decay is above 0 and at most 1, not 1.5"),
     ("decay=0", "decay is above 0 and at most 1, not 0.0"),
-    ("no_decay=false", "one of rates, decay and no_decay is required; pass decay=0.75, for example"),
+    ("weight_decays=conv9=0.1", "no parameter matches 'conv9'; the model's parameters start with 0, 1, 4"),
+    ("weight_decays=[01]=0.1,1=0.2", "weight_decays: earlier patterns match all parameters that '1' matches; put it first"),
+    ("weight_decays=0=-1", "weight_decays takes conv1.*=0.01, or conv1.*=x10 for ten times the optimizer's own weight decay, not 0=-1.0"),
+    ("no_decay=heads", "no_decay takes true|false or a list of norms|biases|embeddings|tokens, not 'heads'"),
+    ("no_decay=norms,heads", "no_decay takes true|false or a list of norms|biases|embeddings|tokens, not 'norms,heads'"),
+    ("no_decay=false", "one of rates, decay, no_decay and weight_decays is required; pass decay=0.75, for example"),
 ])
 def test_wrong_options_are_refused_in_one_line(net, batches, options, message):
     with pytest.raises(UsageError) as refused:
         fit(net, cross_entropy, sgd, batches, plugins=[f"{LAYERS}:{options}"])
     assert str(refused.value) == f"layerwise_lr: {message}"
+
+
+class Attention(nn.Module):
+    """Tokens with a class token and positions, an embedding that the head shares, a norm with a matrix, and an LSTM."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.cls_token, self.pos_embed = nn.Embedding(9, 4), nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 7, 4))
+        self.mix, self.norm, self.lstm = nn.MultiheadAttention(4, 2, batch_first=True), nn.LayerNorm((7, 4)), nn.LSTM(4, 4, batch_first=True)
+        self.scale, self.head = nn.Parameter(torch.ones(4)), nn.Linear(4, 9, bias=True)
+        self.head.weight = self.words.weight
+
+    def forward(self, input):
+        words = self.words(input)
+        mixed = self.norm(torch.cat([self.cls_token.expand(len(input), -1, -1), words], 1) + self.pos_embed)
+        mixed = mixed + self.mix(mixed, mixed, mixed, need_weights=False)[0]
+        return self.head(self.lstm(mixed)[0][:, 0] * self.scale)
+
+
+# What each option excludes from weight decay, by name.
+UNDECAYED = {
+    "norms": {"norm.weight", "norm.bias"},
+    "biases": {"mix.in_proj_bias", "mix.out_proj.bias", "norm.bias", "lstm.bias_ih_l0", "lstm.bias_hh_l0", "head.bias"},
+    "embeddings": {"words.weight"},
+    "tokens": {"cls_token", "pos_embed"},
+}
+UNDECAYED |= {"norms,biases,embeddings,tokens": set().union(*UNDECAYED.values()),
+              "true": {"mix.in_proj_bias", "mix.out_proj.bias", "lstm.bias_ih_l0", "lstm.bias_hh_l0", "head.bias", "scale"}}
+UNDECAYED |= {"norms,biases": UNDECAYED["norms"] | UNDECAYED["biases"]}
+
+
+@pytest.mark.parametrize("kinds", UNDECAYED)
+@pytest.mark.parametrize("optimizer", [sgd, adamw], ids=["sgd", "adamw"])
+def test_exclusion_from_weight_decay_equals_groups_written_by_hand_to_the_bit(kinds, optimizer, clone, same):
+    torch.manual_seed(0)
+    model, undecayed = Attention(), UNDECAYED[kinds]
+    other = clone(model)
+    data = [(torch.randint(0, 9, (5, 6)), torch.randint(0, 9, (5,))) for _ in range(4)]
+    named = list(other.named_parameters())
+    expected = optimizer([{"params": [parameter for name, parameter in named if name not in undecayed]},
+                          {"params": [parameter for name, parameter in named if name in undecayed], "weight_decay": 0.0}])
+    fit(model, cross_entropy, optimizer, data, epochs=2, plugins=[f"{LAYERS}:no_decay={kinds}"], seed=1)
+    train(other, expected, data, epochs=2)
+    same(model, other)
+    found = groups(model, f"{LAYERS}:no_decay={kinds}", optimizer)
+    assert {name for names, _, decay in found if decay == 0 for name in names} == undecayed
+
+
+def test_weight_decays_by_pattern_equal_groups_written_by_hand_to_the_bit(net, batches, clone, same):
+    """A pattern comes before no_decay, x is a factor of the optimizer's own, and rates divide the groups further."""
+    other = clone(net)
+    adam = {"lr": 1e-2, "weight_decay": 0.1}
+    expected = torch.optim.AdamW([
+        {"params": [other[0].weight]}, {"params": [other[0].bias, other[1].weight], "weight_decay": 0.0},
+        {"params": [other[1].bias], "weight_decay": 0.3}, {"params": [*other[4].parameters()], "lr": 0.1, "weight_decay": 0.05}], **adam)
+    spec = f"{LAYERS}:rates=4=x10,no_decay=norms,biases,weight_decays=1.bias=0.3,4=x0.5"
+    fit(net, cross_entropy, partial(torch.optim.AdamW, **adam), batches, epochs=3, plugins=[spec], seed=1)
+    train(other, expected, batches)
+    same(net, other)
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_t", "convnext_tiny"])
+@pytest.mark.parametrize("options", [{"no_decay": ["norms", "biases", "embeddings", "tokens"], "decay": 0.7},
+                                     {"no_decay": True, "weight_decays": {"/weight$/": 0.3}, "rates": {"/bias$/": 0.2}}])
+def test_each_parameter_is_in_one_group_and_only_those_of_the_kinds_have_no_weight_decay(name, options):
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(weights=None)
+    frozen = list(dict(model.named_parameters()))[:3]
+    for parameter in list(model.parameters())[:3]:
+        parameter.requires_grad_(False)
+    found = groups(model, LayerwiseLr(**options), adamw)
+    members = [name for names, *_ in found for name in names]
+    assert sorted(members) == sorted({name for name, _ in model.named_parameters()} - {*frozen})
+    undecayed = {name for names, _, decay in found if not decay for name in names}
+    if "decay" in options:              # timm's convention, and the tokens, positions and tables of these models
+        assert undecayed == {name for name, parameter in model.named_parameters() if name not in frozen and (
+            parameter.ndim <= 1 or name.endswith(("class_token", "pos_embedding", "bias_table")))}  # layer_scale is 3-D
+
+
+def test_the_names_that_the_model_itself_excludes_count_as_tokens(plain):
+    plain[0].no_weight_decay = lambda: {"weight"}
+    assert groups(plain, LayerwiseLr(no_decay=["tokens"]))[1] == (["0.weight"], 0.1, 0.0)
+
+
+def test_a_relative_weight_decay_needs_an_optimizer_that_has_one(net, batches):
+    with pytest.raises(UsageError, match="layerwise_lr: weight_decays: the optimizer has no weight decay; use another, such as adamw"):
+        fit(net, cross_entropy, partial(torch.optim.Rprop, lr=0.1), batches, plugins=[LayerwiseLr(weight_decays={"0": 0.1})])
+
+
+def test_the_parameters_of_a_loss_function_are_trained_too(plain, batches, clone, same):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, output, target):
+            return cross_entropy(output * self.scale, target)
+
+    loss, other, other_loss = Scaled(), clone(plain), Scaled()
+    fit(plain, loss, sgd, batches, epochs=2, plugins=[LayerwiseLr(decay=0.5)])
+    optimizer = sgd([{"params": [*other[2].parameters(), other_loss.scale]}, {"params": other[0].parameters(), "lr": 0.05}])
+    for input, target in batches * 2:
+        optimizer.zero_grad()
+        other_loss(other(input), target).backward()
+        optimizer.step()
+    same(plain, other)
+    assert torch.equal(loss.scale, other_loss.scale)
 
 
 def test_rates_that_are_not_a_dict_are_refused():
