@@ -12,7 +12,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from loopctl.cli.parameters import DevicesType, FloatType, IntegerType, PathType, TextType
+from loopctl.cli.parameters import DevicesType, FloatType, IntegerType, PathType, TextType, TimeType
 from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.errors import UsageError, nearest, one_line
 from loopctl.report.terminal import say, use_plain_letters
@@ -123,6 +123,8 @@ def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
         raise click.UsageError(f"--resume: {file} is empty, so what to train is unknown; start a new run")
     command_line_only = ("config", "resume", "out", "traceback")
     known = {option.name: option for option in ctx.command.params if option.name not in command_line_only}
+    if ctx.command is not run:              # what only `run` takes is of no matter to a command that does not train
+        values = {key: value for key, value in values.items() if key not in ("max_time",)}
     for key, value in values.items():
         if key not in known:
             advice = "pass it on the command line" if key in command_line_only else nearest(key, known, "there are")
@@ -211,6 +213,9 @@ def main(ctx: click.Context) -> None:
 
 @main.command()
 @training_options
+@click.option("--max-time", type=TimeType(), metavar="TIME",
+              help="Leave the run when this time is over, such as 90s, 30m, 2h, 1h30m or 1d, with a checkpoint from "
+                   "which it can be resumed.")
 @click.option("--out", type=PathType(), metavar="DIR",
               help="The folder that the run writes to.  [default: a new one in runs/]")
 @click.option("--resume", type=PathType(), is_eager=True, callback=read_defaults, metavar="DIR",

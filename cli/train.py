@@ -27,7 +27,7 @@ from loopctl import Parallel, explain, fit, hookimpl
 from loopctl.checkpoint.atomic_files import Weights, atomic_write, save_weights
 from loopctl.checkpoint.folder_lock import RUN as LOCK
 from loopctl.checkpoint.folder_lock import FolderLock, LostLock
-from loopctl.checkpoint.state import checkpoints_in, find_candidates
+from loopctl.checkpoint.state import checkpoints_in, find_candidates, step_number
 from loopctl.cli import data, launch, models, optimizers
 from loopctl.cli.lasting_output import lasting_output
 from loopctl.cli.specs import DEFAULT_PLUGINS
@@ -40,6 +40,7 @@ from loopctl.loop import DEFAULTS
 from loopctl.model.eval_mode import eval_mode
 from loopctl.model.summary import record_forward, render, table
 from loopctl.plugins.checkpoint import Checkpoint
+from loopctl.plugins.max_time import MaxTime
 from loopctl.prepare import build_run, find_device
 from loopctl.rng import seed_everything
 from loopctl.run import Run
@@ -77,13 +78,16 @@ def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
         "model": model, "loss_fn": nn.CrossEntropyLoss(), "optimizer": factory, "train": train, "valid": valid,
         "epochs": settings["epochs"], "max_steps": settings["max_steps"], "eval_every": settings["eval_every"],
         "plugins": plugins, "metrics": {"accuracy": accuracy}, "device": device, "seed": settings["seed"]}
-    full_specs = [to_spec(split_spec(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=True)]
+    full_specs = [to_spec(split_spec(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=False)]
     several = launched_processes() > 1 or settings["devices"]               # then each process has a device of its own
     return arguments, settings | {"lr": lr, "device": device.type if several else str(device), "plugin": full_specs}
 
 
 def build_plugins(settings: dict[str, Any]) -> tuple[list[str], list[Any]]:
-    """Return the specs and the instances of the run's plugins. Raises UsageError if they cannot be combined."""
+    """Return the specs and the instances of the run's plugins. Raises UsageError if they cannot be combined.
+
+    The plugins of other options, such as --max-time, come last and have no spec.
+    """
     launch.check_devices(settings["devices"], settings["device"])
     specs = list(settings["plugin"])
     given = {build_plugin(text)[0] for text in specs}
@@ -93,6 +97,11 @@ def build_plugins(settings: dict[str, Any]) -> tuple[list[str], list[Any]]:
     numbers = launch.device_numbers(settings["devices"])
     if len(numbers) > 1 and not any(isinstance(plugin, Parallel) for plugin in plugins):
         specs, plugins = ["ddp", *specs], [build_plugin("ddp")[1], *plugins]
+    if limit := settings.get("max_time"):
+        if not any(isinstance(plugin, Checkpoint) for plugin in plugins):
+            raise UsageError(f"--max-time {limit} without the plugin checkpoint: nothing would be left of the run; "
+                             "leave out --without checkpoint")
+        plugins = [*plugins, MaxTime(limit)]
     compose(plugins)                          # refuses a wrong combination before the data is read
     return specs, plugins
 
@@ -148,6 +157,10 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
             if rank() == 0:
                 click.echo(f"interrupted{more}", err=True)
             raise SystemExit(130) from None
+        if result.leaving:
+            if rank() == 0:
+                report_leaving(result, folder)
+            return
         weights = folder / "weights.safetensors"
         if not recorder.started and weights.exists():
             more = f"{result.epoch} epochs); use more --epochs to continue it"
@@ -165,6 +178,18 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
                else f"finished: {result.epoch} epochs, {result.step:,} updates")
     click.echo(f"run folder: {folder}")
     check_losses(result, weights)
+
+
+def report_leaving(run: Run, folder: Path) -> None:
+    """Say how to resume a run that was left. Raises an exception that ends the command with status 1 if it cannot be
+    resumed from where it was left."""
+    click.echo(f"left at step {run.attempts:,}, in epoch {run.epoch + 1} of {run.epochs}: {one_line(run.leave)}")
+    command = f"loopctl run --resume {shlex.quote(str(folder))}"
+    last = run.last_checkpoint
+    if not last or step_number(last) < run.attempts:
+        raise click.ClickException("the checkpoint could not be written; " + (f"{command} goes on from {last}" if last
+                                   else "there is none to resume from"))
+    click.echo(f"to go on: {command}")
 
 
 def check_losses(run: Run, weights: Path) -> None:

@@ -57,6 +57,8 @@ class Run:
     # How far the run is. Written by the loop and by a resume.
     counters: Counters = field(default_factory=Counters)
     stop: str = ""                            # why to end early; empty means go on. Written by plugins
+    leave: str = ""                           # why to leave at the next safe point, to be resumed. Written by plugins
+    leaving: bool = False                     # this safe point is the last one, in all processes: save the run
     loaders: dict[str, ResumableLoader] = field(default_factory=dict)      # of "train" and "valid"
     meters: Meters = None                     # type: ignore[assignment]   # means over the epoch so far
     metrics: dict[str, Any] = field(default_factory=dict)                  # by name; plugins add their own
@@ -77,7 +79,7 @@ class Run:
     _said: set[str] = field(default_factory=set)     # what was said already
 
     def __repr__(self) -> str:
-        stopped = f", stopped: {self.stop}" if self.stop else ""
+        stopped = f", stopped: {self.stop}" if self.stop else f", left: {self.leave}" if self.leaving else ""
         return (f"<Run of {type(self.model).__name__} on {self.device}: epoch {self.epoch} of {self.epochs}, "
                 f"{self.step:,} updates{stopped}>")
 

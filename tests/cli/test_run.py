@@ -7,6 +7,8 @@ import sys
 import time
 import tomllib
 from functools import partial
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +126,34 @@ def test_a_finished_run_is_resumed_for_more_epochs(run, tmp_path, workers):
     result = run("run", "--resume", "a", status=2)
     assert result.stderr.strip() == "error: a: this run is finished (4 epochs); use more --epochs to continue it"
     assert (tmp_path / "a" / "weights.safetensors").read_bytes() == before
+
+
+def test_a_run_whose_time_is_over_says_how_to_go_on_and_goes_on_to_the_same_bits(run, tmp_path, monkeypatch):
+    from loopctl.plugins import max_time
+    settings = ["--model", "cnn:width=8,dropout=0.1", "--epochs", 2, "--plugin", "ema"]
+    run("run", "--out", "whole", *settings)
+    now = count()
+    monkeypatch.setattr(max_time, "time", SimpleNamespace(monotonic=lambda: next(now)))         # a second at every look
+    result = run("run", "--out", "a", "--max-time", "30s", *settings)
+    assert result.stdout.splitlines()[-2:] == ["left at step 29, in epoch 2 of 2: the time of 30s is over", "to go on: loopctl run --resume a"]
+    assert not (tmp_path / "a" / "weights.safetensors").exists()
+    assert tomllib.loads((tmp_path / "a" / "run.toml").read_text())["max_time"] == "30s"
+    assert "max_time" not in run("explain", "--config", "a/run.toml").stdout                    # which trains nothing
+    assert "finished: 2 epochs" in run("run", "--resume", "a").stdout
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "whole"))
+    assert (tmp_path / "a" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+    # The time is an option of the new run, not of what is trained.
+    assert "left at step 1," in run("run", "--out", "b", "--max-time", "1s", *settings).stdout
+    assert "left at step 6," in run("run", "--resume", "b", "--max-time", "5s").stdout
+    assert "finished: 2 epochs" in run("run", "--config", "b/run.toml", "--max-time", "1d", "--out", "c").stdout
+
+
+def test_a_run_left_without_a_checkpoint_ends_with_status_1(run, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("loopctl.plugins.checkpoint.save_checkpoint", full)
+    result = run("run", "--out", "a", "--max-time", "0.0001s", status=1)
+    assert result.stderr.splitlines()[-1] == "error: the checkpoint could not be written; there is none to resume from"
 
 
 def test_explain_shows_the_plugins_at_each_hook_and_the_plan(run):

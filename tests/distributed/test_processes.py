@@ -620,6 +620,40 @@ def test_a_second_signal_passed_on_by_torchrun_does_not_prevent_the_checkpoint(r
     assert int(max((tmp_path / "checkpoints").glob("step-*.pt")).stem.removeprefix("step-")) >= 36
 
 
+class LeavesInOneProcess:
+    """Sets `run.leave` in one process, from step 23 on."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    @hookimpl
+    def after_step(self, run: Run):
+        if run.rank == self.rank and run.attempts >= 23:
+            run.leave = f"process {self.rank} leaves"
+
+
+def leave_and_resume(rank, out):
+    settings = {"epochs": 6, "seed": 0, "out": out, "valid": batches(8, 5)}
+    data = batches(*[8] * 20)
+    left = fit(noisy(), LOSS, SGD, data, plugins=["ddp", "checkpoint:every_epochs=1000", LeavesInOneProcess(rank)], **settings)
+    done = fit(noisy(), LOSS, SGD, data, plugins=["ddp", "checkpoint:every_epochs=1000"], resume=out, **settings)
+    whole = fit(noisy(), LOSS, SGD, data, plugins=["ddp"], **settings)
+    return (left.attempts, left.leaving, left.leave), weights_of(done), weights_of(whole), done.history == whole.history
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_leaves_takes_all_with_it_and_the_run_resumes_to_the_same_bits(ranks, tmp_path, rank):
+    found = ranks(2, leave_and_resume, rank, tmp_path)
+    assert found[0][0] == found[1][0]
+    attempts, leaving, leave = found[0][0]
+    assert 23 <= attempts <= 30             # the end of the epoch at the latest
+    assert (leaving, leave) == (True, f"process {rank} leaves")
+    assert found[0][3]
+    assert found[1][3]
+    same(found[0][1], found[0][2])
+    same(found[1][1], found[0][2])
+
+
 def fail_to_write_on_rank_0(out):
     from loopctl.plugins import checkpoint
     rank, real = int(os.environ["RANK"]), checkpoint.save_checkpoint
