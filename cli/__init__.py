@@ -12,7 +12,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from loopctl.cli.parameters import DevicesType, FloatType, IntegerType, PathType, TextType, TimeType
+from loopctl.cli.parameters import DevicesType, FloatType, IntegerType, LimitType, PathType, TextType, TimeType
 from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.errors import UsageError, nearest, one_line
 from loopctl.report.terminal import say, use_plain_letters
@@ -170,6 +170,13 @@ SHARED_OPTIONS = (
                   help="End the run after N updates, even if --epochs are not complete."),
     shared_option("--eval-every", type=COUNT, metavar="N",
                   help="Evaluate every N steps, in addition to the end of each epoch."),
+    shared_option("--limit-train", type=LimitType(), metavar="N|P%",
+                  help="Train on the first N batches of each epoch only, or on P percent of them; N in each process."),
+    shared_option("--limit-valid", type=LimitType(), metavar="N|P%",
+                  help="Validate on the first N batches only, or on P percent of them; N in each process."),
+    shared_option("--overfit", type=COUNT, metavar="N",
+                  help="Train and validate on the same N batches, in the order of the data: a model that is right "
+                       "learns them by heart."),
     shared_option("--batch-size", default=64, type=COUNT, metavar="N", help="Images per batch, in each process."),
     shared_option("--plugin", plugin_names, multiple=True, type=TextType(), metavar="NAME[:option=value,...]",
                   help="Add a plugin (see `loopctl plugins`); repeat the option for more, which act in the "

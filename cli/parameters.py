@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from loopctl.composition.option_types import plain_number
+from loopctl.data.limits import parse_limit
 from loopctl.optim.duration import parse_time
 
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")         # not visible in a terminal, and not allowed in TOML
@@ -47,6 +48,18 @@ class TimeType(TextType):
         text = super().convert(value, param, ctx)
         try:
             parse_time(text)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return text
+
+
+class LimitType(TextType):
+    """A number of batches, or a percentage of them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = super().convert(value, param, ctx)
+        try:
+            parse_limit(text)
         except ValueError as error:
             self.fail(str(error), param, ctx)
         return text

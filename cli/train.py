@@ -74,6 +74,7 @@ def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     dataset = data.make(settings["data"], settings["data_root"], settings["download"])
     model = models.make(settings["model"], dataset)
     train, valid = dataset.loaders(settings["batch_size"], settings["workers"], device, data.has_default_loss(plugins))
+    train, valid = data.limit(settings, train, valid)
     arguments = {
         "model": model, "loss_fn": nn.CrossEntropyLoss(), "optimizer": factory, "train": train, "valid": valid,
         "epochs": settings["epochs"], "max_steps": settings["max_steps"], "eval_every": settings["eval_every"],

@@ -250,7 +250,8 @@ def compare(run: Run, saved: dict[str, Any]) -> list[str]:
 
 
 def other_data(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Say how the data of a run differs from that of the checkpoint: its sizes, and its classes by name and order."""
+    """Say how the data of a run differs from that of the checkpoint: its sizes, limits, and classes by name and order.
+    """
     found = []
     for name, what in (("train", "training"), ("valid", "validation")):
         old, new = saved[name], current[name]
@@ -258,6 +259,9 @@ def other_data(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
             sizes = ["{samples} samples in batches of {batch_size}".format(**data) for data in (old, new)]
             advice = "; best values of two sets cannot be compared" * (name == "valid")
             found.append(differs(f"the {what} data has", *sizes) + advice)
+        limits = [f"limited to {data['limit']}" if data.get("limit") else "not limited" for data in (old, new)]
+        if limits[0] != limits[1]:
+            found.append(differs(f"the {what} data is", *limits))
         if old["classes"] != new["classes"] and old["classes"] and new["classes"]:
             classes = [", ".join(data["classes"]) for data in (old, new)]
             found.append(differs(f"the classes of the {what} data are", *classes))

@@ -156,6 +156,25 @@ def test_a_run_left_without_a_checkpoint_ends_with_status_1(run, tmp_path, monke
     assert result.stderr.splitlines()[-1] == "error: the checkpoint could not be written; there is none to resume from"
 
 
+def test_limits_apply_to_the_run_its_resume_and_its_repetition(run, tmp_path):
+    settings = ["--model", "cnn:width=8,dropout=0.1", "--limit-train", 3, "--limit-valid", "34%", "--plugin", "cosine:by=step"]
+    assert "updates          6: 2 epochs of 3" in run("explain", "--epochs", 2, *settings).stdout
+    for out, epochs in (("a", 2), ("whole", 4)):
+        assert f"finished: {epochs} epochs, {3 * epochs} updates" in run("run", "--epochs", epochs, "--out", out, *settings).stdout
+    result = run("run", "--resume", "a", "--limit-train", 4, "--epochs", 4, status=2)
+    assert "limit_train is 3 in the checkpoint and 4 in this run" in result.stderr
+    assert "finished: 4 epochs, 12 updates" in run("run", "--resume", "a", "--epochs", 4).stdout
+    run("run", "--config", "whole/run.toml", "--out", "c")
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "c"))
+
+
+def test_overfit_trains_and_validates_on_the_same_batches(run, tmp_path):
+    run("run", "--overfit", 1, "--epochs", 30, "--model", "linear", "--out", "a", "--lr", 0.05)
+    last = (tmp_path / "a" / "metrics.csv").read_text().splitlines()[-1].split(",")
+    assert last[1] == "30"
+    assert (last[3], last[5]) == ("1.0", "1.0")
+
+
 def test_explain_shows_the_plugins_at_each_hook_and_the_plan(run):
     text = run("explain", "--plugin", "warmup", "--plugin", "accumulate:every=2", "--plugin", "cosine", "--epochs", 10).stdout
     assert re.search(r"^    lr_scale +warmup, cosine$", text, re.MULTILINE)
