@@ -121,7 +121,7 @@ def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
         raise click.UsageError(f"--{param.name}: {file} is not TOML: {error}") from None
     if param.name == "resume" and not values:
         raise click.UsageError(f"--resume: {file} is empty, so what to train is unknown; start a new run")
-    command_line_only = ("config", "resume", "out", "traceback")
+    command_line_only = ("config", "resume", "out", "fast_dev_run", "traceback")
     known = {option.name: option for option in ctx.command.params if option.name not in command_line_only}
     if ctx.command is not run:              # what only `run` takes is of no matter to a command that does not train
         values = {key: value for key, value in values.items() if key not in ("max_time",)}
@@ -223,6 +223,9 @@ def main(ctx: click.Context) -> None:
 @click.option("--max-time", type=TimeType(), metavar="TIME",
               help="Leave the run when this time is over, such as 90s, 30m, 2h, 1h30m or 1d, with a checkpoint from "
                    "which it can be resumed.")
+@click.option("--fast-dev-run", is_flag=True,
+              help="Try everything with two epochs of three batches: training, validation, plugins, checkpoints. Leaves "
+                   "no folder behind.")
 @click.option("--out", type=PathType(), metavar="DIR",
               help="The folder that the run writes to.  [default: a new one in runs/]")
 @click.option("--resume", type=PathType(), is_eager=True, callback=read_defaults, metavar="DIR",

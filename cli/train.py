@@ -16,7 +16,7 @@ from importlib.metadata import version
 from itertools import count, takewhile
 from math import inf, isfinite
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import click
@@ -117,6 +117,9 @@ def device_name(settings: dict[str, Any]) -> str:
 
 def run(settings: dict[str, Any], arguments: list[str]) -> None:
     """Train with these settings, here or in the processes of --devices, which are started with the same `arguments`."""
+    few = settings.pop("fast_dev_run")
+    if few and settings["resume"]:
+        raise UsageError("--fast-dev-run with --resume: it begins a short run of its own; leave out one of the two")
     if len(numbers := launch.device_numbers(settings["devices"])) > 1 and launched_processes() == 1:
         build_plugins(settings)             # a wrong composition is reported here, once, before any process is started
         sys.exit(launch.launch(numbers, arguments))
@@ -132,7 +135,10 @@ def run(settings: dict[str, Any], arguments: list[str]) -> None:
         out, resume = (None, folder) if folder.name and folder.exists() else (out, None)
     with lasting_output():
         try:
-            train(settings, out, resume)
+            if few:
+                fast_dev_run(settings)
+            else:
+                train(settings, out, resume)
         except LostLock as error:
             raise click.ClickException(str(error)) from error
 
@@ -179,6 +185,41 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
                else f"finished: {result.epoch} epochs, {result.step:,} updates")
     click.echo(f"run folder: {folder}")
     check_losses(result, weights)
+
+
+@dataclass(eq=False)
+class TwoEpochs:
+    """A plugin that ends the run after two epochs, while schedules and plugins plan with all of its epochs."""
+
+    observer_only = True
+
+    @hookimpl
+    def epoch_end(self, run: Run) -> None:
+        if run.epoch == 2 and not run.finished:
+            run.stop = "two epochs are enough to try everything"
+
+
+def fast_dev_run(settings: dict[str, Any]) -> None:
+    """Train two epochs of three batches with all that the settings name, in a temporary folder that is then removed."""
+    few = {"limit_train": "3", "limit_valid": "3", "overfit": None, "max_time": None}
+    arguments, resolved = build_arguments(settings | few)
+    for plugin in arguments["plugins"]:
+        for name in ("dir", "path"):            # what would be written elsewhere goes to the temporary folder too
+            value = getattr(plugin, name, None)
+            if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+                setattr(plugin, name, Path(value).name)
+    arguments["plugins"] += [data.BatchSize(), Recorder(resolved, new=True), TwoEpochs()]
+    with (TemporaryDirectory(prefix="loopctl-") if rank() == 0 else nullcontext("")) as folder, matmul_precision(
+            settings["matmul"]):
+        result = fit(**arguments, out=folder)
+        final = Weights(result.model)
+        if rank():
+            return
+        save_weights(final, Path(folder, "weights.safetensors"))
+    check_losses(result, Path("weights.safetensors"))
+    updates, epochs = (f"{number} {word}{'s' * (number != 1)}"
+                       for number, word in ((result.step, "update"), (result.epoch, "epoch")))
+    click.echo(f"fast-dev-run: everything works: {updates} in {epochs}, with validation; nothing was kept")
 
 
 def report_leaving(run: Run, folder: Path) -> None:

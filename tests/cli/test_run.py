@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from functools import partial
@@ -173,6 +174,19 @@ def test_overfit_trains_and_validates_on_the_same_batches(run, tmp_path):
     last = (tmp_path / "a" / "metrics.csv").read_text().splitlines()[-1].split(",")
     assert last[1] == "30"
     assert (last[3], last[5]) == ("1.0", "1.0")
+
+
+def test_fast_dev_run_tries_everything_and_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    result = run("run", "--fast-dev-run", "--out", "a", "--epochs", 100, "--model", "linear", "--plugin", "warmup:length=5ep", "--plugin",
+                 "swa:start=50", "--plugin", "report", "--plugin", f"csv:path={tmp_path}/elsewhere/log.csv", "--limit-train", 9, "--max-time", "1s")
+    assert result.stdout.splitlines()[-1] == "fast-dev-run: everything works: 6 updates in 2 epochs, with validation; nothing was kept"
+    assert "report.html" not in result.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
+    broken = run("run", "--fast-dev-run", "--model", "linear", "--optimizer", "sgd", "--lr", "1e30", status=1)
+    assert "train_loss is nan since epoch 1, so weights.safetensors is of no use" in broken.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
 
 
 def test_explain_shows_the_plugins_at_each_hook_and_the_plan(run):

@@ -227,6 +227,7 @@ def case(command, *words):
     case("run --max-time 2h --without checkpoint", "--max-time 2h without the plugin checkpoint", "leave out --without checkpoint"),
     *[case(f"run --limit-{part} {text}", f"Invalid value for '--limit-{part}': a limit is a number of batches, at least 1", "such as 10%")
       for part, text in (("train", "0"), ("train", "1.5"), ("valid", "101%"), ("valid", "few"))],
+    case("run --fast-dev-run --plugin cosine:t_max=0", "cosine"),
     case("run --overfit 2 --limit-valid 3", "--overfit 2 with --limit-valid", "leave out one of the two"),
     case("run --overfit 2 --limit-train 50%", "--overfit 2 with --limit-train", "leave out one of the two"),
     case("run --plugin early_stopping:patience=1.5", "early_stopping: patience takes a whole number, not '1.5'"),
