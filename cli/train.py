@@ -117,7 +117,10 @@ def device_name(settings: dict[str, Any]) -> str:
 
 def run(settings: dict[str, Any], arguments: list[str]) -> None:
     """Train with these settings, here or in the processes of --devices, which are started with the same `arguments`."""
-    few = settings.pop("fast_dev_run")
+    few, name = settings.pop("fast_dev_run"), settings.pop("name")
+    settings["tag"] = list(settings["tag"]) or None
+    if name and not few:
+        settings["out"] = named_folder(name, settings)
     if few and settings["resume"]:
         raise UsageError("--fast-dev-run with --resume: it begins a short run of its own; leave out one of the two")
     if len(numbers := launch.device_numbers(settings["devices"])) > 1 and launched_processes() == 1:
@@ -141,6 +144,21 @@ def run(settings: dict[str, Any], arguments: list[str]) -> None:
                 train(settings, out, resume)
         except LostLock as error:
             raise click.ClickException(str(error)) from error
+
+
+def named_folder(name: str, settings: dict[str, Any]) -> Path:
+    """Return the folder of the run called `name`. Raises UsageError where it exists, or where there can be none."""
+    for option in ("out", "resume"):
+        if settings[option]:
+            raise UsageError(f"--name {name} with --{option}: both name the run's folder; leave out one of the two")
+    if Path(name).name != name or name.startswith(("-", ".")):
+        raise UsageError(f"--name {name}: the name is that of a folder in runs/; use a name without / or, for a folder "
+                         "elsewhere, --out DIR")
+    folder = Path("runs", name)
+    if rank() == 0 and not restart_count() and folder.exists():
+        raise UsageError(f"--name {name}: {folder} exists and is not overwritten; choose another name"
+                         + f", or use --resume {shlex.quote(str(folder))}" * folder.is_dir())
+    return folder
 
 
 def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> None:
