@@ -14,7 +14,7 @@ import click
 
 from loopctl.cli.completion import completer
 from loopctl.cli.grouped_help import MAIN, GroupedCommand, GroupedOption
-from loopctl.cli.parameters import DevicesType, FloatType, IntegerType, PathType, TextType
+from loopctl.cli.parameters import DevicesType, FloatType, IntegerType, LimitType, PathType, TextType, TimeType
 from loopctl.cli.specs import DATA, DEFAULT_PLUGINS
 from loopctl.errors import UsageError, nearest, one_line
 from loopctl.report.terminal import say, use_plain_letters
@@ -104,6 +104,9 @@ def optimizer_names() -> list[str]:
     return optimizers.known_names()
 
 
+LISTS = ("plugin", "without", "tag")            # options that can be repeated
+
+
 def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     """Use the values of a run.toml as defaults of the options, so that options on the command line override them."""
     if path is None:
@@ -124,14 +127,16 @@ def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
         raise click.UsageError(f"--{param.name}: {file} is not TOML: {error}") from None
     if param.name == "resume" and not values:
         raise click.UsageError(f"--resume: {file} is empty, so what to train is unknown; start a new run")
-    command_line_only = ("config", "resume", "out", "traceback")
+    command_line_only = ("config", "resume", "out", "fast_dev_run", "name", "traceback")
     known = {option.name: option for option in ctx.command.params if option.name not in command_line_only}
+    if ctx.command is not run:              # what only `run` takes is of no matter to a command that does not train
+        values = {key: value for key, value in values.items() if key not in ("max_time", "tag")}
     for key, value in values.items():
         if key not in known:
             advice = "pass it on the command line" if key in command_line_only else nearest(key, known, "there are")
             raise click.UsageError(f"--{param.name}: {file}: {key!r} is not a key of a configuration; {advice}")
-        if isinstance(value, dict) or (isinstance(value, list) != (key in ("plugin", "without"))):
-            kind = "a list" if key in ("plugin", "without") else "one value"
+        if isinstance(value, dict) or (isinstance(value, list) != (key in LISTS)):
+            kind = "a list" if key in LISTS else "one value"
             raise click.UsageError(f"--{param.name}: {file}: {key} takes {kind}, not {value!r}")
         try:                        # as text, so that it is checked as on the command line: epochs = 1.5 is refused
             values[key] = [str(item) for item in value] if isinstance(value, list) else str(value)
@@ -185,6 +190,13 @@ SHARED_OPTIONS = (
                   help="End the run after N updates, even if --epochs are not complete."),
     shared_option("--eval-every", group=LENGTH, type=COUNT, metavar="N",
                   help="Evaluate every N steps, in addition to the end of each epoch."),
+    shared_option("--limit-train", group=LENGTH, type=LimitType(), metavar="N|P%",
+                  help="Train on the first N batches of each epoch only, or on P percent of them; N in each process."),
+    shared_option("--limit-valid", group=LENGTH, type=LimitType(), metavar="N|P%",
+                  help="Validate on the first N batches only, or on P percent of them; N in each process."),
+    shared_option("--overfit", group=LENGTH, type=COUNT, metavar="N",
+                  help="Train and validate on the same N batches, in the order of the data: a model that is right "
+                       "learns them by heart."),
     shared_option("--without", type=click.Choice(DEFAULT_PLUGINS), multiple=True, metavar="NAME",
                   help=f"Leave out a plugin that `run` adds by default: {', '.join(DEFAULT_PLUGINS)}."),
     shared_option("--devices", group=DEVICES, type=DevicesType(), metavar="0,1",
@@ -223,6 +235,16 @@ def main(ctx: click.Context) -> None:
 
 @main.command()
 @training_options
+@shared_option("--max-time", group=LENGTH, type=TimeType(), metavar="TIME",
+               help="Leave the run when this time is over, such as 90s, 30m, 2h, 1h30m or 1d, with a checkpoint from "
+                    "which it can be resumed.")
+@shared_option("--fast-dev-run", group=LENGTH, is_flag=True,
+               help="Try everything with two epochs of three batches: training, validation, plugins, checkpoints. "
+                    "Leaves no folder behind.")
+@shared_option("--name", group=REPEATING, type=TextType(), metavar="NAME",
+               help="Write to the folder runs/NAME, which must not exist yet.")
+@shared_option("--tag", group=REPEATING, type=TextType(), multiple=True, metavar="TAG",
+               help="A word by which `loopctl runs` and `compare` tell the run from others; repeat it for more.")
 @shared_option("--out", group=MAIN, type=PathType(), metavar="DIR",
                help="The run's folder.  [default: a new one in runs/]")
 @shared_option("--resume", group=MAIN, type=PathType(), is_eager=True, callback=read_defaults, metavar="DIR",
@@ -270,6 +292,19 @@ def compare(runs: tuple[Path, ...], out: Path | None) -> None:
     """Show how the options and the results of runs differ. RUNS are the folders of two runs or more."""
     from loopctl.cli.compare import compare_runs  # by its full path, for `compare` is this command
     say(compare_runs(runs, out))
+
+
+@main.command()
+@click.argument("folder", default="runs", type=PathType(), metavar="[DIR]")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects, for scripts.")
+def runs(folder: Path, as_json: bool) -> None:
+    """List the runs in a folder, runs/ by default: when, what, how far, how good, and their state.
+
+    A run is running, finished, stopped (it can be resumed) or broken (there is nothing to resume from).
+    """
+    from loopctl.cli.runs import list_runs  # by its full path, for `runs` is this command
+    defaults = {option.name or "": option.default for option in run.params}
+    say(list_runs(folder, defaults, as_json))
 
 
 @main.command()

@@ -19,6 +19,7 @@ from loopctl.composition.compose import compose
 from loopctl.composition.options import Option
 from loopctl.data import on_device
 from loopctl.data.dataset import Data, check_last_batch
+from loopctl.data.limits import limited, overfit
 from loopctl.data.memory import check_memory
 from loopctl.errors import UsageError, one_line
 from loopctl.hooks import hookimpl
@@ -283,6 +284,17 @@ class BatchSize:
         if not self.tried:
             self.tried = True
             check_last_batch(run)
+
+
+def limit(settings: dict[str, Any], train: Any, valid: Any) -> tuple[Any, Any]:
+    """Return the loaders with the limits of --limit-train, --limit-valid and --overfit."""
+    limits, number = [settings["limit_train"], settings["limit_valid"]], settings["overfit"]
+    if number:
+        if any(limits):
+            raise UsageError(f"--overfit {number} with --limit-{'train' if limits[0] else 'valid'}: it limits both to "
+                             "the same batches; leave out one of the two")
+        return (overfit(train, number),) * 2
+    return tuple(limited(data, most) if most else data for data, most in zip((train, valid), limits, strict=True))
 
 
 def has_default_loss(plugins: list[Any]) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from loopctl.composition.option_types import plain_number
+from loopctl.data.limits import parse_limit
+from loopctl.optim.duration import parse_time
 
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")         # not visible in a terminal, and not allowed in TOML
 
@@ -37,6 +39,30 @@ class TextType(click.types.StringParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(check_printable(self, value, param, ctx), param, ctx)
+
+
+class TimeType(TextType):
+    """A time with its unit, such as 90s, 30m, 2h, 1h30m or 1d."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = super().convert(value, param, ctx)
+        try:
+            parse_time(text)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return text
+
+
+class LimitType(TextType):
+    """A number of batches, or a percentage of them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = super().convert(value, param, ctx)
+        try:
+            parse_limit(text)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return text
 
 
 class DevicesType(click.ParamType):

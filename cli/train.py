@@ -16,7 +16,7 @@ from importlib.metadata import version
 from itertools import count
 from math import inf
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import click
@@ -27,7 +27,7 @@ from loopctl import Parallel, explain, fit, hookimpl
 from loopctl.checkpoint.atomic_files import Weights, atomic_write, save_weights
 from loopctl.checkpoint.folder_lock import RUN as LOCK
 from loopctl.checkpoint.folder_lock import FolderLock, LostLock
-from loopctl.checkpoint.state import checkpoints_in, find_candidates
+from loopctl.checkpoint.state import checkpoints_in, find_candidates, step_number
 from loopctl.cli import data, launch, models, optimizers, pretrained
 from loopctl.cli.lasting_output import lasting_output
 from loopctl.cli.specs import DEFAULT_PLUGINS
@@ -41,6 +41,7 @@ from loopctl.model.eval_mode import eval_mode
 from loopctl.model.summary import record_forward, render, table
 from loopctl.plugins.checkpoint import Checkpoint
 from loopctl.plugins.freeze import Freeze
+from loopctl.plugins.max_time import MaxTime
 from loopctl.prepare import build_run, find_device
 from loopctl.rng import seed_everything
 from loopctl.run import Run
@@ -81,11 +82,12 @@ def build_arguments(settings: dict[str, Any], resume: Path | None = None) -> tup
     if begins and init is not None:
         init = pretrained.load_init(model, init)
     train, valid = dataset.loaders(settings["batch_size"], settings["workers"], device, data.has_default_loss(plugins))
+    train, valid = data.limit(settings, train, valid)
     arguments = {
         "model": model, "loss_fn": nn.CrossEntropyLoss(), "optimizer": factory, "train": train, "valid": valid,
         "epochs": settings["epochs"], "max_steps": settings["max_steps"], "eval_every": settings["eval_every"],
         "plugins": plugins, "metrics": {"accuracy": accuracy}, "device": device, "seed": settings["seed"]}
-    full_specs = [to_spec(split_spec(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=True)]
+    full_specs = [to_spec(split_spec(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=False)]
     several = launched_processes() > 1 or settings["devices"]               # then each process has a device of its own
     resolved = {"lr": lr, "init": init, "device": device.type if several else str(device), "plugin": full_specs}
     return arguments, settings | resolved
@@ -98,7 +100,10 @@ def has_checkpoint(folder: Path | None, plugins: list[Any]) -> bool:
 
 
 def build_plugins(settings: dict[str, Any]) -> tuple[list[str], list[Any]]:
-    """Return the specs and the instances of the run's plugins. Raises UsageError if they cannot be combined."""
+    """Return the specs and the instances of the run's plugins. Raises UsageError if they cannot be combined.
+
+    The plugins of other options, such as --max-time, come last and have no spec.
+    """
     launch.check_devices(settings["devices"], settings["device"])
     specs = list(settings["plugin"])
     given = {build_plugin(text)[0] for text in specs}
@@ -108,6 +113,11 @@ def build_plugins(settings: dict[str, Any]) -> tuple[list[str], list[Any]]:
     numbers = launch.device_numbers(settings["devices"])
     if len(numbers) > 1 and not any(isinstance(plugin, Parallel) for plugin in plugins):
         specs, plugins = ["ddp", *specs], [build_plugin("ddp")[1], *plugins]
+    if limit := settings.get("max_time"):
+        if not any(isinstance(plugin, Checkpoint) for plugin in plugins):
+            raise UsageError(f"--max-time {limit} without the plugin checkpoint: nothing would be left of the run; "
+                             "leave out --without checkpoint")
+        plugins = [*plugins, MaxTime(limit)]
     compose(plugins)                          # refuses a wrong combination before the data is read
     return specs, plugins
 
@@ -122,6 +132,12 @@ def device_name(settings: dict[str, Any]) -> str:
 
 def run(settings: dict[str, Any], arguments: list[str]) -> None:
     """Train with these settings, here or in the processes of --devices, which are started with the same `arguments`."""
+    few, name = settings.pop("fast_dev_run"), settings.pop("name")
+    settings["tag"] = list(settings["tag"]) or None
+    if name and not few:
+        settings["out"] = named_folder(name, settings)
+    if few and settings["resume"]:
+        raise UsageError("--fast-dev-run with --resume: it begins a short run of its own; leave out one of the two")
     if len(numbers := launch.device_numbers(settings["devices"])) > 1 and launched_processes() == 1:
         build_plugins(settings)             # a wrong composition is reported here, once, before any process is started
         sys.exit(launch.launch(numbers, arguments))
@@ -137,9 +153,27 @@ def run(settings: dict[str, Any], arguments: list[str]) -> None:
         out, resume = (None, folder) if folder.name and folder.exists() else (out, None)
     with lasting_output():
         try:
-            train(settings, out, resume)
+            if few:
+                fast_dev_run(settings)
+            else:
+                train(settings, out, resume)
         except LostLock as error:
             raise click.ClickException(str(error)) from error
+
+
+def named_folder(name: str, settings: dict[str, Any]) -> Path:
+    """Return the folder of the run called `name`. Raises UsageError where it exists, or where there can be none."""
+    for option in ("out", "resume"):
+        if settings[option]:
+            raise UsageError(f"--name {name} with --{option}: both name the run's folder; leave out one of the two")
+    if Path(name).name != name or name.startswith(("-", ".")):
+        raise UsageError(f"--name {name}: the name is that of a folder in runs/; use a name without / or, for a folder "
+                         "elsewhere, --out DIR")
+    folder = Path("runs", name)
+    if rank() == 0 and not restart_count() and folder.exists():
+        raise UsageError(f"--name {name}: {folder} exists and is not overwritten; choose another name"
+                         + f", or use --resume {shlex.quote(str(folder))}" * folder.is_dir())
+    return folder
 
 
 def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> None:
@@ -163,6 +197,10 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
             if by_signal and rank() == 0:
                 click.echo(f"interrupted{more}", err=True)
             raise SystemExit(130) if isinstance(error, KeyboardInterrupt) else error from None
+        if result.leaving:
+            if rank() == 0:
+                report_leaving(result, folder)
+            return
         weights = folder / "weights.safetensors"
         if not recorder.started and weights.exists():
             more = f"{counted(result.epoch, 'epoch')}); use more --epochs to continue it"
@@ -180,6 +218,53 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
                else f"finished: {counted(result.epoch, 'epoch')}, {counted(result.step, 'update')}")
     click.echo(f"run folder: {folder}")
     check_losses(result, weights)
+
+
+@dataclass(eq=False)
+class TwoEpochs:
+    """A plugin that ends the run after two epochs, while schedules and plugins plan with all of its epochs."""
+
+    observer_only = True
+
+    @hookimpl
+    def epoch_end(self, run: Run) -> None:
+        if run.epoch == 2 and not run.finished:
+            run.stop = "two epochs are enough to try everything"
+
+
+def fast_dev_run(settings: dict[str, Any]) -> None:
+    """Train two epochs of three batches with all that the settings name, in a temporary folder that is then removed."""
+    few = {"limit_train": "3", "limit_valid": "3", "overfit": None, "max_time": None}
+    arguments, resolved = build_arguments(settings | few)
+    for plugin in arguments["plugins"]:
+        for name in ("dir", "path"):            # what would be written elsewhere goes to the temporary folder too
+            value = getattr(plugin, name, None)
+            if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+                setattr(plugin, name, Path(value).name)
+    arguments["plugins"] += [data.BatchSize(), Recorder(resolved, new=True), TwoEpochs()]
+    with (TemporaryDirectory(prefix="loopctl-") if rank() == 0 else nullcontext("")) as folder, matmul_precision(
+            settings["matmul"]):
+        result = fit(**arguments, out=folder)
+        final = Weights(result.model)
+        if rank():
+            return
+        save_weights(final, Path(folder, "weights.safetensors"))
+    check_losses(result, Path("weights.safetensors"))
+    updates, epochs = (f"{number} {word}{'s' * (number != 1)}"
+                       for number, word in ((result.step, "update"), (result.epoch, "epoch")))
+    click.echo(f"fast-dev-run: everything works: {updates} in {epochs}, with validation; nothing was kept")
+
+
+def report_leaving(run: Run, folder: Path) -> None:
+    """Say how to resume a run that was left. Raises an exception that ends the command with status 1 if it cannot be
+    resumed from where it was left."""
+    click.echo(f"left at step {run.attempts:,}, in epoch {run.epoch + 1} of {run.epochs}: {one_line(run.leave)}")
+    command = f"loopctl run --resume {shlex.quote(str(folder))}"
+    last = run.last_checkpoint
+    if not last or step_number(last) < run.attempts:
+        raise click.ClickException("the checkpoint could not be written; " + (f"{command} goes on from {last}" if last
+                                   else "there is none to resume from"))
+    click.echo(f"to go on: {command}")
 
 
 def check_losses(run: Run, weights: Path) -> None:

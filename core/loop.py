@@ -67,6 +67,7 @@ def fit(
     out: str | Path = ".",
 ) -> Run:
     """Train `model` and return the run: `run.history` has a dict per evaluation, `run.stop` why it ended early, or "".
+    Where a plugin such as `max_time` left it in the middle, `run.leaving` is true, and `run.leave` says why.
 
     loss_fn: `loss_fn(output, target)`; None where the model returns its loss, where `forward` does, or where a plugin
         replaces `compute_loss`. If it is a module, it belongs to the run as the model does: its tensors are moved to
@@ -115,10 +116,11 @@ def training_loop(run: Run) -> None:
         if run.resume:
             restore(run)
         rehearse(run)           # in the first step, before its update
-        while not run.finished:
+        while not (run.finished or run.leaving):
             run_epoch(run)
     set_eval_mode(run.optimizer)
-    run.hook.train_end(run=run)
+    if not run.leaving:
+        run.hook.train_end(run=run)
 
 
 def run_epoch(run: Run) -> None:
@@ -134,7 +136,9 @@ def run_epoch(run: Run) -> None:
     if not epoch_finished(run):
         for batches in hook.group_batches(run=run, batches=batches_to_device(run.loaders["train"], run.device)):
             run_step(run, batches)
-            hook.safe_point(run=run)
+            reach_safe_point(run)
+            if run.leaving:
+                return
             evaluate_if_due(run)
             if epoch_finished(run):
                 break
@@ -147,7 +151,13 @@ def run_epoch(run: Run) -> None:
     evaluate(run)
     record_metrics(run)
     hook.epoch_end(run=run)
-    hook.safe_point(run=run)
+    reach_safe_point(run)
+
+
+def reach_safe_point(run: Run) -> None:
+    """Call `safe_point`. Whether the run leaves after it is decided before it, so that it is saved there if it does."""
+    run.leaving = bool(run.leave) and not run.finished
+    run.hook.safe_point(run=run)
 
 
 def epoch_finished(run: Run) -> bool:

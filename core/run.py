@@ -62,6 +62,8 @@ class Run:
     stop: str = ""                            # why to end early; empty means go on. Written by plugins
     loaders: dict[str, ResumableLoader] = field(default_factory=dict)      # of `data_sets`, in training
     evaluating: str = ""                      # the loader that an evaluation reads; empty outside of one
+    leave: str = ""                           # why to leave at the next safe point, to be resumed. Written by plugins
+    leaving: bool = False                     # this safe point is the last one, in all processes: save the run
     meters: Meters = None                     # type: ignore[assignment]   # means over the epoch so far
     log_target: tuple[Meters, Any] | None = None      # where `log` adds to, with which weight; None discards
     metrics: dict[str, Any] = field(default_factory=dict)                  # by name; plugins add their own
@@ -87,7 +89,7 @@ class Run:
     _said: set[str] = field(default_factory=set)     # what was said already
 
     def __repr__(self) -> str:
-        stopped = f", stopped: {self.stop}" if self.stop else ""
+        stopped = f", stopped: {self.stop}" if self.stop else f", left: {self.leave}" if self.leaving else ""
         return (f"<Run of {type(self.model).__name__} on {self.device}: epoch {self.epoch} of {self.epochs}, "
                 f"{counted(self.step, 'update')}{stopped}>")
 

@@ -54,9 +54,10 @@ class Checkpoint:
     """Save checkpoints, from which the run resumes exactly, and the best weights.
 
     A checkpoint is a file step-00000123.pt, numbered by steps, skipped ones included. The last one is written when the
-    run ends, or exits after Ctrl-C, or after SIGTERM or SIGUSR1, which batch systems send. best.safetensors holds the
-    best weights so far, best.pt the whole state at the next safe point. If a checkpoint cannot be written, the run
-    continues: a warning is logged, and the previous checkpoint is kept. The folder is locked while the run trains.
+    run ends, or leaves at a safe point: with `max_time`, after Ctrl-C, or after SIGTERM or SIGUSR1, which batch systems
+    send. best.safetensors holds the best weights so far, best.pt the whole state at the next safe point. If a
+    checkpoint cannot be written, the run continues: a warning is logged, and the previous checkpoint is kept. The
+    folder is locked while the run trains.
 
     every_epochs: save at the end of every N-th epoch
     every_steps: also save every N steps
@@ -91,7 +92,7 @@ class Checkpoint:
         self.checked = False                    # the first epoch has begun, and the state was found serializable
         self.optimizer_checked = False
         self.signal = 0                         # the number of the signal received, if any
-        self.stop_consensus = StopConsensus()
+        self.overdue_consensus = StopConsensus()
         self.kept: list[Path] = []              # the checkpoints to keep, latest first
         self.best_sharded: str | None = None    # the folder with the sharded tensors of best.pt, if it has any
         self.pending: tuple[Path, Callable[[], bool]] | None = None     # being written: its file; wait for the result
@@ -99,7 +100,8 @@ class Checkpoint:
         self.lock = FolderLock(self.folder, CHECKPOINTS)
         self.made: list[Path] = []              # the folders made to hold the lock, innermost first
         run.checkpoint_folders.append(self.folder)
-        previous_handlers = {number: signal.signal(number, self.on_signal) for number in unhandled_signals()}
+        on_signal = partial(self.on_signal, run)
+        previous_handlers = {number: signal.signal(number, on_signal) for number in unhandled_signals()}
         try:
             result = yield
             self.wait_for_pending(run)
@@ -120,7 +122,7 @@ class Checkpoint:
             for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
-    def on_signal(self, number: int, frame: Any) -> None:
+    def on_signal(self, run: Run, number: int, frame: Any) -> None:
         """Make the run save and exit at the next safe point. A second signal ends it at once, except in a process group
         started by torchrun, which forwards signals that its processes may have received already. Ctrl-C ends it at once
         too where training has not begun."""
@@ -128,6 +130,7 @@ class Checkpoint:
         if nothing_to_save or (self.signal and launched_processes() == 1):
             raise end_by(number)
         self.signal = number
+        run.leave = signal.Signals(number).name
 
     @hookimpl
     def train_start(self, run: Run) -> None:
@@ -205,15 +208,15 @@ class Checkpoint:
             self.optimizer_checked = True
             if run.rank == 0:
                 check_serializable(run)
-        overdue = self.every_minutes is not None and time.monotonic() - self.last_time >= 60 * self.every_minutes
-        number, overdue = self.stop_consensus(run, (self.signal, overdue)) or (0, False)
+        overdue = self.every_minutes is not None and self.overdue_consensus(
+            run, time.monotonic() - self.last_time >= 60 * self.every_minutes)
         epoch_due = self.epoch_ended and (run.finished or run.epoch % self.every_epochs == 0)
         self.epoch_ended = False
         step_due = self.every_steps and run.attempts % self.every_steps == 0
-        if epoch_due or step_due or overdue or self.best or number:
+        if epoch_due or step_due or overdue or self.best or run.leaving:
             saved = self.save(run)
-            if number and not run.finished:
-                self.exit_on_signal(run, number, self.wait_for_pending(run) and saved)
+            if run.leaving and run.leave in signal.Signals.__members__:
+                self.exit_on_signal(run, signal.Signals[run.leave], self.wait_for_pending(run) and saved)
 
     def save(self, run: Run) -> bool:
         """Write a checkpoint and delete old ones. Returns whether it was written; True while it is being written."""
@@ -282,13 +285,12 @@ class Checkpoint:
             return False
         return True
 
-    def exit_on_signal(self, run: Run, number: int, saved: bool) -> None:
+    def exit_on_signal(self, run: Run, number: signal.Signals, saved: bool) -> None:
         last = run.last_checkpoint
         resume = f"resume continues from {last}" if last else "there is no checkpoint to resume from"
-        name = signal.Signals(number).name
         if run.rank == 0:
             log.warning("checkpoint: stopped by %s after %d updates, in epoch %d; %s",
-                        name, run.step, run.epoch + 1, resume)
+                        number.name, run.step, run.epoch + 1, resume)
         raise end_by(number) if saved or number == signal.SIGINT else SystemExit(1)
 
     def state_dict(self) -> dict[str, Any]:

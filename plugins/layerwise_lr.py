@@ -106,7 +106,7 @@ def groups(
 def first_matches(
     option: str, model: nn.Module, patterns: dict[str, tuple[float, bool]],
 ) -> Iterable[tuple[str, tuple[float, bool], list[nn.Parameter]]]:
-    """Each pattern, its value, and the parameters that it is the first to match. Raises UsageError if there are none."""
+    """Each pattern, its value, and the parameters that it is the first to match. Raises UsageError if it has none."""
     matched: set[nn.Parameter] = set()
     for pattern, parameters in matching_parameters(model, patterns).items():
         new = [parameter for parameter in parameters if parameter not in matched]

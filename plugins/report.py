@@ -52,7 +52,8 @@ class Report:
                     self.write(run, f"broken off: {type(error).__name__}{f': {error}' if str(error) else ''}")
                 raise
         if self.began:                              # else the run was finished before, and has its report
-            self.write(run, f"stopped early: {run.stop}" if run.stop else "finished")
+            left = f"left at step {run.attempts:,}, to be resumed: {run.leave}" if run.leaving else "finished"
+            self.write(run, f"stopped early: {run.stop}" if run.stop else left)
         return result
 
     @hookimpl

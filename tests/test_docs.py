@@ -185,6 +185,18 @@ def test_the_hooks_and_options_on_the_page_for_users_of_other_libraries_exist():
     assert set(re.findall(r"(--[a-z-]+)", cells)) <= options
 
 
+def test_the_page_on_what_is_around_a_run_works_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, scope = (DOCS / "runs.md").read_text(), {}
+    for kind, block in re.findall(r"```(console|python)\n(.*?)```", page, re.DOTALL):
+        if kind == "python":
+            exec(block, scope)
+        for command in re.findall(r"^\$ (loopctl .*)$", block, re.MULTILINE) if kind == "console" else ():
+            done = CliRunner().invoke(main, shlex.split(command)[1:])
+            assert done.exit_code == 0, done.output
+    assert scope["run"].history[-1]["val_loss"] < 0.01
+
+
 # docs/api.md
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from loopctl.checkpoint.atomic_files import warn_once
 from loopctl.errors import UsageError
 
 try:
@@ -100,6 +99,8 @@ class FolderLock:
                 lock.__enter__()
 
     def warn(self, reason: str) -> None:
+        from loopctl.checkpoint.atomic_files import warn_once  # it imports torch, which `loopctl runs` does not
+
         warn_once(self.folder, f"{self.folder} is not locked: {reason}; do not resume this run twice at once", "lock")
 
 
@@ -114,6 +115,23 @@ def release_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=release_all)
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process holds the lock on `file`. Where the file system has no locks: whether the file exists."""
+    try:
+        handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if fcntl is None:
+            return True
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return error.errno in HELD | UNSUPPORTED
+    finally:
+        os.close(handle)
 
 
 def lock_file(file: Path) -> int:

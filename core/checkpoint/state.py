@@ -45,7 +45,7 @@ TRAINING_HOOKS = ("setup", "param_groups", "wrap_model", "group_batches", "lr_sc
 
 # Options of `loopctl run` that may change on resume.
 MAY_CHANGE_ON_RESUME = ("epochs", "max_steps", "eval_every", "workers", "device", "devices", "data_root", "download",
-                        "plugin", "without")
+                        "plugin", "without", "max_time", "tag")
 
 log = logging.getLogger("loopctl")
 
@@ -261,7 +261,8 @@ def identities(run: Run) -> dict[str, Any]:
 
 
 def other_data(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Say how the data of a run differs from that of the checkpoint: its sizes, and its classes by name and order."""
+    """Say how the data of a run differs from that of the checkpoint: its sizes, limits, and classes by name and order.
+    """
     found = []
     for name in saved.keys() & current.keys():
         what = "training" if name == "train" else "validation"
@@ -270,6 +271,9 @@ def other_data(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
             sizes = ["{samples} samples in batches of {batch_size}".format(**data) for data in (old, new)]
             advice = "; best values of two sets cannot be compared" * (name != "train")
             found.append(differs(f"the {what} data has", *sizes) + advice)
+        limits = [f"limited to {data['limit']}" if data.get("limit") else "not limited" for data in (old, new)]
+        if limits[0] != limits[1]:
+            found.append(differs(f"the {what} data is", *limits))
         if old["classes"] != new["classes"] and old["classes"] and new["classes"]:
             classes = [", ".join(data["classes"]) for data in (old, new)]
             found.append(differs(f"the classes of the {what} data are", *classes))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from loopctl.data import on_device
 from loopctl.data.checked_dataset import CheckedDataset
+from loopctl.data.limits import find_limit
 from loopctl.data.memory import check_memory
 from loopctl.errors import UsageError, counted
 from loopctl.rng import rng_state, set_rng_state
@@ -88,7 +89,9 @@ def check_last_batch(run: Run) -> None:
     if not shape or not isinstance(loader, DataLoader) or not loader.batch_size or loader.drop_last:
         return
     samples, size = len(loader.sampler), loader.batch_size               # type: ignore[arg-type]
-    reached = size == 1 or (samples % size == 1 and run.max_steps >= run.plan()[0])
+    limit = find_limit(loader)
+    cut = run.max_steps < run.plan()[0] or (limit is not None and limit.cuts)
+    reached = size == 1 or (samples % size == 1 and not cut)
     if not reached or not any(isinstance(module, norm) and module.training for module in run.model.modules()):
         return
     random = rng_state(loader)

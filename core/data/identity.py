@@ -1,16 +1,17 @@
-"""What identifies the data of a run, so that it is not resumed with other data: lengths, batch size, class names."""
+"""What identifies the data of a run, so that it is not resumed with other data: lengths, batch size, limit, classes."""
 from __future__ import annotations
 
 from typing import Any
 
 from loopctl.data.batch import length_or_none
+from loopctl.data.limits import find_limit
 
 
 def data_identity(source: Any) -> dict[str, Any]:
-    """Return the batch size, the number of samples and the classes of a loader; None for what is unknown."""
-    dataset = getattr(source, "dataset", None)
+    """Return the batch size, number of samples, limit and classes of a loader; None for no limit and the unknown."""
+    dataset, limit = getattr(source, "dataset", None), find_limit(source)
     return {"batch_size": plain_number(getattr(source, "batch_size", None)), "samples": length_or_none(dataset),
-            "classes": class_names(dataset)}
+            "limit": str(limit.limit) if limit else None, "classes": class_names(dataset)}
 
 
 def plain_number(value: Any) -> int | None:

@@ -3,16 +3,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from copy import copy
 from itertools import islice
 from math import inf
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DistributedSampler
 
 from loopctl.data.batch import chunked, length_or_none, sample_count
+from loopctl.data.limits import draws_indices, limited_per_process, with_batch_sampler
 from loopctl.rng import host_rng_state, loader_generators, set_host_rng_state
 
 
@@ -24,13 +24,12 @@ def shard_data(data: Any, rank: int, world_size: int, seed: int) -> tuple[Any, S
     """
     if isinstance(getattr(data, "sampler", None), DistributedSampler):
         return data, None
-    if not isinstance(data, DataLoader) or data.batch_sampler is None or isinstance(data.dataset, IterableDataset):
+    data = limited_per_process(data, world_size)
+    if not draws_indices(data):
         shard = Shard(data, rank, world_size, sample_count)
         return shard, shard
     shard = Shard(data.batch_sampler, rank, world_size, len, seed, data)
-    loader = copy(data)                     # the user's own loader is not changed
-    vars(loader).update(batch_sampler=shard, _iterator=None)
-    return loader, shard
+    return with_batch_sampler(data, shard), shard
 
 
 def find_shard(data: Any) -> Shard | None:

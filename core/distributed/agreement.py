@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from loopctl.data.batch import length_or_none
+from loopctl.data.limits import Limited
 from loopctl.distributed.process_group import all_gather, all_reduce_sum, is_single_process
 from loopctl.errors import UsageError, counted, names
 from loopctl.optim.several import each_optimizer
@@ -164,10 +165,14 @@ def describe_value(value: Any) -> str:
 def length_is_certain(data: Any) -> bool:
     """Return whether a pass over `data` has as many batches as its length says, so that no process can run out of them
     before the others. The length of a stream or of a user's own sampler may be unknown, or an estimate."""
+    if isinstance(data, Limited):
+        return length_is_certain(data.batches)
     if isinstance(data, list | tuple):
         return True
+    sampler = getattr(data, "batch_sampler", None)
+    sampler = sampler.batches if isinstance(sampler, Limited) else sampler
     return (isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset)
-            and type(data.batch_sampler) is BatchSampler and type(data.sampler).__module__.startswith("torch.utils."))
+            and type(sampler) is BatchSampler and type(data.sampler).__module__.startswith("torch.utils."))
 
 
 def groups_in_step(run: Run, batches: Iterable[Any], groups: Iterator[list[Any]]) -> Iterator[list[Any]]:
@@ -176,7 +181,7 @@ def groups_in_step(run: Run, batches: Iterable[Any], groups: Iterator[list[Any]]
     Raises UsageError in all processes when some have no more and others do: these would wait for the first for ever.
     Numbers in place of batches, with which a run is planned, are not exchanged.
     """
-    if isinstance(batches, count):
+    if isinstance(batches, count | type(iter(range(0)))):
         yield from groups
         return
     for step in count(1):

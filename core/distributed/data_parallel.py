@@ -53,7 +53,7 @@ class Parallel:
     The loop itself does not change. A step is over the micro-batches of all processes, and each of them is weighted by
     its share of the whole step, so that the update is the one that a single process would make. Metrics are weighted in
     the same way and are equal in all processes, so that plugins make the same decisions in each of them. A reason to
-    stop that only one process has, such as a time limit, takes effect in all processes at the same step.
+    stop or to leave that only one process has, such as a time limit, takes effect in all processes at the same step.
 
     All processes must be started alike: what differs is refused before training, with the values and their ranks.
 
@@ -91,7 +91,7 @@ class Parallel:
         self.certain_length = length_is_certain(run.train)
         self.agreed_stop = ""               # the reason to stop that all processes have agreed on
         self.local_stop = ""                # one that this process has found, until they agree
-        self.consensus = StopConsensus()
+        self.consensus, self.leave_consensus = StopConsensus(), StopConsensus()
         self.evaluating, self.uneven, self.depth = False, False, 0
         require_same(run, self.describe_request)
         require_distinct_samplers(run)
@@ -267,6 +267,9 @@ class Parallel:
     @hookimpl(wrapper=True)
     def safe_point(self, run: Run) -> Generator[None, None, None]:
         self.defer_stop(run)
+        if leave := self.leave_consensus(run, run.leave):       # assigned only then: a signal may set it at any moment
+            run.leave = leave
+        run.leaving = bool(leave) and not run.finished
         result = yield
         self.defer_stop(run)
         self.set_agreed_stop(run, self.consensus(run, self.local_stop) or self.agreed_stop)

@@ -1,6 +1,6 @@
-"""Durations of schedules: a plain number in the schedule's own unit, or `5ep`, `500st`, `10%` of the run.
+"""Durations of schedules: a plain number in the schedule's own unit, or `5ep`, `500st`, `10%` of the run; and times.
 
-To add a unit, add it to `UNITS`, to the examples and to `convert`.
+To add a unit of durations, add it to `UNITS`, to the examples and to `convert`.
 """
 import re
 from functools import lru_cache
@@ -9,6 +9,7 @@ from typing import Annotated
 Duration = Annotated[int | float | str, "duration"]     # annotated, so that options of this type are known and checked
 UNITS = {"": "", "ep": "epoch", "st": "step", "%": "%"}
 EXAMPLES = ("30", "5ep", "500st", "10%")                # one of each unit, for messages
+SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}      # by unit of a time, in the order in which they are written
 
 
 @lru_cache(typed=True)           # typed, because True equals 1 and is no duration
@@ -37,3 +38,14 @@ def convert(number: float, unit: str, by: str, steps_per_epoch: int, planned_ste
     in_steps = {"": 1 if by == "step" else steps_per_epoch, "step": 1, "epoch": steps_per_epoch}
     steps = number * planned_steps / 100 if unit == "%" else number * in_steps[unit]
     return steps if by == "step" else steps / steps_per_epoch
+
+
+def parse_time(text: str) -> float:
+    """Return the seconds of a time such as `90s`, `30m`, `2h`, `1h30m` or `1.5d`. Raises ValueError for other text."""
+    pattern = "".join(rf"(?:(\d{{1,6}}(?:\.\d+)?){unit})?" for unit in SECONDS)
+    found = re.fullmatch(pattern, text.strip(), re.ASCII) if isinstance(text, str) else None
+    numbers = zip(found.groups("0") if found else (), SECONDS.values(), strict=False)
+    seconds = sum(float(number) * factor for number, factor in numbers)
+    if not seconds > 0:
+        raise ValueError(f"takes a time, not {text!r}: write 90s, 30m, 2h, 1h30m or 1d")
+    return seconds

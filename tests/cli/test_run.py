@@ -4,9 +4,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from functools import partial
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +127,66 @@ def test_a_finished_run_is_resumed_for_more_epochs(run, tmp_path, workers):
     result = run("run", "--resume", "a", status=2)
     assert result.stderr.strip() == "error: a: this run is finished (4 epochs); use more --epochs to continue it"
     assert (tmp_path / "a" / "weights.safetensors").read_bytes() == before
+
+
+def test_a_run_whose_time_is_over_says_how_to_go_on_and_goes_on_to_the_same_bits(run, tmp_path, monkeypatch):
+    from loopctl.plugins import max_time
+    settings = ["--model", "cnn:width=8,dropout=0.1", "--epochs", 2, "--plugin", "ema"]
+    run("run", "--out", "whole", *settings)
+    now = count()
+    monkeypatch.setattr(max_time, "time", SimpleNamespace(monotonic=lambda: next(now)))         # a second at every look
+    result = run("run", "--out", "a", "--max-time", "30s", *settings)
+    assert result.stdout.splitlines()[-2:] == ["left at step 29, in epoch 2 of 2: the time of 30s is over", "to go on: loopctl run --resume a"]
+    assert not (tmp_path / "a" / "weights.safetensors").exists()
+    assert tomllib.loads((tmp_path / "a" / "run.toml").read_text())["max_time"] == "30s"
+    assert "max_time" not in run("explain", "--config", "a/run.toml").stdout                    # which trains nothing
+    assert "finished: 2 epochs" in run("run", "--resume", "a").stdout
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "whole"))
+    assert (tmp_path / "a" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+    # The time is an option of the new run, not of what is trained.
+    assert "left at step 1," in run("run", "--out", "b", "--max-time", "1s", *settings).stdout
+    assert "left at step 6," in run("run", "--resume", "b", "--max-time", "5s").stdout
+    assert "finished: 2 epochs" in run("run", "--config", "b/run.toml", "--max-time", "1d", "--out", "c").stdout
+
+
+def test_a_run_left_without_a_checkpoint_ends_with_status_1(run, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("loopctl.plugins.checkpoint.save_checkpoint", full)
+    result = run("run", "--out", "a", "--max-time", "0.0001s", status=1)
+    assert result.stderr.splitlines()[-1] == "error: the checkpoint could not be written; there is none to resume from"
+
+
+def test_limits_apply_to_the_run_its_resume_and_its_repetition(run, tmp_path):
+    settings = ["--model", "cnn:width=8,dropout=0.1", "--limit-train", 3, "--limit-valid", "34%", "--plugin", "cosine:by=step"]
+    assert "updates          6: 2 epochs of 3" in run("explain", "--epochs", 2, *settings).stdout
+    for out, epochs in (("a", 2), ("whole", 4)):
+        assert f"finished: {epochs} epochs, {3 * epochs} updates" in run("run", "--epochs", epochs, "--out", out, *settings).stdout
+    result = run("run", "--resume", "a", "--limit-train", 4, "--epochs", 4, status=2)
+    assert "limit_train is 3 in the checkpoint and 4 in this run" in result.stderr
+    assert "finished: 4 epochs, 12 updates" in run("run", "--resume", "a", "--epochs", 4).stdout
+    run("run", "--config", "whole/run.toml", "--out", "c")
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "c"))
+
+
+def test_overfit_trains_and_validates_on_the_same_batches(run, tmp_path):
+    run("run", "--overfit", 1, "--epochs", 30, "--model", "linear", "--out", "a", "--lr", 0.05)
+    last = (tmp_path / "a" / "metrics.csv").read_text().splitlines()[-1].split(",")
+    assert last[1] == "30"
+    assert (last[3], last[5]) == ("1.0", "1.0")
+
+
+def test_fast_dev_run_tries_everything_and_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    result = run("run", "--fast-dev-run", "--out", "a", "--epochs", 100, "--model", "linear", "--plugin", "warmup:length=5ep", "--plugin",
+                 "swa:start=50", "--plugin", "report", "--plugin", f"csv:path={tmp_path}/elsewhere/log.csv", "--limit-train", 9, "--max-time", "1s")
+    assert result.stdout.splitlines()[-1] == "fast-dev-run: everything works: 6 updates in 2 epochs, with validation; nothing was kept"
+    assert "report.html" not in result.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
+    broken = run("run", "--fast-dev-run", "--optimizer", "sgd", "--lr", "1e30", status=1)
+    assert "train_loss is nan since epoch 1, so weights.safetensors is of no use" in broken.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
 
 
 def test_explain_shows_the_plugins_at_each_hook_and_the_plan(run):

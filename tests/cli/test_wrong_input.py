@@ -223,6 +223,13 @@ def case(command, *words):
     case("plugins clp", "no plugin is called 'clp'", "did you mean 'clip'?"),
     case("run --plugin clip:max_nrm=1", "clip: no option 'max_nrm'", "did you mean 'max_norm'?"),
     case("run --plugin clip:max_norm=big", "clip: max_norm takes a number, not 'big'"),
+    case("run --max-time 2", "Invalid value for '--max-time': takes a time, not '2': write 90s, 30m, 2h, 1h30m or 1d"),
+    case("run --max-time 2h --without checkpoint", "--max-time 2h without the plugin checkpoint", "leave out --without checkpoint"),
+    *[case(f"run --limit-{part} {text}", f"Invalid value for '--limit-{part}': a limit is a number of batches, at least 1", "such as 10%")
+      for part, text in (("train", "0"), ("train", "1.5"), ("valid", "101%"), ("valid", "few"))],
+    case("run --fast-dev-run --plugin cosine:t_max=0", "cosine"),
+    case("run --overfit 2 --limit-valid 3", "--overfit 2 with --limit-valid", "leave out one of the two"),
+    case("run --overfit 2 --limit-train 50%", "--overfit 2 with --limit-train", "leave out one of the two"),
     case("run --plugin early_stopping:patience=1.5", "early_stopping: patience takes a whole number, not '1.5'"),
     case("run --plugin early_stopping:restore_best=maybe", "restore_best takes true|false, not 'maybe'"),
     case("run --plugin amp:dtype=int8", "amp: dtype takes auto|float16|bfloat16, not 'int8'"),

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from loopctl import Run, UsageError, available, fit, hookimpl
+from loopctl.data.limits import limited
 from loopctl.distributed import process_group
 from loopctl.distributed.process_group import claim_error_report
 
@@ -618,6 +619,74 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(ranks, tmp_path, rank
 def test_a_second_signal_passed_on_by_torchrun_does_not_prevent_the_checkpoint(ranks, tmp_path):
     assert ranks(2, train_with_signals, 1, tmp_path, 36) == [128 + signal.SIGTERM] * 2
     assert int(max((tmp_path / "checkpoints").glob("step-*.pt")).stem.removeprefix("step-")) >= 36
+
+
+class LeavesInOneProcess:
+    """Sets `run.leave` in one process, from step 23 on."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    @hookimpl
+    def after_step(self, run: Run):
+        if run.rank == self.rank and run.attempts >= 23:
+            run.leave = f"process {self.rank} leaves"
+
+
+def leave_and_resume(rank, out):
+    settings = {"epochs": 6, "seed": 0, "out": out, "valid": batches(8, 5)}
+    data = batches(*[8] * 20)
+    left = fit(noisy(), LOSS, SGD, data, plugins=["ddp", "checkpoint:every_epochs=1000", LeavesInOneProcess(rank)], **settings)
+    done = fit(noisy(), LOSS, SGD, data, plugins=["ddp", "checkpoint:every_epochs=1000"], resume=out, **settings)
+    whole = fit(noisy(), LOSS, SGD, data, plugins=["ddp"], **settings)
+    return (left.attempts, left.leaving, left.leave), weights_of(done), weights_of(whole), done.history == whole.history
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_leaves_takes_all_with_it_and_the_run_resumes_to_the_same_bits(ranks, tmp_path, rank):
+    found = ranks(2, leave_and_resume, rank, tmp_path)
+    assert found[0][0] == found[1][0]
+    attempts, leaving, leave = found[0][0]
+    assert 23 <= attempts <= 30             # the end of the epoch at the latest
+    assert (leaving, leave) == (True, f"process {rank} leaves")
+    assert found[0][3]
+    assert found[1][3]
+    same(found[0][1], found[0][2])
+    same(found[1][1], found[0][2])
+
+
+class PlansInOneProcess:
+    """Asks for the plan of the run in one process only, as what only rank 0 prints may."""
+
+    @hookimpl
+    def epoch_start(self, run: Run):
+        if run.rank == 0:
+            run._plan = None
+            run.plan()
+
+
+class OwnSampler(BatchSampler):
+    """Has the length of a BatchSampler, which is not known to be right."""
+
+
+def train_limited(own):
+    data = numbered(40, shuffle=True)
+    if own:
+        data = DataLoader(data.dataset, batch_sampler=OwnSampler(data.sampler, 4, False))
+    recorder = Recorder()
+    run = fit(network(), LOSS, SGD, limited(data, 3), limited(batches(*[8] * 9), 2), epochs=2, seed=0,
+              plugins=["ddp", recorder, PlansInOneProcess()])
+    return run.step, recorder.samples, weights_of(run)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_each_process_has_as_many_batches_as_the_limit_says(ranks, own):
+    found = ranks(2, train_limited, own)
+    assert [steps for steps, *_ in found] == [6, 6]
+    for epoch in (0, 1):
+        samples = [sample for _, by_epoch, _ in found for sample in by_epoch[epoch]]
+        assert len(samples) == len(set(samples)) == 24
+    same(found[1][2], found[0][2])
 
 
 def fail_to_write_on_rank_0(out):
