@@ -31,10 +31,11 @@ def torchvision_names() -> list[str]:
     return names_in_source("torchvision", "models", r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(")
 
 
-def make(spec: str, data: Data) -> nn.Module:
+def make(spec: str, data: Data, pretrained: bool = True) -> nn.Module:
     """Return the model that `spec` names, for the classes and the image shape of `data`.
 
     A factory is passed `num_classes`, `in_channels` and `image_size` if it has arguments of these names.
+    pretrained: false builds one of torchvision's with weights=... without them, for one whose weights are loaded next
     Raises UsageError where the model cannot be built, or does not return one logit per class for an image.
     """
     from torch import nn
@@ -53,6 +54,8 @@ def make(spec: str, data: Data) -> nn.Module:
         weights = list(get_model_weights(name).__members__)
         if options.get("weights") not in (None, *weights):
             raise UsageError(f"model {name}: weights takes none or {', '.join(weights)}, not {options['weights']!r}")
+        if not pretrained:
+            options = without_weights(name, options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")       # check_output reports it
         if name in small or name in large:
@@ -68,6 +71,20 @@ def torchvision_factory(name: str) -> Callable[..., Any]:
     from torchvision.models import get_model
 
     return partial(get_model, name, weights=None)
+
+
+def without_weights(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that give the same model of torchvision without its pretrained weights, which set some of them."""
+    from torchvision.models import get_model_weights
+
+    weights = options.get("weights")
+    options = {key: value for key, value in options.items() if key != "weights"}
+    if weights is None:
+        return options
+    size = get_model_weights(name)[weights].meta["min_size"]
+    set_by_weights = ({"transform_input": True} if name in SINGLE_OUTPUT else {"image_size": size[0]}
+                      if name.startswith("vit_") else {"input_size": size} if name == "maxvit_t" else {})
+    return set_by_weights | options
 
 
 def check_model_memory(name: str, factory: Callable[..., Any], options: dict[str, Any],

@@ -23,12 +23,12 @@ import click
 import torch
 from torch import nn
 
-from loopctl import Parallel, explain, fit, hookimpl
+from loopctl import Data, Parallel, explain, fit, hookimpl
 from loopctl.checkpoint.atomic_files import Weights, atomic_write, save_weights
 from loopctl.checkpoint.folder_lock import RUN as LOCK
 from loopctl.checkpoint.folder_lock import FolderLock, LostLock
 from loopctl.checkpoint.state import checkpoints_in, find_candidates
-from loopctl.cli import data, launch, models, optimizers
+from loopctl.cli import data, launch, models, optimizers, saved_run
 from loopctl.cli.lasting_output import lasting_output
 from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.composition.compose import blame_plugin, compose
@@ -60,8 +60,9 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (predicted == target).float().mean()
 
 
-def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Build what the settings name. Return the arguments of `fit`, and the settings with all defaults filled in."""
+def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Data]:
+    """Build what the settings name. Return the arguments of `fit`, the settings with all defaults filled in, the data.
+    """
     specs, plugins = build_plugins(settings)
     device = find_device(device_name(settings))
     factory, lr = optimizers.make(settings["optimizer"], settings["lr"], device.type)
@@ -79,7 +80,8 @@ def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
         "plugins": plugins, "metrics": {"accuracy": accuracy}, "device": device, "seed": settings["seed"]}
     full_specs = [to_spec(split_spec(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=True)]
     several = launched_processes() > 1 or settings["devices"]               # then each process has a device of its own
-    return arguments, settings | {"lr": lr, "device": device.type if several else str(device), "plugin": full_specs}
+    resolved = settings | {"lr": lr, "device": device.type if several else str(device), "plugin": full_specs}
+    return arguments, resolved, dataset
 
 
 def build_plugins(settings: dict[str, Any]) -> tuple[list[str], list[Any]]:
@@ -129,13 +131,13 @@ def run(settings: dict[str, Any], arguments: list[str]) -> None:
 
 def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> None:
     """Train in this process, in a new folder or in that of the run to resume, and save the final weights there."""
-    arguments, resolved = build_arguments(settings)
+    arguments, resolved, dataset = build_arguments(settings)
     savers = [plugin for plugin in arguments["plugins"] if isinstance(plugin, Checkpoint)]
     if resume and (resume / "weights.safetensors").exists() and not (
             find_candidates(resume) or any(checkpoints_in(resume / plugin.dir) for plugin in savers)):
         raise UsageError(f"--resume {resume}: this run is finished and has no checkpoint to resume from; "
                          "start a new run")
-    recorder = Recorder(resolved, new=not resume)
+    recorder = Recorder(resolved, saved_run.describe_data(dataset), new=not resume)
     arguments["plugins"] += [data.BatchSize(), recorder]
     # Only rank 0 makes the folder; the other processes get its path from rank 0 when they join the process group.
     opened = run_folder(resume or out, recorder) if rank() == 0 else nullcontext(Path())
@@ -195,7 +197,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def prepare_run(settings: dict[str, Any]) -> Run:
     """Build the run that the settings describe, up to its optimizer, without training."""
     settings.pop("config")
-    arguments, _ = build_arguments(settings)
+    arguments, *_ = build_arguments(settings)
     arguments["max_steps"] = arguments["max_steps"] or inf
     world_size = max(1, len(launch.device_numbers(settings["devices"])))
     return build_run(DEFAULTS, **arguments, world_size=world_size)
@@ -219,7 +221,7 @@ def layer_summary(settings: dict[str, Any]) -> str:
 
 @dataclass(eq=False)
 class Recorder:
-    """A plugin that writes the run's configuration to its folder, when training starts and all checks have passed.
+    """A plugin that writes the run's configuration to its folder, and what the use of its model needs to know.
 
     It also ends the run if the lock on the folder is lost, before anything else is written. Only rank 0 writes; all
     processes have `run.config`, which `ddp` and `fsdp` compare.
@@ -228,6 +230,7 @@ class Recorder:
     observer_only = True
 
     settings: dict[str, Any]
+    data: str                           # the content of data.json
     new: bool
     started: bool = False
     lock: FolderLock | None = None
@@ -287,6 +290,8 @@ class Recorder:
                  for key, value in sorted(run.config.items())]
         with unwritable_is_error(run.out), atomic_write(run.out / "run.toml") as file:
             file.write_text(heading + "".join(lines), encoding="utf-8")
+        with unwritable_is_error(run.out), atomic_write(run.out / saved_run.DATA) as file:
+            file.write_text(self.data, encoding="utf-8")
 
 
 @contextmanager

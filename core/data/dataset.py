@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,20 @@ from loopctl.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from loopctl.run import Run
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image file becomes the input of a model, as in validation. The values are plain, to be written to a file.
+
+    An image is resized, cut to the square at its centre, scaled to values from 0 to 1, and normalised by channel.
+    """
+
+    mode: Literal["L", "RGB"]        # grey or colour; a grey image is repeated in each channel
+    resize: int                      # the shorter side, in pixels
+    crop: int                        # the side of the square, in pixels
+    mean: tuple[float, ...]          # of each channel
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +51,10 @@ class Data:
     pictures: bool = False           # the sets hold all images as uint8 in .data, and .transform takes a batch of them
     unaugmented: Dataset[Any] | None = None                  # `train` without its random augmentation
     augment: Callable[[Tensor], Tensor] | None = None        # that random augmentation, for a whole batch
+
+    # What the use of a trained model needs to know.
+    class_names: tuple[str, ...] = ()                        # in the order of their numbers; empty if they have none
+    preprocessing: Preprocessing | None = None               # of an image file; None if it is not known
 
     def loaders(self, batch_size: int, workers: int, device: torch.device,
                 check_labels: bool = True) -> tuple[DataLoader[Any], DataLoader[Any]]:

@@ -46,7 +46,7 @@ def test_a_run_with_default_options_reaches_98_percent_on_digits(run, tmp_path):
     assert len(lines) == 21
     assert float(dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))["val_accuracy"]) >= 0.98
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
-        "run.toml", "metrics.csv", "explain.txt", "weights.safetensors", "checkpoints/step-00000437.pt", "checkpoints/step-00000460.pt",
+        "run.toml", "data.json", "metrics.csv", "explain.txt", "weights.safetensors", "checkpoints/step-00000437.pt", "checkpoints/step-00000460.pt",
         "checkpoints/best.pt", "checkpoints/best.safetensors"}
     assert "finished: 20 epochs, 460 updates" in result.stdout
     assert f"run folder: runs/{folder.name}" in result.stdout
@@ -91,7 +91,7 @@ def test_fit_in_python_gives_the_same_weights_and_metrics_as_the_command(run, tm
 def test_the_default_plugins_can_be_left_out_or_configured(run, tmp_path):
     result = run("run", "--epochs", 1, "--model", "linear", "--without", "csv", "--without", "checkpoint", "--without", "progress",
                  "--out", "a")
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {"run.toml", "explain.txt", "weights.safetensors"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"run.toml", "data.json", "explain.txt", "weights.safetensors"}
     assert "val_loss" not in result.stdout
     run("run", "--epochs", 1, "--model", "linear", "--plugin", "csv:path=log.csv", "--out", "b")
     assert (tmp_path / "b" / "log.csv").exists()
