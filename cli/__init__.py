@@ -147,6 +147,8 @@ def shared_option(flag: str, names: Callable[[], list[str]] | None = None, **set
 
 
 COUNT = IntegerType(1)
+traceback_option = shared_option("--traceback", is_flag=True, expose_value=False,
+                                 help="Show Python's traceback of a failure.")
 SHARED_OPTIONS = (
     shared_option("--model", model_names, default="cnn", type=TextType(), metavar="M",
                   help="The model: cnn, linear, mlp, vit, any of torchvision's by name, package.module:factory or "
@@ -189,8 +191,11 @@ SHARED_OPTIONS = (
                   help="Use only deterministic algorithms (torch.use_deterministic_algorithms)."),
     shared_option("--config", type=PathType(), is_eager=True, callback=read_defaults, metavar="FILE.toml",
                   help="Read options from the run.toml of another run; options on the command line override them."),
-    shared_option("--traceback", is_flag=True, expose_value=False, help="Show Python's traceback of a failure."),
+    traceback_option,
 )
+weights_option = click.option("--weights", type=TextType(), metavar="best|last|FILE",
+                              help="The weights: the best, those at the end of the run, or a .safetensors file or a "
+                                   "checkpoint.  [default: best if there is one, otherwise last]")
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -249,6 +254,33 @@ def summary(**settings: Any) -> None:
     """Show a model's layers, output shapes and parameters."""
     from loopctl.cli import train
     say(train.layer_summary(settings))
+
+
+@main.command()
+@click.argument("run", type=PathType())
+@click.argument("inputs", nargs=-1, required=True, type=TextType(), metavar="INPUT...")
+@click.option("--out", type=PathType(), metavar="FILE",
+              help="Write to this new file in place of stdout: .csv, or .npy for a numpy array of the model's outputs.")
+@click.option("--top", default=1, type=COUNT, metavar="K", show_default=True,
+              help="The number of classes to show, the most probable first.")
+@click.option("--all", "every", is_flag=True, help="Also the probability of each class.")
+@weights_option
+@shared_option("--device", default="auto", type=TextType(), metavar="DEVICE",
+               help="Device of the model: auto, cpu, mps, cuda or one such as cuda:1.")
+@shared_option("--batch-size", default=64, type=COUNT, metavar="N", help="Inputs per batch.")
+@shared_option("--workers", default=0, type=IntegerType(0), metavar="N",
+               help="Number of worker processes that read the inputs; 0 reads them in the main process.")
+@traceback_option
+def predict(run: Path, inputs: tuple[str, ...], out: Path | None, top: int, every: bool, weights: str | None,
+            device: str, batch_size: int, workers: int) -> None:
+    """Predict the classes of images with the model of a run, as CSV.
+
+    RUN is the folder of a run of `loopctl run`. Each INPUT is an image file, or a folder with images. For data of your
+    own, INPUT is one function, file.py:function or package.module:function, that returns a data set, a DataLoader or an
+    iterable of samples or batches; of a model that is not a classifier, each output has a column.
+    """
+    from loopctl.cli.predict import Columns, write_predictions  # by its full path, for `predict` is this command
+    write_predictions(run, inputs, out, weights, device, batch_size, workers, Columns(top, every))
 
 
 @main.command()

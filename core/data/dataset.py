@@ -66,9 +66,7 @@ class Data:
         Raises UsageError where a batch does not fit in memory, or `workers` is far above the number of cores. A sample
         that cannot be read, or has a wrong label, raises a UsageError that names it.
         """
-        limit = max(64, 4 * (os.cpu_count() or 1))
-        if workers > limit:
-            raise UsageError(f"--workers {workers:,} is too many processes for this machine; use {limit} or fewer")
+        check_workers(workers)
         images = min(batch_size, len(self.train))        # type: ignore[arg-type]
         check_memory(f"a batch of {images:,} images of {'x'.join(map(str, self.shape))}", 4 * images * prod(self.shape),
              "use a smaller --batch-size, or smaller images")
@@ -93,6 +91,13 @@ class Data:
         """Return `part`, a "training" or "validation" set by its `kind`, with errors that name the sample."""
         classes = self.classes if check_labels else None
         return CheckedDataset(part, f"data {self.name}: {kind} sample", classes, self.shape)
+
+
+def check_workers(workers: int) -> None:
+    """Raise UsageError where the number of loader processes is far above the number of cores."""
+    limit = max(64, 4 * (os.cpu_count() or 1))
+    if workers > limit:
+        raise UsageError(f"--workers {workers:,} is too many processes for this machine; use {limit} or fewer")
 
 
 def check_last_batch(run: Run) -> None:
