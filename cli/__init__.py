@@ -284,6 +284,25 @@ def predict(run: Path, inputs: tuple[str, ...], out: Path | None, top: int, ever
 
 
 @main.command()
+@click.argument("run", type=PathType())
+@click.option("--format", "kind", type=click.Choice(["torch", "exported", "onnx"]), required=True,
+              help="torch: a state dict, for torch.load(weights_only=True). exported: a program of torch.export, which "
+                   "runs without the code of the model. onnx: ONNX; it needs pip install 'loopctl[onnx]'.")
+@click.option("--out", type=PathType(), metavar="FILE",
+              help="The new file.  [default: model.pt, model.pt2 or model.onnx in RUN]")
+@weights_option
+@traceback_option
+def export(run: Path, kind: str, out: Path | None, weights: str | None) -> None:
+    """Write the model of a run for other programs, and check what was written.
+
+    RUN is the folder of a run of `loopctl run`. The file is read again, and its outputs for random inputs are compared
+    with those of the model, in batches of several sizes.
+    """
+    from loopctl.cli.export import export_model  # by its full path, for `export` is this command
+    say(export_model(run, kind, out, weights))
+
+
+@main.command()
 @click.argument("runs", nargs=-1, required=True, type=PathType())
 @click.option("--out", type=PathType(), metavar="FILE", help="Also write an HTML page with the curves: compare.html.")
 def compare(runs: tuple[Path, ...], out: Path | None) -> None:

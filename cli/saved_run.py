@@ -49,13 +49,7 @@ def load_run(folder: str | Path, weights: str | Path | None = None) -> SavedRun:
     a relative path of a file begins in the current folder. Raises UsageError where the run cannot be loaded.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}; name the folder of a run, such as runs/a")
-    config, described = read_config(folder / "run.toml"), read_data(folder / DATA)
-    if described is None or not isinstance(config.get("model"), str):
-        missing = "run.toml" if not config else DATA if described is None else "model in its run.toml"
-        raise UsageError(f"{folder} has no {missing}, so how to build its model is unknown; build it yourself, and "
-                         "load the weights with loopctl.load_weights")
+    config, described = read_run(folder)
     model = build_model(folder, config["model"], described)
     file = find_weights(folder, config, weights)
     if file.suffix == ".pt":
@@ -65,6 +59,21 @@ def load_run(folder: str | Path, weights: str | Path | None = None) -> SavedRun:
     names = described.class_names or tuple(map(str, range(described.classes or 0)))
     transforms = ImageTransforms(described.preprocessing) if described.preprocessing else None
     return SavedRun(model.eval(), names, transforms, config, tuple(described.shape), file)
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], Data]:
+    """The configuration of the run in `folder`, and its data without the samples.
+
+    Raises UsageError where there is no run, or none whose model can be built from what is there.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}; name the folder of a run, such as runs/a")
+    config, described = read_config(folder / "run.toml"), read_data(folder / DATA)
+    if described is None or not isinstance(config.get("model"), str):
+        missing = "run.toml" if not config else DATA if described is None else "model in its run.toml"
+        raise UsageError(f"{folder} has no {missing}, so how to build its model is unknown; build it yourself, and "
+                         "load the weights with loopctl.load_weights")
+    return config, described
 
 
 def describe_data(described: Data) -> str:

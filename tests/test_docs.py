@@ -174,6 +174,8 @@ def test_the_page_about_use_works_as_written(tmp_path, monkeypatch):
             exec(block, scope)
         else:
             for command in re.findall(r"^\$ (loopctl .*)$", block, re.MULTILINE):
+                if command.endswith("onnx") and not find_spec("onnxruntime"):
+                    continue
                 done = CliRunner().invoke(main, shlex.split(command)[1:])
                 assert done.exit_code == 0, done.output
     assert scope["outputs"].shape == (1, 10)
