@@ -62,16 +62,15 @@ def compare(model: nn.Module, read: Model, batches: list[Tensor], out: Path) -> 
 
     Raises UsageError, which says that `out` was not kept, where they differ by more than rounding.
     """
-    def seeded(called: Model, batch: Tensor) -> Tensor:
-        with torch.random.fork_rng(devices=[]):         # of a model that draws random numbers
-            torch.manual_seed(0)
+    def call(called: Model, batch: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]):         # a model may draw random numbers: the same for both
             return called(batch)
 
     largest = 0.0
     for batch in batches:
-        expected = seeded(model, batch)
+        expected = call(model, batch)
         try:
-            found = seeded(read, batch)
+            found = call(read, batch)
         except Exception as error:          # a file for another batch size may raise anything
             raise UsageError(f"{out} was not kept: it cannot take a batch of {len(batch)} ({type(error).__name__}: "
                              f"{one_line(error)}); use --format torch") from error
