@@ -160,6 +160,8 @@ def shared_option(flag: str, names: Callable[[], list[str]] | None = None, **set
 
 COUNT = IntegerType(1)
 LENGTH, DEVICES, REPEATING = "Length and evaluation", "Devices and precision", "Repeating a run"
+traceback_option = shared_option("--traceback", is_flag=True, expose_value=False,
+                                 help="Show Python's traceback of a failure.")
 SHARED_OPTIONS = (
     shared_option("--model", model_names, group=MAIN, default="cnn", type=TextType(), metavar="M",
                   help="One of `loopctl models`, package.module:factory or file.py:factory."),
@@ -213,8 +215,11 @@ SHARED_OPTIONS = (
     shared_option("--config", group=REPEATING, type=PathType(), is_eager=True, callback=read_defaults,
                   metavar="FILE.toml",
                   help="Read options from the run.toml of another run; options on the command line override them."),
-    shared_option("--traceback", is_flag=True, expose_value=False, help="Show Python's traceback of a failure."),
+    traceback_option,
 )
+weights_option = click.option("--weights", type=TextType(), metavar="best|last|FILE",
+                              help="The weights: the best, those at the end of the run, or a .safetensors file or a "
+                                   "checkpoint.  [default: best if there is one, otherwise last]")
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -283,6 +288,52 @@ def summary(**settings: Any) -> None:
     """Show a model's layers, output shapes and parameters."""
     from loopctl.cli import train
     say(train.layer_summary(settings))
+
+
+@main.command()
+@click.argument("run", type=PathType())
+@click.argument("inputs", nargs=-1, required=True, type=TextType(), metavar="INPUT...")
+@click.option("--out", type=PathType(), metavar="FILE",
+              help="Write to this new file in place of stdout: .csv, or .npy for a numpy array of the model's outputs.")
+@click.option("--top", default=1, type=COUNT, metavar="K", show_default=True,
+              help="The number of classes to show, the most probable first.")
+@click.option("--all", "every", is_flag=True, help="Also the probability of each class.")
+@weights_option
+@shared_option("--device", default="auto", type=TextType(), metavar="DEVICE",
+               help="Device of the model: auto, cpu, mps, cuda or one such as cuda:1.")
+@shared_option("--batch-size", default=64, type=COUNT, metavar="N", help="Inputs per batch.")
+@shared_option("--workers", default=0, type=IntegerType(0), metavar="N",
+               help="Number of worker processes that read the inputs; 0 reads them in the main process.")
+@traceback_option
+def predict(run: Path, inputs: tuple[str, ...], out: Path | None, top: int, every: bool, weights: str | None,
+            device: str, batch_size: int, workers: int) -> None:
+    """Predict the classes of images with the model of a run, as CSV.
+
+    RUN is the folder of a run of `loopctl run`. Each INPUT is an image file, or a folder with images. For data of your
+    own, INPUT is one function, file.py:function or package.module:function, that returns a data set, a DataLoader or an
+    iterable of samples or batches; of a model that is not a classifier, each output has a column.
+    """
+    from loopctl.cli.predict import Columns, write_predictions  # by its full path, for `predict` is this command
+    write_predictions(run, inputs, out, weights, device, batch_size, workers, Columns(top, every))
+
+
+@main.command()
+@click.argument("run", type=PathType())
+@click.option("--format", "kind", type=click.Choice(["torch", "exported", "onnx"]), required=True,
+              help="torch: a state dict, for torch.load(weights_only=True). exported: a program of torch.export, which "
+                   "runs without the code of the model. onnx: ONNX; it needs pip install 'loopctl[onnx]'.")
+@click.option("--out", type=PathType(), metavar="FILE",
+              help="The new file.  [default: model.pt, model.pt2 or model.onnx in RUN]")
+@weights_option
+@traceback_option
+def export(run: Path, kind: str, out: Path | None, weights: str | None) -> None:
+    """Write the model of a run for other programs, and check what was written.
+
+    RUN is the folder of a run of `loopctl run`. The file is read again, and its outputs for random inputs are compared
+    with those of the model, in batches of several sizes.
+    """
+    from loopctl.cli.export import export_model  # by its full path, for `export` is this command
+    say(export_model(run, kind, out, weights))
 
 
 @main.command()

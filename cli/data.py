@@ -18,7 +18,8 @@ from loopctl.cli.specs import at_least_one, at_most, call_factory, resolve
 from loopctl.composition.compose import compose
 from loopctl.composition.options import Option
 from loopctl.data import on_device
-from loopctl.data.dataset import Data, check_last_batch
+from loopctl.data.dataset import Data, Preprocessing, check_last_batch
+from loopctl.data.identity import class_names
 from loopctl.data.limits import limited, overfit
 from loopctl.data.memory import check_memory
 from loopctl.errors import UsageError, one_line
@@ -49,7 +50,12 @@ def make(spec: str, root: str, download: bool) -> Data:
     for part, samples in (("training", result.train), ("validation", result.valid)):
         if len(samples) == 0:        # type: ignore[arg-type]
             raise UsageError(f"data {name} has no {part} images")
-    return replace(result, name=name, on_device=keep_on_device)
+    if name not in NAMES and result.class_names and len(result.class_names) != result.classes:
+        raise UsageError(f"data {name} has {result.classes} classes and {len(result.class_names)} class_names; give as "
+                         "many names as classes, or none")
+    found = tuple(class_names(result.train) or ())
+    own = result.class_names or (found if len(found) == result.classes else ())
+    return replace(result, name=name, on_device=keep_on_device, class_names=own)
 
 
 def from_pair(name: str, train: Any, valid: Any) -> Data:
@@ -78,7 +84,8 @@ def digits(channels: int = 1) -> Data:
     images, targets = images.expand(-1, channels, -1, -1).contiguous(), torch.tensor(raw.target)
     held_out = torch.arange(len(targets)) % 5 == 0
     train, valid = (TensorDataset(images[part], targets[part]) for part in (~held_out, held_out))
-    return Data(train, valid, 10, (channels, 8, 8))
+    return Data(train, valid, 10, (channels, 8, 8),
+                preprocessing=Preprocessing("L", 8, 8, (0.3053,) * channels, (0.3761,) * channels))
 
 
 def transforms(mean: Any, std: Any, first: Any = (), channels: int = 0) -> Any:
@@ -89,7 +96,13 @@ def transforms(mean: Any, std: Any, first: Any = (), channels: int = 0) -> Any:
     return v2.Compose([*grey, *first, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
-def from_torchvision(name: str, cls: Any, root: str, download: bool, train: Any, valid: Any,
+def preprocessing(valid: Any, mode: Any, size: int, resize: int | None = None) -> Preprocessing:
+    """The values of the transform `valid`, which `transforms` made for images of `size` pixels."""
+    normalize = valid.transforms[-1]
+    return Preprocessing(mode, resize or size, size, tuple(normalize.mean), tuple(normalize.std))
+
+
+def from_torchvision(name: str, cls: Any, root: str, download: bool, train: Any, valid: Any, mode: str,
                      shape: tuple[int, int, int]) -> Data:
     """A Data of torchvision's class `cls`, with one transform for training and one for validation."""
     try:
@@ -100,7 +113,8 @@ def from_torchvision(name: str, cls: Any, root: str, download: bool, train: Any,
             raise UsageError(f"data {name} could not be downloaded to {root}: {one_line(error)}") from error
         raise UsageError(f"data {name} is missing or incomplete in {Path(root).absolute()}; "
                          "pass --download to get it, or --data-root DIR") from error
-    return Data(sets[0], sets[1], len(sets[0].classes), shape, pictures=True)
+    return Data(sets[0], sets[1], len(sets[0].classes), shape, pictures=True,
+                preprocessing=preprocessing(valid, mode, shape[-1]))
 
 
 def check_channels(label: str, channels: int) -> None:
@@ -118,7 +132,7 @@ def mnist(root: str, download: bool, channels: int = 1) -> Data:
 
     check_channels("data mnist", channels)
     plain = transforms([0.1307] * channels, [0.3081] * channels, channels=channels)
-    return from_torchvision("mnist", MNIST, root, download, plain, plain, (channels, 28, 28))
+    return from_torchvision("mnist", MNIST, root, download, plain, plain, "L", (channels, 28, 28))
 
 
 def fashionmnist(root: str, download: bool, channels: int = 1) -> Data:
@@ -130,7 +144,7 @@ def fashionmnist(root: str, download: bool, channels: int = 1) -> Data:
 
     check_channels("data fashionmnist", channels)
     plain = transforms([0.2860] * channels, [0.3530] * channels, channels=channels)
-    return from_torchvision("fashionmnist", FashionMNIST, root, download, plain, plain, (channels, 28, 28))
+    return from_torchvision("fashionmnist", FashionMNIST, root, download, plain, plain, "L", (channels, 28, 28))
 
 
 def cifar10(root: str, download: bool, augment: bool = True) -> Data:
@@ -159,7 +173,7 @@ def cifar(name: str, cls: Any, root: str, download: bool, augment: bool, mean: A
 
     crops, plain = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()], transforms(mean, std)
     augmented = transforms(mean, std, crops) if augment else plain
-    dataset = from_torchvision(name, cls, root, download, augmented, plain, (3, 32, 32))
+    dataset = from_torchvision(name, cls, root, download, augmented, plain, "RGB", (3, 32, 32))
     if not augment:
         return dataset
     unaugmented: Any = copy(dataset.train)
@@ -187,7 +201,8 @@ def imagenet(root: str, size: int = 224, augment: bool = True) -> Data:
         raise UsageError(f"data imagenet is missing or incomplete in {Path(root).absolute()}; put "
                          "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, "
                          f"or pass --data-root DIR ({one_line(error)})") from error
-    return Data(sets[0], sets[1], 1000, (3, size, size))
+    return Data(sets[0], sets[1], 1000, (3, size, size), class_names=tuple(map(", ".join, sets[0].classes)),
+                preprocessing=preprocessing(sets[1].transform, "RGB", size, shorter_side(size)))
 
 
 def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
@@ -223,7 +238,8 @@ def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
         differ = sorted(set(sets[0].classes) ^ set(sets[1].classes))
         raise UsageError(f"data imagefolder: train and val in {root} have different classes; "
                          f"only one of them has {', '.join(differ)}")
-    return Data(sets[0], sets[1], len(sets[0].classes), (3, size, size))
+    return Data(sets[0], sets[1], len(sets[0].classes), (3, size, size),
+                preprocessing=preprocessing(sets[1].transform, "RGB", size, shorter_side(size)))
 
 
 def check_image_size(label: str, channels: int = 3, **side: int) -> None:
@@ -242,8 +258,13 @@ def photo_transforms(size: int, augment: bool) -> Any:
     from torchvision.transforms import v2
 
     random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-    centre = [v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
+    centre = [v2.Resize(shorter_side(size)), v2.CenterCrop(size)]
     return transforms((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), random if augment else centre)
+
+
+def shorter_side(size: int) -> int:
+    """To how many pixels the shorter side of a validation image is resized, before `size` pixels are cut out."""
+    return size * 256 // 224
 
 
 def fake(size: int = 1000, image: int = 32, classes: int = 10, channels: int = 3) -> Data:
@@ -261,7 +282,8 @@ def fake(size: int = 1000, image: int = 32, classes: int = 10, channels: int = 3
     check_image_size("data fake", channels, image=image)
     shape, to_tensor = (channels, image, image), transforms([0.5] * channels, [0.5] * channels)
     train = FakeData(size, shape, classes, to_tensor)
-    return Data(train, FakeData(max(1, size // 5), shape, classes, to_tensor, random_offset=size), classes, shape)
+    return Data(train, FakeData(max(1, size // 5), shape, classes, to_tensor, random_offset=size), classes, shape,
+                preprocessing=preprocessing(to_tensor, "L" if channels == 1 else "RGB", image))
 
 
 NAMES = {function.__name__: function for function in

@@ -52,10 +52,7 @@ def load_image(path: str) -> Any:
     """
     try:
         with open(path, "rb") as file:
-            image: Any = Image.open(file)
-            # It is dropped in any case; Pillow would warn of the transparency of a palette.
-            image.info.pop("transparency", None)
-            return (image_of_8_bits(image, path) if image.mode.startswith(("I", "F")) else image).convert("RGB")
+            return to_rgb(Image.open(file), path)
     except UsageError:
         raise
     except UnidentifiedImageError:
@@ -65,6 +62,13 @@ def load_image(path: str) -> Any:
     except Exception as error:              # decoders raise errors of many types for damaged files
         reason = one_line(error)
     raise UsageError(f"{path} cannot be used as an image ({reason}); replace it, or remove it")
+
+
+def to_rgb(image: Any, path: str) -> Image.Image:
+    """Return an image in RGB, 8 bits per channel. Raises UsageError, which begins with `path`, for unusable values."""
+    # It is dropped in any case; Pillow would warn of the transparency of a palette.
+    image.info.pop("transparency", None)
+    return (image_of_8_bits(image, path) if image.mode.startswith(("I", "F")) else image).convert("RGB")
 
 
 def image_of_8_bits(image: Any, path: str) -> Image.Image:

@@ -38,7 +38,8 @@ def make(spec: str, data: Data, pretrained: bool = True) -> nn.Module:
 
     A factory is passed `num_classes`, `in_channels` and `image_size` if it has arguments of these names. With
     `weights`, a model of torchvision gets a new last layer if the weights are for another number of classes.
-    pretrained: whether to read weights from a file that the spec names; a run that resumes has them in its checkpoint.
+    pretrained: false builds a model of torchvision with weights=... without them, for one whose weights are loaded
+        next, such as that of a run that resumes.
     Raises UsageError where the model cannot be built, or does not return one logit per class for an image.
     """
     from torch import nn
@@ -60,6 +61,8 @@ def make(spec: str, data: Data, pretrained: bool = True) -> nn.Module:
             changes_head = "num_classes" not in options
             options = {"num_classes": len(weights.meta["categories"])} | options
             options.pop("aux_logits", None)
+        if not pretrained:
+            options = without_weights(name, options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")       # check_output reports it
         if name in small or name in large:
@@ -100,6 +103,25 @@ def torchvision_factory(name: str) -> Callable[..., Any]:
     from torchvision.models import get_model
 
     return partial(get_model, name, weights=None)
+
+
+def without_weights(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that give the same model of torchvision without its pretrained weights, which set some of them."""
+    from torchvision.models import get_model_weights
+
+    weights = options.get("weights")
+    options = {key: value for key, value in options.items() if key != "weights"}
+    if weights is None:
+        return options
+    size = get_model_weights(name)[weights].meta["min_size"]
+    set_by_weights: dict[str, Any] = {}
+    if name in SINGLE_OUTPUT:
+        set_by_weights = {"transform_input": True} | SINGLE_OUTPUT[name]
+    elif name.startswith("vit_"):
+        set_by_weights = {"image_size": size[0]}
+    elif name == "maxvit_t":
+        set_by_weights = {"input_size": size}
+    return set_by_weights | options
 
 
 def check_model_memory(name: str, factory: Callable[..., Any], options: dict[str, Any],

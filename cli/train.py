@@ -23,12 +23,12 @@ import click
 import torch
 from torch import nn
 
-from loopctl import Parallel, explain, fit, hookimpl
+from loopctl import Data, Parallel, explain, fit, hookimpl
 from loopctl.checkpoint.atomic_files import Weights, atomic_write, save_weights
 from loopctl.checkpoint.folder_lock import RUN as LOCK
 from loopctl.checkpoint.folder_lock import FolderLock, LostLock
 from loopctl.checkpoint.state import checkpoints_in, find_candidates, step_number
-from loopctl.cli import data, launch, models, optimizers, pretrained
+from loopctl.cli import data, launch, models, optimizers, pretrained, saved_run
 from loopctl.cli.lasting_output import lasting_output
 from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.composition.compose import blame_plugin, compose
@@ -62,8 +62,10 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (predicted == target).float().mean()
 
 
-def build_arguments(settings: dict[str, Any], resume: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Build what the settings name. Return the arguments of `fit`, and the settings with all defaults filled in.
+def build_arguments(
+    settings: dict[str, Any], resume: Path | None = None,
+) -> tuple[dict[str, Any], dict[str, Any], Data]:
+    """Build what the settings name. Return the arguments of `fit`, the settings with all defaults filled in, the data.
 
     resume: the folder of a run; if it has a checkpoint, the files of weights to begin with are not read again
     """
@@ -90,7 +92,7 @@ def build_arguments(settings: dict[str, Any], resume: Path | None = None) -> tup
     full_specs = [to_spec(split_spec(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=False)]
     several = launched_processes() > 1 or settings["devices"]               # then each process has a device of its own
     resolved = {"lr": lr, "init": init, "device": device.type if several else str(device), "plugin": full_specs}
-    return arguments, settings | resolved
+    return arguments, settings | resolved, dataset
 
 
 def has_checkpoint(folder: Path | None, plugins: list[Any]) -> bool:
@@ -178,12 +180,12 @@ def named_folder(name: str, settings: dict[str, Any]) -> Path:
 
 def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> None:
     """Train in this process, in a new folder or in that of the run to resume, and save the final weights there."""
-    arguments, resolved = build_arguments(settings, resume)
+    arguments, resolved, dataset = build_arguments(settings, resume)
     savers = [plugin for plugin in arguments["plugins"] if isinstance(plugin, Checkpoint)]
     if resume and (resume / "weights.safetensors").exists() and not has_checkpoint(resume, savers):
         raise UsageError(f"--resume {resume}: this run is finished and has no checkpoint to resume from; "
                          "start a new run")
-    recorder = Recorder(resolved, new=not resume)
+    recorder = Recorder(resolved, saved_run.describe_data(dataset), new=not resume)
     arguments["plugins"] += [data.BatchSize(), recorder]
     # Only rank 0 makes the folder; the other processes get its path from rank 0 when they join the process group.
     opened = run_folder(resume or out, recorder) if rank() == 0 else nullcontext(Path())
@@ -235,13 +237,14 @@ class TwoEpochs:
 def fast_dev_run(settings: dict[str, Any]) -> None:
     """Train two epochs of three batches with all that the settings name, in a temporary folder that is then removed."""
     few = {"limit_train": "3", "limit_valid": "3", "overfit": None, "max_time": None}
-    arguments, resolved = build_arguments(settings | few)
+    arguments, resolved, dataset = build_arguments(settings | few)
     for plugin in arguments["plugins"]:
         for name in ("dir", "path"):            # what would be written elsewhere goes to the temporary folder too
             value = getattr(plugin, name, None)
             if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
                 setattr(plugin, name, Path(value).name)
-    arguments["plugins"] += [data.BatchSize(), Recorder(resolved, new=True), TwoEpochs()]
+    arguments["plugins"] += [data.BatchSize(), Recorder(resolved, saved_run.describe_data(dataset), new=True),
+                             TwoEpochs()]
     with (TemporaryDirectory(prefix="loopctl-") if rank() == 0 else nullcontext("")) as folder, matmul_precision(
             settings["matmul"]):
         result = fit(**arguments, out=folder)
@@ -250,9 +253,8 @@ def fast_dev_run(settings: dict[str, Any]) -> None:
             return
         save_weights(final, Path(folder, "weights.safetensors"))
     check_losses(result, Path("weights.safetensors"))
-    updates, epochs = (f"{number} {word}{'s' * (number != 1)}"
-                       for number, word in ((result.step, "update"), (result.epoch, "epoch")))
-    click.echo(f"fast-dev-run: everything works: {updates} in {epochs}, with validation; nothing was kept")
+    click.echo(f"fast-dev-run: everything works: {counted(result.step, 'update')} in {counted(result.epoch, 'epoch')}; "
+               "nothing was kept")
 
 
 def report_leaving(run: Run, folder: Path) -> None:
@@ -291,7 +293,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def prepare_run(settings: dict[str, Any]) -> Run:
     """Build the run that the settings describe, up to its optimizer, without training."""
     settings.pop("config")
-    arguments, _ = build_arguments(settings)
+    arguments, *_ = build_arguments(settings)
     arguments["max_steps"] = arguments["max_steps"] or inf
     world_size = max(1, len(launch.device_numbers(settings["devices"])))
     return build_run(DEFAULTS, **arguments, world_size=world_size)
@@ -319,7 +321,7 @@ def layer_summary(settings: dict[str, Any]) -> str:
 
 @dataclass(eq=False)
 class Recorder:
-    """A plugin that writes the run's configuration to its folder, when training starts and all checks have passed.
+    """A plugin that writes the run's configuration to its folder, and what the use of its model needs to know.
 
     It also ends the run if the lock on the folder is lost, before anything else is written. Only rank 0 writes; all
     processes have `run.config`, which `ddp` and `fsdp` compare.
@@ -328,6 +330,7 @@ class Recorder:
     observer_only = True
 
     settings: dict[str, Any]
+    data: str                           # the content of data.json
     new: bool
     started: bool = False
     lock: FolderLock | None = None
@@ -389,6 +392,8 @@ class Recorder:
                  for key, value in sorted(run.config.items())]
         with unwritable_is_error(run.out), atomic_write(run.out / "run.toml") as file:
             file.write_text(heading + "".join(lines), encoding="utf-8")
+        with unwritable_is_error(run.out), atomic_write(run.out / saved_run.DATA) as file:
+            file.write_text(self.data, encoding="utf-8")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from loopctl.hooks import hookimpl
 
 if TYPE_CHECKING:
     from loopctl.checkpoint.weights_file import load_weights
+    from loopctl.cli.saved_run import load_run
     from loopctl.composition.explain import explain
     from loopctl.data.dataset import Data
     from loopctl.distributed.data_parallel import Parallel
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from loopctl.run import Run
 
 __all__ = ["Data", "Duration", "Monitor", "Parallel", "Run", "UsageError", "__version__", "available", "evaluate",
-           "explain", "fit", "hookimpl", "load", "load_weights"]
+           "explain", "fit", "hookimpl", "load", "load_run", "load_weights"]
 
 # Imported when first used, for most of it imports torch, and `loopctl --help` is to answer at once.
 LAZY = {
     "Data": "data.dataset", "Duration": "optim.duration", "Monitor": "metrics.monitor",
     "Parallel": "distributed.data_parallel", "Run": "run", "evaluate": "evaluation",
     "explain": "composition.explain", "fit": "loop",
-    "load_weights": "checkpoint.weights_file",
+    "load_run": "cli.saved_run", "load_weights": "checkpoint.weights_file",
 }
 
 

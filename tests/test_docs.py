@@ -270,3 +270,19 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     for one in known.values():                          # word for word
         for paragraph in inspect.getdoc(one).split("\n\n"):
             assert dense(paragraph) in shown
+
+
+def test_the_page_about_use_works_as_written(tmp_path, monkeypatch):
+    """Its commands and its Python are run, in the order of the page."""
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for kind, block in re.findall(r"```(console|python)\n(.*?)```", (DOCS / "after-training.md").read_text(), re.DOTALL):
+        if kind == "python":
+            exec(block, scope)
+        else:
+            for command in re.findall(r"^\$ (loopctl .*)$", block, re.MULTILINE):
+                if command.endswith("onnx") and not find_spec("onnxruntime"):
+                    continue
+                done = CliRunner().invoke(main, shlex.split(command)[1:])
+                assert done.exit_code == 0, done.output
+    assert scope["outputs"].shape == (1, 10)

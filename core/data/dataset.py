@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,20 @@ from loopctl.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from loopctl.run import Run
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image file becomes the input of a model, as in validation. The values are plain, to be written to a file.
+
+    An image is resized, cut to the square at its centre, scaled to values from 0 to 1, and normalised by channel.
+    """
+
+    mode: Literal["L", "RGB"]        # grey or colour; a grey image is repeated in each channel
+    resize: int                      # the shorter side, in pixels
+    crop: int                        # the side of the square, in pixels
+    mean: tuple[float, ...]          # of each channel
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +53,10 @@ class Data:
     unaugmented: Dataset[Any] | None = None                  # `train` without its random augmentation
     augment: Callable[[Tensor], Tensor] | None = None        # that random augmentation, for a whole batch
 
+    # What the use of a trained model needs to know.
+    class_names: tuple[str, ...] = ()                        # in the order of their numbers; empty if they have none
+    preprocessing: Preprocessing | None = None               # of an image file; None if it is not known
+
     def loaders(self, batch_size: int, workers: int, device: torch.device,
                 check_labels: bool = True) -> tuple[DataLoader[Any], DataLoader[Any]]:
         """Return DataLoaders over `train`, reshuffled in each epoch, and `valid`, in order. Pinned memory for a GPU.
@@ -49,9 +67,7 @@ class Data:
         Raises UsageError where a batch does not fit in memory, or `workers` is far above the number of cores. A sample
         that cannot be read, or has a wrong label, raises a UsageError that names it.
         """
-        limit = max(64, 4 * (os.cpu_count() or 1))
-        if workers > limit:
-            raise UsageError(f"--workers {workers:,} is too many processes for this machine; use {limit} or fewer")
+        check_workers(workers)
         images = min(batch_size, len(self.train))        # type: ignore[arg-type]
         check_memory(f"a batch of {counted(images, 'image')} of {'x'.join(map(str, self.shape))}",
                      4 * images * prod(self.shape), "use a smaller --batch-size, or smaller images")
@@ -76,6 +92,13 @@ class Data:
         """Return `part`, a "training" or "validation" set by its `kind`, with errors that name the sample."""
         classes = self.classes if check_labels else None
         return CheckedDataset(part, f"data {self.name}: {kind} sample", classes, self.shape)
+
+
+def check_workers(workers: int) -> None:
+    """Raise UsageError where the number of loader processes is far above the number of cores."""
+    limit = max(64, 4 * (os.cpu_count() or 1))
+    if workers > limit:
+        raise UsageError(f"--workers {workers:,} is too many processes for this machine; use {limit} or fewer")
 
 
 def check_last_batch(run: Run) -> None:

@@ -178,7 +178,7 @@ def test_a_run_continues_with_a_warning_when_a_checkpoint_cannot_be_written(loop
     assert all(line.endswith("(File too large); the last checkpoint is a/checkpoints/step-00000023.pt") for line in errors)
     assert out.splitlines()[-2:] == ["finished: 4 epochs, 92 updates", "run folder: a"]
     assert sorted(contents(tmp_path / "a")) == [
-        "checkpoints/best.pt", "checkpoints/best.safetensors", "checkpoints/step-00000023.pt", "explain.txt", "metrics.csv", "run.toml",
+        "checkpoints/best.pt", "checkpoints/best.safetensors", "checkpoints/step-00000023.pt", "data.json", "explain.txt", "metrics.csv", "run.toml",
         "weights.safetensors"]
     assert_same_result(tmp_path / "a", whole)
     assert find_checkpoint(tmp_path / "a")[1]["counters"]["step"] == 23
@@ -191,7 +191,7 @@ def test_when_no_file_can_be_written_training_continues_and_ends_with_an_error(l
     assert errors[-1] == "error: a/weights.safetensors cannot be written (File too large); use loopctl run --resume a to try again"
     assert "finished" not in out
     assert sorted(contents(tmp_path / "a")) == [
-        "checkpoints/best.pt", "checkpoints/best.safetensors", "checkpoints/step-00000023.pt", "explain.txt", "metrics.csv", "run.toml"]
+        "checkpoints/best.pt", "checkpoints/best.safetensors", "checkpoints/step-00000023.pt", "data.json", "explain.txt", "metrics.csv", "run.toml"]
     assert (tmp_path / "a" / "metrics.csv").read_text() == "".join((whole / "metrics.csv").read_text().splitlines(True)[:2])
     _, errors = loopctl("--resume", "a")
     assert errors == []

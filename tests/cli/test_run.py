@@ -49,7 +49,7 @@ def test_a_run_with_default_options_reaches_98_percent_on_digits(run, tmp_path):
     assert len(lines) == 21
     assert float(dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))["val_accuracy"]) >= 0.98
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
-        "run.toml", "metrics.csv", "explain.txt", "weights.safetensors", "checkpoints/step-00000437.pt", "checkpoints/step-00000460.pt",
+        "run.toml", "data.json", "metrics.csv", "explain.txt", "weights.safetensors", "checkpoints/step-00000437.pt", "checkpoints/step-00000460.pt",
         "checkpoints/best.pt", "checkpoints/best.safetensors"}
     assert "finished: 20 epochs, 460 updates" in result.stdout
     assert f"run folder: runs/{folder.name}" in result.stdout
@@ -94,7 +94,7 @@ def test_fit_in_python_gives_the_same_weights_and_metrics_as_the_command(run, tm
 def test_the_default_plugins_can_be_left_out_or_configured(run, tmp_path):
     result = run("run", "--epochs", 1, "--model", "linear", "--without", "csv", "--without", "checkpoint", "--without", "progress",
                  "--out", "a")
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {"run.toml", "explain.txt", "weights.safetensors"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"run.toml", "data.json", "explain.txt", "weights.safetensors"}
     assert "val_loss" not in result.stdout
     run("run", "--epochs", 1, "--model", "linear", "--plugin", "csv:path=log.csv", "--out", "b")
     assert (tmp_path / "b" / "log.csv").exists()
@@ -181,7 +181,7 @@ def test_fast_dev_run_tries_everything_and_leaves_nothing(run, tmp_path, monkeyp
     (tmp_path / "temporary").mkdir()
     result = run("run", "--fast-dev-run", "--out", "a", "--epochs", 100, "--model", "linear", "--plugin", "warmup:length=5ep", "--plugin",
                  "swa:start=50", "--plugin", "report", "--plugin", f"csv:path={tmp_path}/elsewhere/log.csv", "--limit-train", 9, "--max-time", "1s")
-    assert result.stdout.splitlines()[-1] == "fast-dev-run: everything works: 6 updates in 2 epochs, with validation; nothing was kept"
+    assert result.stdout.splitlines()[-1] == "fast-dev-run: everything works: 6 updates in 2 epochs; nothing was kept"
     assert "report.html" not in result.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
     broken = run("run", "--fast-dev-run", "--optimizer", "sgd", "--lr", "1e30", status=1)

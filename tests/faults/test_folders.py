@@ -240,7 +240,7 @@ def test_a_run_that_comes_late_to_its_folder_removes_nothing(loopctl):
     assert (status, len(errors), Path("trained").exists()) == (2, 1, True)
     assert errors[0].startswith("error: --out a exists and is not overwritten")
     assert {path.name for path in files("a")} == {
-        "run.toml", "explain.txt", "metrics.csv", "weights.safetensors", "best.pt", "best.safetensors", "step-00000023.pt"}
+        "run.toml", "data.json", "explain.txt", "metrics.csv", "weights.safetensors", "best.pt", "best.safetensors", "step-00000023.pt"}
 
 
 @pytest.mark.fault(row="D2", given="a resumed run, stopped by SIGSTOP; two more resumes of its folder; the first continues",
