@@ -20,7 +20,7 @@ from loopctl.data.batch import length_or_none
 from loopctl.distributed.data_parallel import Parallel
 from loopctl.distributed.process_group import launched_processes
 from loopctl.errors import UsageError, one_line
-from loopctl.metrics.meters import is_stateful_metric, reported_names
+from loopctl.metrics.meters import check_metrics, is_stateful_metric, reported_names
 from loopctl.model.forward import unwrapped_network
 from loopctl.model.ownership import describe_untrained, modules_of, owns_any, untrained_parameters
 from loopctl.optim.fast_step import without_dynamo_wrappers
@@ -70,6 +70,7 @@ def prepare(run: Run, metrics: dict[str, Any], device: Any, seed: int | None) ->
         raise UsageError(f"torchrun has started {launched} processes, but no plugin makes them train together; add ddp "
                          "or fsdp")
     run.hook.setup(run=run)
+    check_metrics(run)
     run.optimizer = make_optimizer(run)
     run.untrained = untrained_parameters(run)
     if left_out := describe_untrained(run):
