@@ -63,8 +63,8 @@ def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     dataset = data.make(settings["data"], settings["data_root"], settings["download"])
     replaced = "compute_loss" in compose(plugins).replaced
     task = task_of(settings, dataset, replaced)
-    loss_fn = losses.make(task["loss"]) if task["loss"] else None
-    forward = losses.make_forward(task["forward"]) if task["forward"] else None
+    loss_fn = losses.make(task["loss"]) if task["loss"] is not None else None
+    forward = losses.make_forward(task["forward"]) if task["forward"] is not None else None
     of_classes = isinstance(loss_fn, nn.CrossEntropyLoss)
     model = models.make(settings["model"], dataset, of_classes)
     batch_size = used_batch_size(settings["batch_size"], dataset)
@@ -92,7 +92,7 @@ def task_of(settings: dict[str, Any], dataset: Data, replaced: bool) -> dict[str
     replaced: whether a plugin computes the loss. Raises UsageError where nothing does, or two do.
     """
     loss, forward = settings["loss"], settings["forward"]
-    if loss and forward:
+    if loss is not None and forward is not None:
         raise UsageError(f"--loss {loss} with --forward {forward}: the function computes the loss itself; leave out "
                          "one of the two")
     if loss is None and forward is None:

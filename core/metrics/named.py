@@ -160,6 +160,9 @@ def with_classes_second(name: str, output: Any, target: Any, dim: int | None) ->
     where neither fits, or where both do and `dim` does not say which.
     """
     found = shapes(name, output, target)
+    if dim is not None and dim not in (1, -1, output.ndim - 1):
+        raise UsageError(f"{name}: dim is {dim}, and the classes are in the second dimension or the last; pass "
+                         f"{name}:dim=1 or dim=-1")
     if output.ndim > 1 and output.shape == target.shape:            # probabilities
         dim = 1 if dim is None else dim
         target = target.argmax(dim)

@@ -303,6 +303,8 @@ def test_explain_lr_and_summary_work_without_classes(run):
 @pytest.mark.parametrize(("data", "arguments", "words"), [
     ("data", [], "data task.py:data has no `classes`, so its loss is not known; pass --loss mse"),
     ("data", ["--loss", "mse", "--forward", "task.py:forward"], "the function computes the loss itself; leave out one of the two"),
+    ("data", ["--loss", ""], "no loss is called ''; there are bce, "),
+    ("data", ["--forward", ""], "--forward : name a function in a file or a module"),
     ("data", ["--forward", "forward"], "--forward forward: name a function in a file or a module"),
     ("data", ["--forward", "task.py:forward:pow=2"], "forward task.py:forward: no option 'pow'; did you mean 'power'?"),
     ("data", ["--forward", "task.py:Uncallable"], "an instance of it cannot be called; define __call__(model, batch)"),

@@ -98,6 +98,7 @@ def test_classes_may_be_the_last_dimension_and_dim_says_so_where_both_fit():
     (named.accuracy, torch.zeros(4, 3), {"a": 1}, "accuracy: the target is a dict, not a tensor"),
     (partial(named.top, k=4), torch.zeros(4, 3), torch.zeros(4).long(), "top4: the model has 3 outputs; use a smaller number"),
     (named.mae, torch.zeros(4, 1), torch.zeros(4), r"mae: the output has shape \(4, 1\) and the target \(4,\); make the two alike"),
+    (partial(named.accuracy, dim=7), torch.zeros(4, 3), torch.zeros(4), "accuracy: dim is 7, and the classes are in the second"),
     (named.RMSE().update, torch.zeros(4, 1), torch.zeros(4), "rmse: the output has shape"),
     (named.R2().update, torch.zeros(4, 1), torch.zeros(4), "r2: the output has shape"),
     (named.Perplexity().update, torch.zeros(4, 3), torch.zeros(4, 3), "perplexity: the targets are probabilities"),
