@@ -104,7 +104,14 @@ def optimizer_names() -> list[str]:
     return optimizers.known_names()
 
 
-LISTS = ("plugin", "without", "tag")            # options that can be repeated
+def metric_names() -> list[str]:
+    from loopctl.cli import metrics
+    return metrics.known_names()
+
+
+def loss_names() -> list[str]:
+    from loopctl.cli import losses
+    return losses.known_names()
 
 
 def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
@@ -135,8 +142,8 @@ def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
         if key not in known:
             advice = "pass it on the command line" if key in command_line_only else nearest(key, known, "there are")
             raise click.UsageError(f"--{param.name}: {file}: {key!r} is not a key of a configuration; {advice}")
-        if isinstance(value, dict) or (isinstance(value, list) != (key in LISTS)):
-            kind = "a list" if key in LISTS else "one value"
+        if isinstance(value, dict) or (isinstance(value, list) != known[key].multiple):
+            kind = "a list" if known[key].multiple else "one value"
             raise click.UsageError(f"--{param.name}: {file}: {key} takes {kind}, not {value!r}")
         try:                        # as text, so that it is checked as on the command line: epochs = 1.5 is refused
             values[key] = [str(item) for item in value] if isinstance(value, list) else str(value)
@@ -159,7 +166,7 @@ def shared_option(flag: str, names: Callable[[], list[str]] | None = None, **set
 
 
 COUNT = IntegerType(1)
-LENGTH, DEVICES, REPEATING = "Length and evaluation", "Devices and precision", "Repeating a run"
+TASK, LENGTH, DEVICES, REPEATING = "Task", "Length and evaluation", "Devices and precision", "Repeating a run"
 traceback_option = shared_option("--traceback", is_flag=True, expose_value=False,
                                  help="Show Python's traceback of a failure.")
 SHARED_OPTIONS = (
@@ -172,14 +179,28 @@ SHARED_OPTIONS = (
     shared_option("--lr", group=MAIN, type=FloatType(), metavar="F",
                   help="Learning rate.  [default: the optimizer's own]"),
     shared_option("--epochs", group=MAIN, default=20, type=COUNT, metavar="N", help="Passes over the training data."),
-    shared_option("--batch-size", group=MAIN, default=64, type=COUNT, metavar="N",
-                  help="Samples per batch, in each process."),
+    shared_option("--batch-size", group=MAIN, type=COUNT, metavar="N",
+                  help="Samples per batch, in each process.  [default: 64]"),
     shared_option("--plugin", plugin_names, group=MAIN, multiple=True, type=TextType(), metavar="NAME[:OPTIONS]",
                   help="Add one of `loopctl plugins`, as in clip:max_norm=1; repeat it for more, which act in the "
                        "order given."),
     shared_option("--device", group=MAIN, default="auto", type=TextType(), metavar="DEVICE",
                   help="auto (cuda, then mps, then cpu), cpu, mps, cuda or one such as cuda:1."),
-    shared_option("--init", group="Data", type=TextType(), metavar="FILE",
+    shared_option("--loss", loss_names, group=TASK, type=TextType(), metavar="L",
+                  help="The loss: any of torch.nn by name with its options, such as mse or "
+                       "cross_entropy:label_smoothing=0.1, package.module:name or file.py:name; model, where the "
+                       "model returns it.  [default: cross_entropy, where the data has classes]"),
+    shared_option("--metric", metric_names, group=TASK, multiple=True, type=TextType(), metavar="NAME[:OPTIONS]",
+                  help="Report a metric: accuracy, top5, mae, rmse, r2, perplexity, a class of torchmetrics, "
+                       "package.module:name or file.py:name; repeat the option for more.  [default: accuracy, where "
+                       "the data has classes]"),
+    shared_option("--monitor", group=TASK, type=TextType(), metavar="METRIC",
+                  help="The metric that checkpoint, early_stopping and plateau judge by, such as val_accuracy.  "
+                       "[default: val_loss]"),
+    shared_option("--forward", group=TASK, type=TextType(), metavar="F",
+                  help="In place of a loss, a function (model, batch) that returns loss and outputs, as "
+                       "package.module:function or file.py:function."),
+    shared_option("--init", group=TASK, type=TextType(), metavar="FILE",
                   help="Weights to begin with: a file (.safetensors, .pt, .pth), a checkpoint or a run's folder; with "
                        ":strict=false only those that fit."),
     shared_option("--data-root", group="Data", default="data", type=PathType(str), metavar="DIR",
@@ -192,6 +213,8 @@ SHARED_OPTIONS = (
                   help="End the run after N updates, even if --epochs are not complete."),
     shared_option("--eval-every", group=LENGTH, type=COUNT, metavar="N",
                   help="Evaluate every N steps, in addition to the end of each epoch."),
+    shared_option("--steps-per-epoch", group=LENGTH, type=COUNT, metavar="N",
+                  help="Updates per epoch; needed where the data has no length."),
     shared_option("--limit-train", group=LENGTH, type=LimitType(), metavar="N|P%",
                   help="Train on the first N batches of each epoch only, or on P percent of them; N in each process."),
     shared_option("--limit-valid", group=LENGTH, type=LimitType(), metavar="N|P%",

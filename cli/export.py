@@ -38,6 +38,9 @@ def export_model(folder: Path, kind: str, out: Path | None, weights: str | None)
     if kind == "onnx" and not onnx_is_there():
         raise UsageError("--format onnx needs more packages; pip install 'loopctl[onnx]'")
     run = load_run(folder, weights)
+    if run.shape is None:
+        raise UsageError(f"{folder}: the shape of an input is not known, as its samples are not pairs of a tensor and "
+                         "a target; export the model in Python, from loopctl.load_run")
     claim_output(out, False, "--out")
     batches = [torch.randn(size, *run.shape, generator=torch.Generator().manual_seed(size)) for size in BATCH_SIZES]
     with torch.no_grad(), warnings.catch_warnings(action="ignore"), atomic_write(out) as temporary:

@@ -1,6 +1,7 @@
 """Models by name for `--model`: small ones for small images, torchvision's, or `package.module:factory`."""
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -33,14 +34,16 @@ def torchvision_names() -> dict[str, str]:
     return names_in_source("torchvision", "models", r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(")
 
 
-def make(spec: str, data: Data, pretrained: bool = True) -> nn.Module:
+def make(spec: str, data: Data, logits: bool = True, pretrained: bool = True) -> nn.Module:
     """Return the model that `spec` names, for the classes and the image shape of `data`.
 
-    A factory is passed `num_classes`, `in_channels` and `image_size` if it has arguments of these names. With
-    `weights`, a model of torchvision gets a new last layer if the weights are for another number of classes.
+    A factory is passed `num_classes`, `in_channels` and `image_size` if it has arguments of these names, and the data
+    has them. With `weights`, a model of torchvision gets a new last layer if the weights are for another number of
+    classes.
+    logits: whether the model must return one logit per class
     pretrained: false builds a model of torchvision with weights=... without them, for one whose weights are loaded
         next, such as that of a run that resumes.
-    Raises UsageError where the model cannot be built, or does not return one logit per class for an image.
+    Raises UsageError where the model cannot be built, or does not return what it must.
     """
     from torch import nn
 
@@ -48,23 +51,27 @@ def make(spec: str, data: Data, pretrained: bool = True) -> nn.Module:
     large = torchvision_names()
     name, factory, options = resolve("model", spec, lambda: [*small, *large],
                                      lambda name: small.get(name) or torchvision_factory(name))
-    from_data = {"num_classes": data.classes, "in_channels": data.shape[0], "image_size": data.shape[-1]}
+    from_data = {} if data.classes is None else {"num_classes": data.classes}
+    if data.shape and len(data.shape) == 3:
+        from_data |= {"in_channels": data.shape[0], "image_size": data.shape[-1]}
     weights, file, changes_head = None, None, False
     if name in large:
+        classes = {} if data.classes is None else {"num_classes": data.classes}
         if options.get("aux_logits"):
             raise UsageError(f"model {name}: with aux_logits=true it returns a second output in training; leave it out")
         weights = named_weights(name, options, pretrained)
         if weights is None:
             file = options.pop("weights", None)
-            options = {"num_classes": data.classes} | SINGLE_OUTPUT.get(name, {}) | options
+            options = classes | SINGLE_OUTPUT.get(name, {}) | options
         else:
-            changes_head = "num_classes" not in options
+            changes_head = "num_classes" not in options and data.classes is not None
             options = {"num_classes": len(weights.meta["categories"])} | options
             options.pop("aux_logits", None)
         if not pretrained:
             options = without_weights(name, options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")       # check_output reports it
+        check_arguments(name, factory, options | from_data)
         if name in small or name in large:
             check_model_memory(name, factory, options, from_data)
         try:
@@ -79,10 +86,11 @@ def make(spec: str, data: Data, pretrained: bool = True) -> nn.Module:
         if weights is not None and name == "inception_v3":
             model.aux_logits, model.AuxLogits = False, None      # type: ignore[assignment]   # it has them with its weights
         if changes_head:
-            replace_head(f"model {name}", model, data.classes)
+            replace_head(f"model {name}", model, data.classes or 0)
         if file is not None and pretrained:
             load_pretrained(f"model {name}", model, str(file))
-        check_output(name, model, data)
+        if logits and data.classes is not None and data.shape:
+            check_output(name, model, data)
     return model
 
 
@@ -97,6 +105,17 @@ def named_weights(name: str, options: dict[str, Any], read: bool) -> Any:
     if given is not None and given not in known and read and not Path(str(given)).exists():
         raise UsageError(f"model {name}: weights takes none, {', '.join(known)} or a file; there is no file {given}")
     return known.get(given) if isinstance(given, str) else None
+
+
+def check_arguments(name: str, factory: Callable[..., Any], given: dict[str, Any]) -> None:
+    """Raise UsageError where a factory needs what neither the options nor the data give, such as `num_classes`."""
+    parameters = inspect.signature(factory).parameters.values()
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in given
+               and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if missing:
+        options = ",".join(f"{key}=..." for key in missing)
+        raise UsageError(f"model {name} needs {', '.join(missing)}, which the data does not have; pass "
+                         f"--model {name}:{options}, or a model of your own, as in --model file.py:Model")
 
 
 def torchvision_factory(name: str) -> Callable[..., Any]:
@@ -146,17 +165,18 @@ def check_output(name: str, model: nn.Module, data: Data) -> None:
 
     from loopctl.model.eval_mode import eval_mode
 
+    assert data.shape is not None
     shape = "x".join(map(str, data.shape))
     try:
         with eval_mode(model), torch.no_grad():
-            output = model(torch.zeros(1, *data.shape))
+            output = model(torch.zeros(1, *data.shape, dtype=None if data.numbers else torch.int64))
     except Exception as error:             # a model may raise anything for an image of the wrong shape
         advice = "" if name in SMALL else "; the data may have an option for it, such as channels=3 or size=224"
-        raise UsageError(f"model {name} cannot take images of {shape}: {one_line(error)}{advice}") from error
+        raise UsageError(f"model {name} cannot take inputs of {shape}: {one_line(error)}{advice}") from error
     if not isinstance(output, torch.Tensor):
         raise UsageError(f"model {name} returned a {type(output).__name__}, not a tensor; return one logit per class")
     if output.shape != (1, data.classes):
-        raise UsageError(f"model {name} returned a tensor of shape {tuple(output.shape)} for one image, but the data "
+        raise UsageError(f"model {name} returned a tensor of shape {tuple(output.shape)} for one sample, but the data "
                          f"has {data.classes} classes; change its last layer so that it is (1, {data.classes})")
 
 

@@ -175,9 +175,14 @@ def own_batches(run: SavedRun, spec: str, batch_size: int, workers: int) -> Iter
     iterator = iter(data)
     first = list(islice(iterator, 1))
     whole = chain(first, iterator)
-    if first and np.ndim(input_of(first[0])) > len(run.shape):
+    if first and np.ndim(input_of(first[0])) > len(run.shape or ()):
         return whole
     return (default_collate(batch) for batch in iter(lambda: list(islice(whole, batch_size)), []))
+
+
+def of_classes(run: SavedRun) -> bool:
+    """Whether the outputs are logits of classes: the loss was cross entropy."""
+    return str(run.config.get("loss") or "cross_entropy").partition(":")[0].replace("_", "").lower() == "crossentropy"
 
 
 def input_of(batch: Any) -> Any:
@@ -212,7 +217,7 @@ def csv_rows(run: SavedRun, outputs: Outputs, label: str, columns: Columns) -> I
     """
     names = run.classes
     for number, (labels, output) in enumerate(outputs):
-        classes = bool(names) and output.shape[1:] == (len(names),)
+        classes = bool(names) and output.shape[1:] == (len(names),) and of_classes(run)
         if not classes and (columns.top > 1 or columns.every):
             raise UsageError("--top and --all are for models with an output for each class")
         if not classes and output.dim() > 2:

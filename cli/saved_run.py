@@ -33,7 +33,7 @@ class SavedRun:
     classes: tuple[str, ...]                            # the names of the classes by number; empty if there are none
     transforms: Callable[[Any], Tensor] | None          # an image file or a Pillow image -> an input; None if not known
     config: dict[str, Any]                              # the content of run.toml
-    shape: tuple[int, ...]                              # of one input, without the batch dimension
+    shape: tuple[int, ...] | None                       # of one input, without the batch dimension; None if not known
     weights: Path                                       # the file that the weights were read from
 
 
@@ -58,7 +58,7 @@ def load_run(folder: str | Path, weights: str | Path | None = None) -> SavedRun:
         load_weights(model, file)
     names = described.class_names or tuple(map(str, range(described.classes or 0)))
     transforms = ImageTransforms(described.preprocessing) if described.preprocessing else None
-    return SavedRun(model.eval(), names, transforms, config, tuple(described.shape), file)
+    return SavedRun(model.eval(), names, transforms, config, described.shape, file)
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Data]:
@@ -79,7 +79,8 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Data]:
 def describe_data(described: Data) -> str:
     """What the use of a trained model needs to know of its data, as JSON. `read_data` reads it."""
     images = described.preprocessing
-    content = {"classes": list(described.class_names) or described.classes, "shape": list(described.shape),
+    content = {"classes": list(described.class_names) or described.classes,
+               "shape": described.shape and list(described.shape),
                "images": asdict(images) if images and len(images.mean) in (1, 3) else None}
     lines = [f"    {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in content.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
@@ -93,12 +94,13 @@ def read_data(file: Path) -> Data | None:
     no_samples: Any = ()
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        classes, shape, images = content["classes"], tuple(map(int, content["shape"])), content["images"]
+        classes, images = content["classes"], content["images"]
+        shape = None if content["shape"] is None else tuple(map(int, content["shape"]))
         names = tuple(map(str, classes)) if isinstance(classes, list) else ()
         preprocessing = images and Preprocessing(images["mode"], int(images["resize"]), int(images["crop"]),
                                                  tuple(map(float, images["mean"])), tuple(map(float, images["std"])))
         number: Any = classes if classes is None else len(names) or int(classes)
-        return Data(no_samples, no_samples, number, shape, class_names=names, preprocessing=preprocessing)  # type: ignore[arg-type]
+        return Data(no_samples, no_samples, number, shape, class_names=names, preprocessing=preprocessing)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -113,7 +115,7 @@ def build_model(folder: Path, spec: str, described: Data) -> nn.Module:
                          f"run was started (this is {Path.cwd()}), or bring the file")
     random = torch.get_rng_state()
     try:
-        return models.make(spec, described, pretrained=False)
+        return models.make(spec, described, logits=False, pretrained=False)
     finally:
         torch.set_rng_state(random)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ TYPES: dict[str, Any] = {inspect.formatannotation(hint): hint
 
 
 def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Callable[[str], Callable[..., Any]],
-            more: dict[str, Option] | None = None) -> tuple[str, Callable[..., Any], dict[str, Any]]:
+            more: dict[str, Option] | None = None, is_object: Callable[[Any], bool] = lambda found: False,
+            ) -> tuple[str, Any, dict[str, Any]]:
     """Return the name, the factory and the parsed options of `spec`.
 
     known: returns all names. get: returns the factory of a name. more: options that are not arguments of a factory.
-    Raises UsageError for an unknown name, an unknown option or a wrong value.
+    is_object: whether what was found is used as it is, so that it has no other options than those. Raises UsageError
+    for an unknown name, an unknown option or a wrong value.
     """
     names = list(known())
     head, text = split_head(spec, names)
@@ -44,6 +47,8 @@ def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Calla
         raise UsageError(f"no {kind} is called {head!r}; {suggestion(head, names)}")
     else:
         factory = get(head)
+    if is_object(factory):
+        return head, factory, parse_options(f"{kind} {head}", text, more or {})
     if not callable(factory):
         raise UsageError(f"{kind} {head} is a {type(factory).__name__}; name a class or a function")
     return head, factory, parse_arguments(f"{kind} {head}", factory, text, more or {})
@@ -118,6 +123,24 @@ def call_factory(label: str, factory: Callable[..., Any], options: dict[str, Any
         raise UsageError(f"{label}: {one_line(error)}") from error
     except (ArithmeticError, MemoryError) as error:      # their messages mean little without the type
         raise UsageError(f"{label}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def with_options(label: str, found: Any, options: dict[str, Any], arguments: str, offered: dict[str, Any]) -> Any:
+    """What a spec names: the instance of a class with its options, or the function with them as keyword arguments.
+
+    arguments: of the two with which it is called, such as "output, target". offered: as in `factory_arguments`, of a
+    class. Raises UsageError, which begins with `label`, where it cannot be called with two.
+    """
+    if isinstance(found, type):
+        return call_factory(label, found, options, offered)
+    function = partial(found, **options) if options else found
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        raise UsageError(f"{label} is called with ({arguments}): {one_line(error)}") from error
+    except ValueError:                          # some callables written in C have no signature
+        pass
+    return function
 
 
 def names_in_source(package: str, folder: str, pattern: str) -> dict[str, str]:

@@ -163,6 +163,22 @@ def test_the_commands_of_the_page_on_fine_tuning_run_in_order(tmp_path, monkeypa
     assert {name for name in state if "fc" not in name and not torch.equal(state[name], head[name])} == set()
     assert any(not torch.equal(head[name], whole[name]) for name in head if "fc" not in name)
 
+def test_the_page_on_tasks_works_as_written(tmp_path, monkeypatch):
+    """The file of its command-line section is written, and its commands and its other Python are run."""
+    monkeypatch.chdir(tmp_path)
+    ran, scope = 0, {"__name__": "page"}
+    for kind, block in re.findall(r"```(console|python)\n(.*?)```", (DOCS / "tasks.md").read_text(), re.DOTALL):
+        if "def data(" in block:
+            Path("regression.py").write_text(block)
+        elif kind == "python":
+            exec(block, scope)
+        else:
+            for command in re.findall(r"^\$ (loopctl .*)$", block, re.MULTILINE):
+                done = CliRunner().invoke(main, shlex.split(command)[1:])
+                assert done.exit_code == 0, done.output
+                ran += 1
+    assert ran > 2
+
 
 def specs(text):
     """The plugin specs in the right column of a page's tables."""

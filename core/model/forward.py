@@ -96,6 +96,18 @@ def loss_of_batch(run: Run, batch: Any) -> Any:
     return run.loss_fn(run.outputs, target)
 
 
+def call_model(run: Run, batch: Any) -> Any:
+    """Call the model with a batch as in training, without a loss function; return what it returns."""
+    if run.forward is not None:
+        return unwrapped_network(run)(batch, run.last_turn)
+    if isinstance(batch, Mapping):
+        return run.model(**model_arguments(run, batch))
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        return run.model(batch)
+    own_loss = run.loss_fn is None and "compute_loss" not in run.hook.replaced
+    return run.model(*batch) if own_loss else run.model(batch[0])
+
+
 def model_arguments(run: Run, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a dict that the model takes; without the target where `loss_fn` takes that."""
     accepted = argument_names(getattr(run.model.forward, "__func__", run.model.forward))

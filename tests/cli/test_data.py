@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import RandomSampler, SequentialSampler, TensorDataset
 
 from loopctl import Data
-from loopctl.cli import DATA, data
+from loopctl.cli import DATA, data, models
 from loopctl.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -223,11 +223,11 @@ def module(tmp_path, monkeypatch):
     """Write a module that tests can name by import path. It is removed from sys.modules afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def write(text):
+    def write(text, more=""):
         (tmp_path / "written_for_data.py").write_text(
-            "import torch\nfrom torch.utils.data import TensorDataset\nfrom loopctl import Data\n\n"
+            "import torch\nfrom torch.utils.data import DataLoader, TensorDataset\nfrom loopctl import Data\n\n"
             "class Named(TensorDataset):\n    classes = ['a', 'b', 'c']\n\n"
-            "def part(count, of=Named):\n    return of(torch.zeros(count, 2, 4, 4), torch.arange(count) % 3)\n\n"
+            "def part(count, of=Named):\n    return of(torch.zeros(count, 2, 4, 4), torch.arange(count) % 3)\n\n" + more + "\n\n"
             f"def made(root, extra=1):\n    {text}\n")
         return "written_for_data:made"
     yield write
@@ -245,13 +245,57 @@ def test_a_users_factory_may_return_a_data_and_is_passed_the_root(module):
     assert (len(dataset.train), len(dataset.valid)) == (len("nowhere"), 4)
 
 
+@pytest.mark.parametrize(("text", "classes", "shape"), [
+    ("return part(5, TensorDataset), part(2)", None, (2, 4, 4)),
+    ("return part(5), None", 3, (2, 4, 4)),
+    ("return part(5)", 3, (2, 4, 4)),
+    ("return {'train': part(5), 'validation': part(2)}", 3, (2, 4, 4)),
+    ("return torch.utils.data.Subset(part(9), range(5)), part(2)", 3, (2, 4, 4)),
+    ("return [{'x': torch.zeros(2)}] * 5, part(2)", None, None),
+    ("return [torch.zeros(7)] * 5, part(2)", None, None),
+    ("return DataLoader(part(5), 2), DataLoader(part(2), 2)", 3, None),
+    ("return iter([]), None", None, None),
+])
+def test_what_a_users_factory_returns_tells_the_classes_and_the_shape(module, text, classes, shape):
+    dataset = data.make(module(text), "nowhere", download=False)
+    assert (dataset.classes, dataset.shape) == (classes, shape)
+
+
+def test_reading_the_first_sample_draws_no_random_numbers(module):
+    name = module("return Random(), None", "class Random:\n    classes = ['a', 'b']\n    def __len__(self): return 5\n"
+                                           "    def __getitem__(self, index): return torch.rand(2), index % 2\n")
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert data.make(name, "nowhere", download=False).shape == (2,)
+    assert torch.rand(1) == expected
+
+
+def test_a_model_of_tokens_is_tried_on_whole_numbers(module):
+    dataset = data.make(module("return Tokens(torch.arange(6).view(3, 2), torch.arange(3)), None", "class Tokens(Named): pass"), "nowhere",
+                        download=False)
+    assert dataset.numbers is False
+    model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+    models.check_output("tokens", model, dataset)
+
+
 @pytest.mark.parametrize(("text", "words"), [
-    ("return part(0), part(2)", "has no training images"),
-    ("return part(2), part(0)", "has no validation images"),
-    ("return Data(part(0), part(2), 3, (2, 4, 4))", "has no training images"),
-    ("return part(2, TensorDataset), part(2)", "the training set has no `classes`"),
-    ("return part(2), iter([])", "both data sets need a length"),
-    ("return None", "returned a NoneType; return a pair"),
+    ("return part(0), part(2)", "has no training samples"),
+    ("return part(2), part(0)", "has no validation samples"),
+    ("return Data(part(0), part(2), 3, (2, 4, 4))", "has no training samples"),
+    ("return part(2), iter([])", "its validation data is an iterator, which can be read once only; return a list"),
+    ("return None", "returned a NoneType as training data; return a data set, a loader .* or a pair"),
+    ("return 3, part(2)", "returned a int as training data"),
+    ("return part(2), 3", "returned a int as validation data"),
+    ("return 'digits'", "returned a str as training data"),
+    ("return part(2), part(2), part(2)", "returned a tuple as training data; .* or a pair"),
+    ("return torch.zeros(4, 2), torch.zeros(4)", r"returned a Tensor as training data; .*use torch.utils.data.TensorDataset\(inputs, targets\)"),
+    ("return {'training': part(2)}", "returned a dict with training; name them train and valid"),
+    ("return {}", "returned a dict with no entries; name them train and valid"),
+    ("return {'train': part(2), 'val': part(2), 'validation': part(2)}", "name them train and valid"),
+    ("return Data(part(2), part(2), ['a', 'b', 'c'])", r"classes is \['a', 'b', 'c'\]; use the number of classes"),
+    ("return Data(part(2), part(2), batch_sampler=[[0]], drop_last=True)", "sampler and drop_last would not be used"),
+    ("return Data(iter([]), collate_fn=list)", "train is a loader, so collate_fn, .* would not be used"),
     ("raise ValueError('out\\nof disk')", "written_for_data:made: out of disk"),
 ])
 def test_a_wrong_result_of_a_factory_is_refused_in_one_line(module, text, words):

@@ -24,7 +24,7 @@ def flags(lines):
 def test_the_first_screen_of_run_shows_the_ten_options_that_matter():
     lines = help_of(main, "run")
     assert max(map(len, lines)) <= 80
-    first = lines[:lines.index("Data:") - 1]
+    first = lines[:lines.index("Task:") - 1]
     assert flags(first) == TEN
     assert len(first) < 24                          # a line of the screen is the prompt's
 
@@ -35,7 +35,7 @@ def test_every_option_is_shown_once_below_a_heading(command):
     declared = [option.opts[0] for option in main.commands[command].params]
     assert sorted(flags(lines)) == sorted([*declared, "--help"])
     headings = [line for line in lines if re.fullmatch(r"\w[\w ]+:", line)]
-    assert headings == ["Options:", "Data:", "Length and evaluation:", "Devices and precision:", "Repeating a run:", "Other:"]
+    assert headings == ["Options:", "Task:", "Data:", "Length and evaluation:", "Devices and precision:", "Repeating a run:", "Other:"]
 
 
 def test_a_group_is_one_word_in_the_definition_of_an_option():
