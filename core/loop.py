@@ -29,6 +29,7 @@ from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 from loopctl.metrics.meters import Meters, without_placeholders
 from loopctl.metrics.weights import counts_nothing, reported_loss, weighted_batches
+from loopctl.model.forward import new_pass
 from loopctl.model.ownership import modules_of
 from loopctl.optim.fast_step import zero_grad
 from loopctl.optim.learning_rate import apply_schedules
@@ -56,7 +57,7 @@ def fit(
     seed: int | None = None,
     resume: str | Path | None = None,
     steps_per_epoch: int | None = None,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Callable[..., Any] | None = None,
     reduction: str | None = None,
     out: str | Path = ".",
 ) -> Run:
@@ -77,7 +78,8 @@ def fit(
     resume: a checkpoint, or a folder with checkpoints, to resume from. After a restart by torchrun that is `out`.
     steps_per_epoch: updates per epoch; needed where `train` has no length.
     forward: `forward(model, batch)`, for other batches and losses; returns the mean loss of a batch and the outputs
-        that metrics get. It takes the place of `loss_fn`.
+        that metrics get. It takes the place of `loss_fn`. `forward(model, batch, state)` carries a state from batch to
+        batch, such as the hidden state of an LSTM.
     reduction: what `loss_fn` returns for a batch, "mean" or "sum"; None is `loss_fn.reduction`, or the mean if it has
         none.
     out: the folder that plugins write to.
@@ -111,7 +113,7 @@ def run_epoch(run: Run) -> None:
     """Train on one pass over the training data, or on the rest of it after a resume, then evaluate."""
     hook, counters = run.hook, run.counters
     if not counters.seen_in_epoch:
-        run.meters = Meters(run.metric_fns["train"], "train_")
+        run.meters, run.carried = Meters(run.metric_fns["train"], "train_"), None
     for module in modules_of(run):
         module.train()
     set_train_mode(run.optimizer)
@@ -156,7 +158,7 @@ def run_step(run: Run, batches: Sequence[Any]) -> None:
     if counts_nothing(run.weight):
         skip_step(run)
     else:
-        hook.optimizer_step(run=run, closure=partial(compute_gradients, run, weights))
+        hook.optimizer_step(run=run, closure=partial(compute_gradients, run, weights, run.carried))
         if run.loss is not None:
             run.meters.loss.add(reported_loss(run, run.loss, run.weight, run.world_size), run.weight)
     run.counters.finish_step(len(batches), run.skipped)
@@ -164,10 +166,11 @@ def run_step(run: Run, batches: Sequence[Any]) -> None:
     hook.after_step(run=run)
 
 
-def compute_gradients(run: Run, weights: list[Any]) -> Tensor:
+def compute_gradients(run: Run, weights: list[Any], carried: Any) -> Tensor:
     """Clear the gradients and compute them anew; return the loss. This is the closure of `optimizer.step(closure)`."""
     hook, losses, meters = run.hook, [], run.meters
     first_call = run.loss is None       # an optimizer may call the closure again; what is reported is the first call's
+    after, run.carried = run.carried, carried           # each call starts from the state at the start of the step
     zero_grad(run.optimizer, run.untrained)
     for batch, weight, share, last in weighted_batches(run, weights):
         run.log_target = (meters, weight) if first_call else None
@@ -178,6 +181,8 @@ def compute_gradients(run: Run, weights: list[Any]) -> Tensor:
     run.log_target = (meters, run.weight) if first_call else None
     if first_call:
         run.loss = loss
+    else:
+        run.carried = after
     hook.after_backward(run=run)
     hook.grads_ready(run=run)
     return loss
@@ -205,7 +210,8 @@ def evaluate(run: Run) -> None:
     if run.counters.evaluated == run.attempts:
         return
     with optimizer_eval_mode(run.optimizer):
-        found = run.meters.result(run) | run.hook.evaluate(run=run)
+        with new_pass(run):
+            found = run.meters.result(run) | run.hook.evaluate(run=run)
         run.metrics = without_placeholders(run.metrics, found) | found
         for name, value in run.metrics.items():
             if hasattr(value, "tolist"):

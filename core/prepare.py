@@ -21,7 +21,7 @@ from loopctl.distributed.data_parallel import Parallel
 from loopctl.distributed.process_group import launched_processes
 from loopctl.errors import UsageError, one_line
 from loopctl.metrics.meters import is_stateful_metric, reported_names
-from loopctl.model.forward import unwrapped_network
+from loopctl.model.forward import takes_state, unwrapped_network
 from loopctl.model.ownership import describe_untrained, modules_of, owns_any, untrained_parameters
 from loopctl.optim.fast_step import without_dynamo_wrappers
 from loopctl.rng import seed_everything
@@ -103,6 +103,7 @@ def check(run: Run, metrics: Any) -> None:
     if run.forward is not None and not callable(run.forward):
         raise UsageError(f"forward is {describe(run.forward)}; pass a function (model, batch) that returns loss, "
                          "outputs")
+    run.carries_state = run.forward is not None and takes_state(run.forward)
     if run.forward is not None and run.loss_fn is not None:
         raise UsageError("forward computes the loss itself, so loss_fn would not be used; pass loss_fn=None")
     if run.forward is not None and "compute_loss" in run.hook.replaced:

@@ -24,7 +24,7 @@ from loopctl.defaults import evaluate_batch
 from loopctl.errors import UsageError, nearest
 from loopctl.metrics.meters import Meters, is_stateful_metric
 from loopctl.model.eval_mode import eval_mode
-from loopctl.model.forward import unwrapped_network
+from loopctl.model.forward import new_pass, unwrapped_network
 from loopctl.model.ownership import modules_of
 from loopctl.rng import rng_state, set_rng_state
 
@@ -103,7 +103,8 @@ def try_validation(run: Run) -> set[str]:
     random, outputs, network, logging = rng_state(run.train, run.valid), run.outputs, run.network, run.log_target
     run.network = unwrapped_network(run)    # what wraps it, a compiler for example, need not know of the trial
     try:
-        with no_dispatch_modes(), unchanged(modules_of(run)), eval_mode(*modules_of(run)), torch.no_grad():
+        with (no_dispatch_modes(), unchanged(modules_of(run)), eval_mode(*modules_of(run)), torch.no_grad(),
+              new_pass(run)):
             for batch in first_batch(run.valid):
                 metrics = {name: deepcopy(metric) if is_stateful_metric(metric) else metric
                            for name, metric in run.metric_fns["val"].items()}

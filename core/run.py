@@ -39,7 +39,7 @@ class Run:
     max_steps: float = inf
     eval_every: int | None = None
     steps_per_epoch: int | None = None        # as given; `planned_steps` is known in any case
-    forward: Callable[[nn.Module, Any], Any] | None = None      # `(model, batch) -> loss, outputs`, in place of loss_fn
+    forward: Callable[..., Any] | None = None        # `(model, batch) -> loss, outputs`, in place of loss_fn
     reduction: str | None = "mean"            # what `loss_fn` returns for a batch: the "mean" or "sum" of its losses
     seed: int | None = None                   # None: the random-number generators are left as they were
     out: Path = Path()                        # the folder that plugins write to
@@ -63,6 +63,8 @@ class Run:
     log_target: tuple[Meters, Any] | None = None      # where `log` adds to, with which weight; None discards
     metrics: dict[str, Any] = field(default_factory=dict)                  # by name; plugins add their own
     history: list[dict[str, Any]] = field(default_factory=list)            # a row per evaluation
+    carries_state: bool = False               # whether `forward` takes a state; written by prepare.py
+    carried: Any = None                       # that state, of the batch before in this pass
     last_checkpoint: Path | None = None       # the one written or resumed from last; written by `checkpoint` too
     checkpoint_folders: list[Path] = field(default_factory=list)           # where `checkpoint` writes; written by it
 

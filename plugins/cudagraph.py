@@ -41,6 +41,9 @@ class Cudagraph:
         self.seen: dict[Any, int] = {}      # steps run without the graph, by the shapes of their batches
         if run.device.type not in DEVICES:
             raise UsageError(f"CUDA graphs need a GPU, and this run is on {run.device}; leave out cudagraph")
+        if run.carries_state:
+            raise UsageError("forward carries a state from batch to batch, which a graph would not update; leave out "
+                             "cudagraph")
         for hook in CAPTURED:
             for name in run.hook.acting[hook]:
                 plugin = run.hook.plugins[name]
