@@ -20,6 +20,7 @@ from loopctl.model.eval_mode import eval_mode
 from loopctl.model.forward import loss_by_forward, loss_of_batch
 from loopctl.model.ownership import modules_of, named_parameters
 from loopctl.optim.fast_step import fast_step
+from loopctl.optim.several import losses_in_turn
 from loopctl.run import Run
 
 
@@ -98,7 +99,7 @@ def evaluate_batch(run: Run, meters: Meters, batch: Any) -> None:
         meters.loss.add(0.0, 0)
         return
     run.log_target = meters, weight
-    loss = as_loss(run.hook.compute_loss(run=run, batch=batch))
+    loss = as_loss(losses_in_turn(run, batch) if run.turns else run.hook.compute_loss(run=run, batch=batch))
     run.log_target = None
     meters.loss.add(reported_loss(run, loss, weight), weight)
     if meters.functions:

@@ -34,17 +34,20 @@ from loopctl.model.ownership import modules_of
 from loopctl.optim.fast_step import zero_grad
 from loopctl.optim.learning_rate import apply_schedules
 from loopctl.optim.optimizer_mode import optimizer_eval_mode, set_eval_mode, set_train_mode
+from loopctl.optim.several import step_in_turn
 from loopctl.prepare import build_run, rates_remembered
 from loopctl.rehearsal import rehearse
 from loopctl.run import Run
 
+OptimizerOrFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | torch.optim.Optimizer
+Forward = Callable[[nn.Module, Any], Any]
 DEFAULTS = (defaults, sys.modules[__name__])        # what implements the hooks that no plugin replaces
 
 
 def fit(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor] | None,
-    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | torch.optim.Optimizer,
+    optimizer: OptimizerOrFactory | dict[str, OptimizerOrFactory],
     train: Iterable[Any],
     valid: Iterable[Any] | None = None,
     *,
@@ -57,7 +60,7 @@ def fit(
     seed: int | None = None,
     resume: str | Path | None = None,
     steps_per_epoch: int | None = None,
-    forward: Callable[..., Any] | None = None,
+    forward: Forward | dict[str, Forward] | None = None,
     reduction: str | None = None,
     out: str | Path = ".",
 ) -> Run:
@@ -66,7 +69,9 @@ def fit(
     loss_fn: `loss_fn(output, target)`; None where the model returns its loss, where `forward` does, or where a plugin
         replaces `compute_loss`. If it is a module, it belongs to the run as the model does: its tensors are moved to
         the device, saved, and trained where the optimizer holds them.
-    optimizer: a factory of parameter groups, such as `partial(torch.optim.SGD, lr=0.1)`, or an optimizer.
+    optimizer: a factory of parameter groups, such as `partial(torch.optim.SGD, lr=0.1)`, or an optimizer. Or several,
+        a dict of them by the part of the model that each trains: the name of a module, or a glob such as `*`, which
+        is what no earlier one has.
     train, valid: iterables of batches, such as a DataLoader or a list. A batch is a pair (input, target), or a dict
         whose entries are arguments of the model; tensors nest as they like.
     epochs, max_steps: passes over `train`, and updates; whichever comes first ends the run.
@@ -78,8 +83,9 @@ def fit(
     resume: a checkpoint, or a folder with checkpoints, to resume from. After a restart by torchrun that is `out`.
     steps_per_epoch: updates per epoch; needed where `train` has no length.
     forward: `forward(model, batch)`, for other batches and losses; returns the mean loss of a batch and the outputs
-        that metrics get. It takes the place of `loss_fn`. `forward(model, batch, state)` carries a state from batch to
-        batch, such as the hidden state of an LSTM.
+        that metrics get, and may return a dict of values to log. It takes the place of `loss_fn`. With an argument
+        `state` it carries a state from batch to batch, such as the hidden state of an LSTM. Or a dict of functions,
+        one per optimizer: in each step every optimizer makes an update of its own loss, in that order.
     reduction: what `loss_fn` returns for a batch, "mean" or "sum"; None is `loss_fn.reduction`, or the mean if it has
         none.
     out: the folder that plugins write to.
@@ -158,7 +164,11 @@ def run_step(run: Run, batches: Sequence[Any]) -> None:
     if counts_nothing(run.weight):
         skip_step(run)
     else:
-        hook.optimizer_step(run=run, closure=partial(compute_gradients, run, weights, run.carried))
+        closure = partial(compute_gradients, run, weights, run.carried)
+        if run.turns:                   # there are several optimizers, with a loss each
+            step_in_turn(run, closure)
+        else:
+            hook.optimizer_step(run=run, closure=closure)
         if run.loss is not None:
             run.meters.loss.add(reported_loss(run, run.loss, run.weight, run.world_size), run.weight)
     run.counters.finish_step(len(batches), run.skipped)
@@ -175,7 +185,7 @@ def compute_gradients(run: Run, weights: list[Any], carried: Any) -> Tensor:
     for batch, weight, share, last in weighted_batches(run, weights):
         run.log_target = (meters, weight) if first_call else None
         losses.append(hook.micro_step(run=run, batch=batch, weight=share, last=last))
-        if first_call and meters.functions:
+        if first_call and meters.functions and run.turn == run.last_turn:
             meters.observe(run.outputs, batch, weight)
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     run.log_target = (meters, run.weight) if first_call else None

@@ -19,11 +19,13 @@ from loopctl.composition.option_types import python_numbers
 from loopctl.data.batch import length_or_none
 from loopctl.distributed.data_parallel import Parallel
 from loopctl.distributed.process_group import launched_processes
-from loopctl.errors import UsageError, one_line
+from loopctl.errors import UsageError, names, one_line
 from loopctl.metrics.meters import is_stateful_metric, reported_names
 from loopctl.model.forward import takes_state, unwrapped_network
-from loopctl.model.ownership import describe_untrained, modules_of, owns_any, untrained_parameters
+from loopctl.model.ownership import describe_untrained, modules_of, named_parameters, owns_any, untrained_parameters
+from loopctl.model.parameter_matching import matching_parameters
 from loopctl.optim.fast_step import without_dynamo_wrappers
+from loopctl.optim.several import Optimizers, each_optimizer
 from loopctl.rng import seed_everything
 from loopctl.run import Run
 
@@ -69,8 +71,11 @@ def prepare(run: Run, metrics: dict[str, Any], device: Any, seed: int | None) ->
     if launched > 1 and not any(isinstance(plugin, Parallel) for plugin in run.hook.plugins.values()):
         raise UsageError(f"torchrun has started {launched} processes, but no plugin makes them train together; add ddp "
                          "or fsdp")
+    if isinstance(run.forward, Mapping):
+        run.turns = tuple(run.forward)
+        run.last_turn = run.turns[-1]
     run.hook.setup(run=run)
-    run.optimizer = make_optimizer(run)
+    run.optimizer = make_optimizers(run) if isinstance(run.optimizer, Mapping) else make_optimizer(run)
     run.untrained = untrained_parameters(run)
     if left_out := describe_untrained(run):
         log.warning(left_out)
@@ -100,18 +105,28 @@ def check(run: Run, metrics: Any) -> None:
     if run.loss_fn is not None and not callable(run.loss_fn):
         raise UsageError(f"loss_fn is {describe(run.loss_fn)}; pass a function of (output, target), such as "
                          "torch.nn.CrossEntropyLoss(), or None where the model returns its loss")
-    if run.forward is not None and not callable(run.forward):
-        raise UsageError(f"forward is {describe(run.forward)}; pass a function (model, batch) that returns loss, "
-                         "outputs")
-    run.carries_state = run.forward is not None and takes_state(run.forward)
+    named = isinstance(run.forward, Mapping)
+    functions = list(run.forward.values()) if named else [] if run.forward is None else [run.forward]
+    for function in functions:
+        if not callable(function):
+            raise UsageError(f"forward is {describe(function)}; pass a function (model, batch) that returns loss, "
+                             "outputs")
+    if named and not (isinstance(run.optimizer, Mapping) and run.forward and [*run.forward] == [*run.optimizer]):
+        raise UsageError("forward is a dict, of a loss for each optimizer; pass a dict of optimizers with the same "
+                         "names, in the same order")
+    run.carries_state = any(takes_state(function) for function in functions)
+    if named and run.carries_state:
+        raise UsageError("forward is a dict, and one of its functions takes a state; a state is carried from batch to "
+                         "batch by one function only")
     if run.forward is not None and run.loss_fn is not None:
         raise UsageError("forward computes the loss itself, so loss_fn would not be used; pass loss_fn=None")
     if run.forward is not None and "compute_loss" in run.hook.replaced:
         raise UsageError(f"{run.hook.replaced['compute_loss']} computes the loss, so forward would not be used; leave "
                          "out one of the two")
-    if not (callable(run.optimizer) or isinstance(run.optimizer, torch.optim.Optimizer)):
-        raise UsageError(f"optimizer is {describe(run.optimizer)}; pass one optimizer, or a factory such as "
-                         "partial(torch.optim.SGD, lr=0.1)")
+    for optimizer in run.optimizer.values() if isinstance(run.optimizer, Mapping) else [run.optimizer]:
+        if not (callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer)):
+            raise UsageError(f"optimizer is {describe(optimizer)}; pass one optimizer, or a factory such as "
+                             "partial(torch.optim.SGD, lr=0.1); or a dict of them by the part of the model")
     if not isinstance(metrics, Mapping):
         raise UsageError(f"metrics is {describe(metrics)}; pass a dict of functions by name, such as "
                          '{"accuracy": accuracy}')
@@ -200,7 +215,8 @@ def rates_remembered(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     try:
         yield
     finally:
-        LEFT_RATES[optimizer] = [float(group["lr"]) for group in optimizer.param_groups]
+        for one in each_optimizer(optimizer):
+            LEFT_RATES[one] = [float(group["lr"]) for group in one.param_groups]
 
 
 def own_copy(function: Any, device: torch.device) -> Any:
@@ -218,20 +234,69 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
             raise UsageError(f"{plugins[0]} sets the parameter groups, but the optimizer has its own; pass a factory, "
                              "such as partial(torch.optim.SGD, lr=0.1), in place of the optimizer")
         optimizer = run.optimizer
-        if not owns_any(run, optimizer) and "optimizer_step" not in run.hook.replaced:
-            raise UsageError("the optimizer holds no parameter of the model, so nothing would be trained; make it from "
-                             "model.parameters()")
-        for group, left in zip(optimizer.param_groups, LEFT_RATES.pop(optimizer, []), strict=False):
-            if float(group["lr"]) != left:
-                group.pop("initial_lr", None)       # the user has set another rate since
+        check_ready_made(run, optimizer)
     else:
         groups = run.hook.param_groups(run=run)
         if not any(group["params"] for group in groups):
             raise UsageError("no parameter of the model has requires_grad=True; leave at least one trainable")
-        with without_dynamo_wrappers():
-            optimizer = run.optimizer(groups)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise UsageError(f"optimizer returned a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+        optimizer = call_factory(run.optimizer, groups)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", float(group["lr"]))
+    return optimizer
+
+
+def make_optimizers(run: Run) -> Optimizers:
+    """Return the user's optimizers as one; each trains the parameters that its name matches and no earlier one has.
+
+    Raises UsageError where one has no parameters, a parameter has no optimizer, or they cannot be stepped together.
+    """
+    if plugins := run.hook.acting["param_groups"]:
+        raise UsageError(f"{plugins[0]} sets the parameter groups of one optimizer, and there are several; leave it "
+                         "out, and set groups in the factories")
+    matched = matching_parameters(run.model, [name for name, optimizer in run.optimizer.items()
+                                              if not isinstance(optimizer, torch.optim.Optimizer)])
+    held: set[int] = set()
+    made = {}
+    for name, optimizer in run.optimizer.items():
+        if isinstance(optimizer, torch.optim.Optimizer):
+            check_ready_made(run, optimizer)
+        else:
+            own = [parameter for parameter in matched[name] if parameter.requires_grad and id(parameter) not in held]
+            if not own:
+                raise UsageError(f"the optimizer {name!r} has no parameters: they do not require gradients, or an "
+                                 "earlier optimizer has them; put it first")
+            optimizer = call_factory(optimizer, [{"params": own}])
+        if not run.turns and isinstance(optimizer, torch.optim.LBFGS):
+            raise UsageError(f"the optimizer {name!r} computes the loss several times in a step, so it cannot be "
+                             "stepped together with others; give each a loss, with a dict as forward")
+        held |= {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        made[name] = optimizer
+    left = [name for name, parameter in named_parameters(run).items()
+            if parameter.requires_grad and id(parameter) not in held]
+    if left:
+        few = left[:3] + [f"{len(left) - 3} more"] * (len(left) > 3)
+        raise UsageError(f"no optimizer has the parameters {names(few)}; add one under the name '*', which has what no "
+                         "earlier one has, or freeze them")
+    for optimizer in made.values():
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", float(group["lr"]))
+    return Optimizers(made)
+
+
+def check_ready_made(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    """Raise UsageError if an optimizer trains nothing of the run. Notice a rate that was set since its last run."""
+    if not owns_any(run, optimizer) and "optimizer_step" not in run.hook.replaced:
+        raise UsageError("the optimizer holds no parameter of the model, so nothing would be trained; make it from "
+                         "model.parameters()")
+    for group, left in zip(optimizer.param_groups, LEFT_RATES.pop(optimizer, []), strict=False):
+        if float(group["lr"]) != left:
+            group.pop("initial_lr", None)       # the user has set another rate since
+
+
+def call_factory(factory: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return the optimizer that the user's factory makes of parameter groups. Raises UsageError if it makes none."""
+    with without_dynamo_wrappers():
+        optimizer = factory(groups)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"optimizer returned a {type(optimizer).__name__}, not a torch.optim.Optimizer")
     return optimizer

@@ -52,6 +52,8 @@ def rehearse(run: Run) -> None:
         logged = {f"train_{name}" for name in run.meters.logged}
         if run.valid is not None and "evaluate" not in run.hook.replaced:
             logged |= try_validation(run)
+        if run.turns:                               # the other turns are to come
+            logged |= {f"train_{name.removeprefix('val_')}" for name in logged}
         check_expected(run, logged)
         grads_ready(run=run)
 

@@ -39,7 +39,7 @@ class Run:
     max_steps: float = inf
     eval_every: int | None = None
     steps_per_epoch: int | None = None        # as given; `planned_steps` is known in any case
-    forward: Callable[..., Any] | None = None        # `(model, batch) -> loss, outputs`, in place of loss_fn
+    forward: Any = None                       # `(model, batch) -> loss, outputs` in place of loss_fn, or a dict of such
     reduction: str | None = "mean"            # what `loss_fn` returns for a batch: the "mean" or "sum" of its losses
     seed: int | None = None                   # None: the random-number generators are left as they were
     out: Path = Path()                        # the folder that plugins write to
@@ -67,6 +67,10 @@ class Run:
     carried: Any = None                       # that state, of the batch before in this pass
     last_checkpoint: Path | None = None       # the one written or resumed from last; written by `checkpoint` too
     checkpoint_folders: list[Path] = field(default_factory=list)           # where `checkpoint` writes; written by it
+
+    turns: tuple[str, ...] = ()               # the optimizers that make an update in turn, of their own losses
+    turn: str = ""                            # whose turn it is; `optimizer` is that one meanwhile
+    last_turn: str = ""                       # in which metrics are given the outputs
 
     # The current step. Written by the loop and the default hooks.
     batches: Sequence[Any] = ()               # its micro-batches; `accumulate` may read each when its turn comes

@@ -24,6 +24,7 @@ from loopctl.metrics.meters import Meters
 from loopctl.model.forward import unwrapped_network
 from loopctl.model.ownership import modules_of
 from loopctl.optim.learning_rate import set_learning_rates
+from loopctl.optim.several import Optimizers
 from loopctl.rng import rng_state, set_rng_state
 from loopctl.run import Run
 
@@ -228,6 +229,8 @@ def copy_optimizer(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> to
 
     Wrappers around methods, which torch's schedulers set on the instance, are bound to the original and are left out.
     """
+    if isinstance(optimizer, Optimizers):
+        return Optimizers({name: copy_optimizer(one, memo) for name, one in optimizer.named.items()})
     attributes = {name: value for name, value in vars(optimizer).items()
                   if not (callable(value) and hasattr(type(optimizer), name))}
     copied = object.__new__(type(optimizer))

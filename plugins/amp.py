@@ -8,6 +8,7 @@ from torch import Tensor
 
 from loopctl import Run, UsageError, hookimpl
 from loopctl.distributed.process_group import AgreedStop
+from loopctl.optim.several import each_optimizer
 
 # The run ends where steps are still skipped at a smaller scale: a gradient that overflows float16 there is above 1e9.
 # It is the smallest normal number of float16; fairseq ends a run at 1e-4, DeepSpeed at 1.
@@ -54,20 +55,23 @@ class Amp:
 
     @hookimpl
     def train_start(self, run: Run) -> None:
-        if isinstance(run.optimizer, torch.optim.LBFGS):
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in each_optimizer(run.optimizer)):
             raise UsageError("float16 loss scaling does not work with LBFGS, which computes gradients several times "
                              "per step; use dtype=bfloat16")
-        self.scaler = torch.amp.GradScaler(run.device.type, self.init_scale, growth_interval=self.growth_interval)
-        self.scale = self.init_scale
-        self.in_a_row = 0               # steps that were skipped since the last update
+        # A scaler for each loss: of several optimizers with a loss each, the scales differ.
+        self.scalers = {turn: torch.amp.GradScaler(run.device.type, self.init_scale,
+                                                   growth_interval=self.growth_interval)
+                        for turn in run.turns or ("",)}
+        self.scales = dict.fromkeys(self.scalers, self.init_scale)
+        self.in_a_row = dict.fromkeys(self.scalers, 0)      # steps that were skipped since the last update
 
     @hookimpl
     def before_step(self) -> None:
         self.unscaled = False
 
     @hookimpl
-    def backward(self, loss: Tensor) -> Tensor:
-        scaled = self.scaler.scale(loss)
+    def backward(self, run: Run, loss: Tensor) -> Tensor:
+        scaled = self.scalers[run.turn].scale(loss)
         scaled.backward()
         return scaled
 
@@ -75,35 +79,38 @@ class Amp:
     def after_backward(self, run: Run) -> None:
         if self.unscaled:
             raise UsageError("float16 loss scaling allows one gradient computation per step; use dtype=bfloat16")
-        self.scaler.unscale_(run.optimizer)
+        self.scalers[run.turn].unscale_(run.optimizer)
         self.unscaled = True
 
     @hookimpl
     def optimizer_step(self, run: Run, closure: Callable[[], Tensor]) -> Tensor:
-        loss, states = closure(), run.optimizer.state
+        loss, states, scaler = closure(), run.optimizer.state, self.scalers[run.turn]
         num_states = len(states)
-        self.scaler.step(run.optimizer)
-        self.scaler.update()
-        previous_scale, self.scale = self.scale, self.scaler.get_scale()       # synchronizes, as GradScaler does
-        run.skipped = self.scale < previous_scale
-        self.in_a_row = self.in_a_row + 1 if run.skipped else 0
+        scaler.step(run.optimizer)
+        scaler.update()
+        self.unscaled = False           # for the next of several optimizers
+        previous_scale, scale = self.scales[run.turn], scaler.get_scale()       # synchronizes, as GradScaler does
+        self.scales[run.turn], run.skipped = scale, scale < previous_scale
+        self.in_a_row[run.turn] = self.in_a_row[run.turn] + 1 if run.skipped else 0
         if run.skipped and len(states) > num_states:        # torch's fused SGD has added uninitialized momentum buffers
             for parameter in list(states)[num_states:]:
                 del states[parameter]
-        if run.skipped and self.scale < MIN_SCALE and not run.stop:
-            reason = (f"the gradients of {self.in_a_row} steps in a row are not finite, at loss scales down to "
-                      f"{self.scale:.3g}; use amp:dtype=bfloat16, and nan_guard to find the step")
+        if run.skipped and scale < MIN_SCALE and not run.stop:
+            reason = (f"the gradients of {self.in_a_row[run.turn]} steps in a row are not finite, at loss scales down "
+                      f"to {scale:.3g}; use amp:dtype=bfloat16, and nan_guard to find the step")
             run.stop = AgreedStop(reason) if run.world_size > 1 else reason    # all processes have the same gradients
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        return self.scaler.state_dict() | {"in_a_row": self.in_a_row} if self.dtype == "float16" else {}
+        if self.dtype != "float16":
+            return {}
+        return {turn: scaler.state_dict() | {"in_a_row": self.in_a_row[turn]} for turn, scaler in self.scalers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            if not state["scale"]:      # torch would divide the gradients by it
+        for turn, saved in state.items():
+            if not saved["scale"]:      # torch would divide the gradients by it
                 raise UsageError("the loss scale in the checkpoint is 0, because the gradients were not finite in many "
                                  "steps before; resume from an earlier checkpoint")
-            self.scaler.load_state_dict(state)
-            self.scale = self.scaler.get_scale()
-            self.in_a_row = state.get("in_a_row", 0)        # older checkpoints do not have it
+            self.scalers[turn].load_state_dict(saved)
+            self.scales[turn] = self.scalers[turn].get_scale()
+            self.in_a_row[turn] = saved["in_a_row"]

@@ -49,7 +49,8 @@ class Clip:
 
     @hookimpl
     def grads_ready(self, run: Run) -> None:
+        parameters = trained_parameters(run) if run.turn else self.parameters       # of several optimizers, one
         if self.max_norm is None:
-            clip_grad_value_(self.parameters, self.value)   # type: ignore[arg-type]
+            clip_grad_value_(parameters, self.value)        # type: ignore[arg-type]
         else:
-            run.metrics["grad_norm"] = clip_grad_norm_(self.parameters, self.max_norm, self.norm_type)
+            run.metrics["grad_norm"] = clip_grad_norm_(parameters, self.max_norm, self.norm_type)

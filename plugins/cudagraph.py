@@ -44,6 +44,8 @@ class Cudagraph:
         if run.carries_state:
             raise UsageError("forward carries a state from batch to batch, which a graph would not update; leave out "
                              "cudagraph")
+        if run.turns:
+            raise UsageError("a step with several losses cannot be captured; leave out cudagraph")
         for hook in CAPTURED:
             for name in run.hook.acting[hook]:
                 plugin = run.hook.plugins[name]

@@ -32,7 +32,7 @@ class Ddp(Parallel):
         that are missing
     sync_batchnorm: compute BatchNorm statistics over all processes, with torch.nn.SyncBatchNorm; needs GPUs
     find_unused_parameters: for a model that does not use all parameters in every step; set automatically while parts
-        of the model are frozen
+        of the model are frozen, and where several optimizers have a loss each
     gradient_as_bucket_view: keep gradients in the communication buckets, which saves the memory of one copy
     bucket_cap_mb: size in MB of the buckets in which gradients are reduced during the backward pass
     """
@@ -62,7 +62,7 @@ class Ddp(Parallel):
             if not isinstance(run.network, nn.Module):
                 raise UsageError(f"run.network is a {type(run.network).__name__} and not a module; pass ddp before the "
                                  "plugin that replaced it")
-            self.replicate(run, trainable(run.model), self.find_unused_parameters)
+            self.replicate(run, trainable(run.model), self.find_unused_parameters or bool(run.turns))
         super().wrap_model(run)
 
     def replicate(self, run: Run, trained: set[nn.Parameter], unused: bool) -> None:
@@ -96,7 +96,7 @@ class Ddp(Parallel):
         if now - self.trained:
             raise UsageError("part of the model was frozen when ddp wrapped it and is trained now, so its gradients "
                              "would not be reduced; freeze it in train_start")
-        unused = self.find_unused_parameters or now != self.trained
+        unused = self.find_unused_parameters or now != self.trained or bool(run.turns)
         if unused != self.unused:
             if run.network is not self.network:
                 raise UsageError("part of the model is frozen for a while; pass find_unused_parameters=true")

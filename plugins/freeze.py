@@ -8,6 +8,7 @@ from torch import nn
 
 from loopctl import Duration, Run, UsageError, hookimpl
 from loopctl.model.parameter_matching import matching_parameters
+from loopctl.optim.several import each_optimizer
 
 
 @dataclass(eq=False)
@@ -114,8 +115,8 @@ class Freeze:
 def fused_momentum(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """The parameter groups with momentum of torch's fused SGD, which needs the momentum buffers of all parameters or of
     none. Of other optimizers, none."""
-    return [group for group in optimizer.param_groups
-            if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]]
+    return [group for one in each_optimizer(optimizer) for group in one.param_groups
+            if isinstance(one, torch.optim.SGD) and group["fused"] and group["momentum"]]
 
 
 def group_by_module(names: list[str]) -> list[list[str]]:

@@ -13,6 +13,7 @@ from loopctl import Parallel, Run, UsageError, hookimpl
 from loopctl.distributed.process_group import broadcast_tensors, is_only_planned
 from loopctl.model import summary
 from loopctl.model.ownership import loss_parameters
+from loopctl.optim.several import each_optimizer
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -73,11 +74,12 @@ class Fsdp(Parallel):
     @hookimpl
     def train_start(self, run: Run) -> None:
         super().train_start(run)
-        if isinstance(run.optimizer, torch.optim.SGD | torch.optim.Adagrad):
-            for group in run.optimizer.param_groups:
-                group["fused"] = False
-            optimizer: Any = run.optimizer      # not every version of torch has the attribute in both classes
-            optimizer._step_supports_amp_scaling = False                # set by the optimizer if it is fused
+        for optimizer in each_optimizer(run.optimizer):
+            if isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad):
+                for group in optimizer.param_groups:
+                    group["fused"] = False
+                # Set by the optimizer if it is fused; not every version of torch has it in both classes.
+                optimizer._step_supports_amp_scaling = False
 
     @hookimpl
     def epoch_start(self, run: Run) -> None:
@@ -88,7 +90,10 @@ class Fsdp(Parallel):
 
     def set_up_processes(self, run: Run) -> None:
         super().set_up_processes(run)
-        if isinstance(run.optimizer, torch.optim.Optimizer):
+        if run.turns:
+            raise UsageError("several optimizers with a loss each are not supported with sharded parameters; use ddp")
+        given = run.optimizer.values() if isinstance(run.optimizer, dict) else [run.optimizer]
+        if any(isinstance(optimizer, torch.optim.Optimizer) for optimizer in given):
             raise UsageError("sharding replaces the parameters, so an optimizer cannot exist before; pass a factory, "
                              "such as partial(torch.optim.SGD, lr=0.1), instead of an optimizer")
 

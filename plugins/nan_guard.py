@@ -49,6 +49,9 @@ class NanGuard:
 
     @hookimpl
     def setup(self, run: Run) -> None:
+        if run.turns:
+            raise UsageError("several optimizers with a loss each: the update of one cannot be undone alone; leave out "
+                             "nan_guard")
         self.run: Run | None = None
         self.in_a_row = 0
         self.due = ""                                                   # why a rollback is due, until it is done

@@ -33,7 +33,7 @@ class TorchScheduler(Schedule):
             raise ValueError("cls=ReduceLROnPlateau needs a metric; use the plugin plateau")
         self.name = getattr(self.cls, "__name__", self.cls)
         self.done = 0                               # calls of the scheduler's step()
-        self.optimizer: Any = None                  # the stand-in
+        self.stand_in: Any = None                  # the stand-in
 
     @hookimpl
     def train_start(self, run: Run) -> None:
@@ -42,8 +42,8 @@ class TorchScheduler(Schedule):
 
     def scale(self, run: Run, position: int, initial_lr: float, group: dict[str, Any]) -> float:
         index = [id(param_group) for param_group in run.optimizer.param_groups].index(id(group))
-        if (self.optimizer is None or position < self.done
-                or self.optimizer.param_groups[index]["begins_at"] != group["initial_lr"]):
+        if (self.stand_in is None or position < self.done
+                or self.stand_in.param_groups[index]["begins_at"] != group["initial_lr"]):
             self.begin(run)         # a scheduler cannot step back, nor start from another initial rate
         while self.done < position:
             try:
@@ -51,16 +51,16 @@ class TorchScheduler(Schedule):
             except Exception as error:          # such as a division by an option that is 0
                 raise UsageError(f"cls={self.name}: {' '.join(str(error).split())}") from error
             self.done += 1
-        return float(self.optimizer.param_groups[index]["lr"]) / initial_lr
+        return float(self.stand_in.param_groups[index]["lr"]) / initial_lr
 
     def begin(self, run: Run) -> None:
         """Create the scheduler on a new stand-in optimizer."""
-        self.done, self.optimizer = 0, StandIn(run.optimizer)
+        self.done, self.stand_in = 0, StandIn(run.optimizer)
         try:
-            self.scheduler = self.cls(self.optimizer, **self.options)
+            self.scheduler = self.cls(self.stand_in, **self.options)
         except Exception as error:                  # a class may raise anything for wrong options
             raise UsageError(f"cls={self.name}: {' '.join(str(error).split())}") from error
-        self.optimizer.step()                       # a scheduler warns if it steps before the optimizer
+        self.stand_in.step()                       # a scheduler warns if it steps before the optimizer
         if not isinstance(self.scheduler, LRScheduler):
             raise UsageError(f"cls={self.name} made a {type(self.scheduler).__name__}, not a torch LRScheduler")
         try:
@@ -69,11 +69,11 @@ class TorchScheduler(Schedule):
             raise UsageError(f"cls={self.name}: its step is {error}; for a metric, use the plugin plateau") from error
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done, "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        return {"done": self.done, "optimizer": self.stand_in.state_dict(), "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.done = state["done"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.stand_in.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
 
 

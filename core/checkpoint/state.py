@@ -300,7 +300,7 @@ def parameter_names(run: Run) -> list[list[str]]:
 def optimizer_defaults(run: Run) -> dict[str, Any]:
     """Return the optimizer's default options, without those that only choose an implementation for the device."""
     return {key: value for key, value in run.optimizer.defaults.items()
-            if key not in ("foreach", "fused", "capturable", "differentiable")}
+            if key.partition(" of ")[0] not in ("foreach", "fused", "capturable", "differentiable")}
 
 
 def stateful(run: Run) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from loopctl.data.batch import length_or_none
 from loopctl.distributed.process_group import all_gather, all_reduce_sum, is_single_process
 from loopctl.errors import UsageError, names
+from loopctl.optim.several import each_optimizer
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -133,7 +134,7 @@ def describe_tensor(tensor: Tensor) -> str:
 
 def describe_optimizer(run: Run) -> dict[str, str | None]:
     """Describe the class of the optimizer and its parameter groups."""
-    found: dict[str, str | None] = {"optimizer": type(run.optimizer).__name__}
+    found: dict[str, str | None] = {"optimizer": names([type(one).__name__ for one in each_optimizer(run.optimizer)])}
     groups = run.optimizer.param_groups
     for number, group in enumerate(groups):
         of_group = f" of parameter group {number}" if len(groups) > 1 else ""

@@ -37,17 +37,19 @@ class ForwardModule(nn.Module):
     call of what it wraps. So both wrap the function, in which the user may call parts of the model.
     """
 
-    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> None:
         super().__init__()
-        self.model, self.function = model, function
+        self.model, self.functions = model, functions
 
-    def forward(self, batch: Any, *state: Any) -> Any:
-        return self.function(self.model, batch, *state)
+    def forward(self, batch: Any, turn: str = "", *state: Any) -> Any:
+        return self.functions[turn](self.model, batch, *state)
 
 
 def unwrapped_network(run: Run) -> nn.Module:
     """What `run.network` is before a plugin wraps it: the model, or the model with the function `forward`."""
-    return run.model if run.forward is None else ForwardModule(run.model, run.forward)
+    if run.forward is None:
+        return run.model
+    return ForwardModule(run.model, run.forward if isinstance(run.forward, Mapping) else {"": run.forward})
 
 
 def loss_by_forward(run: Run, batch: Any) -> Any:
@@ -57,14 +59,14 @@ def loss_by_forward(run: Run, batch: Any) -> Any:
     Raises UsageError where it returns something else.
     """
     if run.carries_state:
-        result = run.network(batch, run.carried)
+        result = run.network(batch, run.turn, run.carried)
         if not isinstance(result, tuple | list) or len(result) != 4 or not isinstance(result[2], Mapping):
             raise UsageError(f"forward takes a state and returned {describe_batch(result)}; return loss, outputs, a "
                              "dict of values to log, which may be empty, and the state for the next batch")
         *result, state = result
         run.carried = map_nested(detached, state)
     else:
-        result = run.network(batch)
+        result = run.network(batch, run.turn)
     if isinstance(result, Tensor):
         result = result, None
     if (not isinstance(result, tuple | list) or len(result) not in (2, 3)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from loopctl.errors import UsageError, names
 from loopctl.optim.schedule import Schedule
+from loopctl.optim.several import each_optimizer
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -82,8 +83,12 @@ def check_momentum_cycling(run: Run, plugin: Any) -> list[float]:
     Raises UsageError where the optimizer has no momentum to cycle, or where another plugin cycles it too: one whose
     option `cycle_momentum` is true.
     """
-    if not {"momentum", "betas"} & set(run.optimizer.param_groups[0]):
-        raise UsageError(f"{type(run.optimizer).__name__} has no momentum to cycle; pass cycle_momentum=false")
+    for one in each_optimizer(run.optimizer):
+        if not {"momentum", "betas"} & set(one.param_groups[0]):
+            raise UsageError(f"{type(one).__name__} has no momentum to cycle; pass cycle_momentum=false")
+    if plugin.optimizer:
+        raise UsageError(f"optimizer={plugin.optimizer}: the momentum of every optimizer would be cycled; pass "
+                         "cycle_momentum=false")
     for name, other in run.hook.plugins.items():
         if other is not plugin and getattr(other, "cycle_momentum", False):
             raise UsageError(f"{name} cycles the momentum too; pass cycle_momentum=false to one of them")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any, Literal
 
-from loopctl.errors import UsageError
+from loopctl.errors import UsageError, nearest
 from loopctl.hooks import hookimpl
 from loopctl.optim.duration import Duration
 
@@ -24,14 +24,16 @@ class Schedule:
     until: duration from the start of the run after which the schedule has no effect any more
     count_from: count the schedule's position, and a duration that is left out, from its own start, or from that of the
         run, so that it starts in its middle
+    optimizer: of several optimizers, the name of the one whose rate is scheduled; all of them if left out
     """
 
     start: Duration | None = None
     until: Duration | None = None
     count_from: Literal["start", "run"] = "start"
+    optimizer: str = ""
 
     def __post_init__(self) -> None:
-        if self.start is None and self.until is None:
+        if self.start is None and self.until is None and not self.optimizer:
             self.train_start = None         # type: ignore[assignment, method-assign]   # there is nothing to check
 
     @hookimpl
@@ -39,7 +41,11 @@ class Schedule:
         self.check(run)
 
     def check(self, run: Run) -> None:
-        """Raise UsageError where the run has no epoch or step in which the schedule acts."""
+        """Raise UsageError where the run has no epoch, step or optimizer for which the schedule acts."""
+        known = {group.get("optimizer", "") for group in run.optimizer.param_groups}
+        if self.optimizer and self.optimizer not in known:
+            raise UsageError(f"optimizer={self.optimizer}: the run has no such optimizer; "
+                             + (nearest(self.optimizer, known, "it has") if any(known) else "it has only one"))
         first, end = self.window(run)
         if first and first >= run.duration(None, self.unit):
             raise UsageError(f"start={self.start} leaves no {self.unit} of the run to act in; use an earlier start")
@@ -48,6 +54,8 @@ class Schedule:
 
     @hookimpl
     def lr_scale(self, run: Run, initial_lr: float, group: dict[str, Any]) -> float | None:
+        if self.optimizer and group.get("optimizer") != self.optimizer:
+            return None
         if self.start is None and self.until is None:           # the usual case, in every step
             return self.scale(run, run.position(self.unit), initial_lr, group)
         position = self.position(run)

@@ -356,3 +356,8 @@ def shared_out():
 
 def test_batches_that_follow_each_other_are_not_shared_out_among_processes(ranks):
     ranks(2, shared_out)
+
+
+def test_one_of_several_losses_cannot_carry_a_state():
+    with pytest.raises(UsageError, match="forward is a dict, and one of its functions takes a state"):
+        fit(Recurrent(), None, {"cell": SGD, "head": SGD}, sequences(), forward={"cell": unpacked, "head": unpacked})

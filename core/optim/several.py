@@ -1,0 +1,175 @@
+"""Several optimizers in one run: as one that steps them together, or in turn, each with a loss of its own.
+
+`Optimizers` is for parts of a model that are trained by different optimizers with one loss. With a loss for each, as
+in generative adversarial networks, every optimizer has its turn in a step: its loss is computed, and its update made,
+before the next one's. In its turn it is `run.optimizer`, so that plugins clip, scale or skip the update of that one.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from loopctl.errors import UsageError
+from loopctl.optim.fast_step import fast_step
+
+if TYPE_CHECKING:
+    from loopctl.run import Run
+
+
+class Optimizers(Optimizer):
+    """Several optimizers that behave as one: `step` makes the update of each, and their groups and states are joined.
+
+    named: the optimizers by name; each of their parameter groups has the name as `group["optimizer"]`
+    """
+
+    def __init__(self, named: dict[str, Optimizer]) -> None:
+        # Not torch's own constructor, which would make parameter groups and a state in addition.
+        self.named = named
+        for name, optimizer in named.items():
+            for number, group in enumerate(optimizer.param_groups):
+                group["optimizer"] = name
+                group.setdefault("name", name if len(optimizer.param_groups) == 1 else f"{name} {number}")
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:         # type: ignore[override]
+        return [group for optimizer in self.named.values() for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> MutableMapping[Any, Any]:            # type: ignore[override]
+        return JoinedState(list(self.named.values()))
+
+    @property
+    def defaults(self) -> dict[str, Any]:                   # type: ignore[override]
+        found: dict[str, Any] = {f"class of {name}": type(one).__name__ for name, one in self.named.items()}
+        return found | {f"{key} of {name}": value for name, one in self.named.items()
+                        for key, value in one.defaults.items()}
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:       # type: ignore[override]
+        """Compute the gradients once, and make the update of each optimizer; return the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.named.values():
+            fast_step(optimizer, lambda: loss)              # type: ignore[arg-type, return-value]
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.named.values():
+            optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise UsageError(f"there are several optimizers; add the group to one of {', '.join(self.named)}")
+
+    def train(self) -> None:
+        """Switch those that have modes to the weights that are trained."""
+        for optimizer in self.named.values():
+            getattr(optimizer, "train", lambda: None)()
+
+    def eval(self) -> None:
+        """Switch those that have modes to the weights that are used."""
+        for optimizer in self.named.values():
+            getattr(optimizer, "eval", lambda: None)()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state dicts of all, joined into one of torch's form: parameters are numbered through."""
+        joined: dict[str, Any] = {"state": {}, "param_groups": []}
+        for optimizer in self.named.values():
+            first, own = sum(len(group["params"]) for group in joined["param_groups"]), optimizer.state_dict()
+            joined["state"] |= {first + number: state for number, state in own["state"].items()}
+            joined["param_groups"] += [group | {"params": [first + number for number in group["params"]]}
+                                       for group in own["param_groups"]]
+        return joined
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        first, groups = 0, iter(state_dict["param_groups"])
+        for optimizer in self.named.values():
+            own = [next(groups) for _ in optimizer.param_groups]
+            count = sum(len(group["params"]) for group in own)
+            optimizer.load_state_dict({
+                "state": {number - first: state for number, state in state_dict["state"].items()
+                          if first <= number < first + count},
+                "param_groups": [group | {"params": [number - first for number in group["params"]]} for group in own]})
+            first += count
+
+    def __repr__(self) -> str:
+        return f"Optimizers({self.named})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"named": self.named}
+
+
+class JoinedState(MutableMapping[Any, Any]):
+    """The states of several optimizers by parameter, as one mapping; a change is made in the one that holds it."""
+
+    def __init__(self, optimizers: list[Optimizer]) -> None:
+        self.states = [optimizer.state for optimizer in optimizers]
+        self.owners = {id(parameter): optimizer.state for optimizer in optimizers
+                       for group in optimizer.param_groups for parameter in group["params"]}
+
+    def __getitem__(self, parameter: Any) -> Any:
+        return self.owners[id(parameter)][parameter]
+
+    def __contains__(self, parameter: Any) -> bool:
+        return parameter in self.owners.get(id(parameter), ())
+
+    def get(self, parameter: Any, default: Any = None) -> Any:
+        return self.owners.get(id(parameter), {}).get(parameter, default)
+
+    def __setitem__(self, parameter: Any, state: Any) -> None:
+        self.owners[id(parameter)][parameter] = state
+
+    def __delitem__(self, parameter: Any) -> None:
+        del self.owners[id(parameter)][parameter]
+
+    def __iter__(self) -> Iterator[Any]:
+        return chain.from_iterable(self.states)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.states))
+
+
+def each_optimizer(optimizer: Any) -> list[Any]:
+    """The optimizers in one: its own if it joins several, otherwise itself."""
+    return list(optimizer.named.values()) if isinstance(optimizer, Optimizers) else [optimizer]
+
+
+def step_in_turn(run: Run, closure: Callable[[], Tensor]) -> None:
+    """Make the update of each optimizer of the run, of its own loss. `run.loss` becomes the sum of the losses.
+
+    The step counts as skipped if every update was skipped. Each loss is logged as NAME_loss.
+    """
+    every, log_target = run.optimizer, run.log_target
+    losses: list[Tensor] = []
+    skipped = []
+    try:
+        for name in run.turns:
+            run.turn, run.optimizer, run.loss, run.skipped = name, every.named[name], None, False
+            run.hook.optimizer_step(run=run, closure=closure)
+            run.log_target = log_target
+            skipped.append(run.skipped)
+            if run.loss is not None:
+                run.log(f"{name}_loss", run.loss)
+                losses.append(run.loss)
+    finally:
+        run.optimizer, run.turn = every, ""
+    run.loss = torch.stack(losses).sum() if losses else None
+    run.skipped = all(skipped)
+
+
+def losses_in_turn(run: Run, batch: Any) -> Tensor:
+    """The sum of the losses of all turns for one batch, in an evaluation; each is logged as NAME_loss."""
+    losses, turn = [], run.turn         # not "" in the rehearsal
+    try:
+        for name in run.turns:
+            run.turn = name
+            losses.append(run.hook.compute_loss(run=run, batch=batch))
+            run.log(f"{name}_loss", losses[-1])
+    finally:
+        run.turn = turn
+    return torch.stack(losses).sum()
