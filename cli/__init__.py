@@ -98,6 +98,11 @@ def optimizer_names() -> list[str]:
     return optimizers.known_names()
 
 
+def loss_names() -> list[str]:
+    from loopctl.cli import losses
+    return losses.known_names()
+
+
 DATA = ["cifar10", "cifar100", "digits", "fake", "fashionmnist", "imagefolder", "imagenet", "mnist"]
 
 
@@ -154,6 +159,13 @@ SHARED_OPTIONS = (
     shared_option("--data", lambda: DATA, default="digits", type=TextType(), metavar="D",
                   help=f"The data set: {', '.join(DATA)}, package.module:factory or file.py:factory; "
                        "with :on_device=true all of it is kept in the memory of the device."),
+    shared_option("--loss", loss_names, type=TextType(), metavar="L",
+                  help="The loss: any of torch.nn by name with its options, such as mse or "
+                       "cross_entropy:label_smoothing=0.1, package.module:name or file.py:name; model, where the "
+                       "model returns it.  [default: cross_entropy, where the data has classes]"),
+    shared_option("--forward", type=TextType(), metavar="F",
+                  help="In place of a loss, a function (model, batch) that returns loss and outputs, as "
+                       "package.module:function or file.py:function."),
     shared_option("--data-root", default="data", type=PathType(str), metavar="DIR",
                   help="The folder where data sets are stored."),
     shared_option("--download", is_flag=True, help="Download the data set if it is not in --data-root."),
@@ -168,7 +180,9 @@ SHARED_OPTIONS = (
                   help="End the run after N updates, even if --epochs are not complete."),
     shared_option("--eval-every", type=COUNT, metavar="N",
                   help="Evaluate every N steps, in addition to the end of each epoch."),
-    shared_option("--batch-size", default=64, type=COUNT, metavar="N", help="Images per batch, in each process."),
+    shared_option("--batch-size", type=COUNT, metavar="N", help="Samples per batch, in each process.  [default: 64]"),
+    shared_option("--steps-per-epoch", type=COUNT, metavar="N",
+                  help="Updates per epoch; needed where the data has no length."),
     shared_option("--plugin", plugin_names, multiple=True, type=TextType(), metavar="NAME[:option=value,...]",
                   help="Add a plugin (see `loopctl plugins`); repeat the option for more, which act in the "
                        "order given. A value with a comma is put in double quotes."),

@@ -6,22 +6,30 @@ The function of each name returns its `Data`. Its arguments are the options on t
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import TensorDataset
+from torch import Tensor
+from torch.utils.data import IterableDataset, TensorDataset
 
 from loopctl.cli.specs import at_least_one, at_most, call_factory, resolve
-from loopctl.composition.compose import compose
 from loopctl.composition.options import Option
 from loopctl.data import on_device
-from loopctl.data.dataset import Data, check_last_batch
+from loopctl.data.batch import length_or_none
+from loopctl.data.checked_dataset import CheckedDataset
+from loopctl.data.dataset import Data, check_last_batch, is_dataset
+from loopctl.data.identity import class_names
 from loopctl.data.memory import check_memory
-from loopctl.errors import UsageError, one_line
+from loopctl.errors import UsageError, names, one_line
 from loopctl.hooks import hookimpl
+from loopctl.model.forward import call_model
+from loopctl.rng import host_rng_state, set_host_rng_state
 from loopctl.run import Run
 
 log = logging.getLogger("loopctl")
@@ -29,38 +37,79 @@ log = logging.getLogger("loopctl")
 # The option that every data set has, besides the arguments of its function.
 COMMON_OPTIONS = {"on_device": Option("on_device", bool, False, "")}
 
+VALID = ("valid", "validation", "val")         # entries of a dict that are the validation data
+
 
 def make(spec: str, root: str, download: bool) -> Data:
     """Return the data set that `spec` names, read from the folder `root`.
 
-    A user's factory returns a Data, or a pair (train, valid) of map-style data sets, the first of which has `classes`.
-    With the option on_device=true, which all data sets have, the data is kept on the device. Raises UsageError where
-    the data is missing or empty.
+    A user's factory returns a Data, or what `from_parts` takes. With the option on_device=true, which all data sets
+    have, the data is kept on the device. Raises UsageError where the data is missing or empty.
     """
     name, factory, options = resolve("data", spec, lambda: NAMES, NAMES.__getitem__, COMMON_OPTIONS)
     keep_on_device = options.pop("on_device", False)
     result = call_factory(f"data {name}", factory, options, {"root": root, "download": download})
-    if isinstance(result, tuple | list) and len(result) == 2:
-        result = from_pair(name, *result)
+    parts = result if isinstance(result, Data) else Data(*split_parts(name, result))
+    for kind, part in (("training", parts.train), ("validation", parts.valid)):
+        if part is not None or kind == "training":
+            check_part(name, kind, part)
     if not isinstance(result, Data):
-        raise UsageError(f"data {name} returned a {type(result).__name__}; "
-                         "return a pair (train, valid) or a loopctl.Data")
-    for part, samples in (("training", result.train), ("validation", result.valid)):
-        if len(samples) == 0:        # type: ignore[arg-type]
-            raise UsageError(f"data {name} has no {part} images")
-    return replace(result, name=name, on_device=keep_on_device)
+        parts = described(name, parts)
+    if keep_on_device and not all(is_dataset(part) for part in (parts.train, parts.valid) if part is not None):
+        raise UsageError(f"data {name}: on_device=true makes batches of samples, and {name} has loaders of its own; "
+                         "return data sets, or leave it out")
+    return replace(parts, name=name, on_device=keep_on_device)
 
 
-def from_pair(name: str, train: Any, valid: Any) -> Data:
-    """A Data of two data sets; the number of classes and the image shape are read from the first."""
-    if not (hasattr(train, "__len__") and hasattr(valid, "__len__")):
-        raise UsageError(f"data {name}: both data sets need a length; define __len__")
-    if not hasattr(train, "classes"):
-        raise UsageError(f"data {name}: the training set has no `classes`; "
-                         "set it, or return a loopctl.Data with the number of classes")
-    if len(train) == 0:
-        raise UsageError(f"data {name} has no training images")
-    return Data(train, valid, len(train.classes), tuple(train[0][0].shape))
+def split_parts(name: str, result: Any) -> tuple[Any, Any]:
+    """The training and the validation data in what a user's factory has returned.
+
+    That is a pair (train, valid), a dict with the entries train and valid, or training data alone. Raises UsageError.
+    """
+    if isinstance(result, tuple | list) and len(result) == 2:
+        return result[0], result[1]
+    if isinstance(result, Mapping):
+        valid = [key for key in VALID if key in result]
+        if "train" not in result or len(valid) > 1:
+            raise UsageError(f"data {name} returned a dict with {names(map(str, result)) if result else 'no entries'}; "
+                             "name them train and valid")
+        return result["train"], result[valid[0]] if valid else None
+    return result, None
+
+
+def check_part(name: str, kind: str, part: Any) -> None:
+    """Raise UsageError where `part`, the "training" or "validation" data by its `kind`, cannot be read, or is empty."""
+    wrong = isinstance(part, Tensor | np.ndarray | Mapping | str | bytes | tuple)
+    if wrong or not (hasattr(part, "__iter__") or is_dataset(part)):
+        advice = ("; use torch.utils.data.TensorDataset(inputs, targets)" if isinstance(part, Tensor | np.ndarray)
+                  else "")
+        raise UsageError(f"data {name} returned a {type(part).__name__} as {kind} data; return a data set, a loader or "
+                         f"another iterable of batches, or a pair (train, valid) of them{advice}")
+    if length_or_none(part) == 0:
+        raise UsageError(f"data {name} has no {kind} samples")
+    if kind == "validation" and not is_dataset(part) and isinstance(part, Iterator):
+        raise UsageError(f"data {name}: its validation data is an iterator, which can be read once only; return a "
+                         "list, a DataLoader or an object whose __iter__ begins anew")
+
+
+def described(name: str, parts: Data) -> Data:
+    """`parts` with what the training data tells: the number of classes, and the shape of the input of a sample.
+
+    The first sample is read; the random numbers that this draws are drawn again afterwards.
+    """
+    train = parts.train
+    given: Any = getattr(train, "classes", None)
+    given = class_names(train) if given is None else given
+    classes = len(given) if hasattr(given, "__len__") else given
+    if not is_dataset(train) or isinstance(train, IterableDataset):
+        return replace(parts, classes=classes)
+    before = host_rng_state()
+    sample = CheckedDataset(train, f"data {name}: training sample", None)[0]
+    set_host_rng_state(before)
+    input = sample[0] if isinstance(sample, tuple | list) and len(sample) == 2 else None
+    if not isinstance(input, Tensor):
+        return replace(parts, classes=classes)
+    return replace(parts, classes=classes, shape=tuple(input.shape), numbers=input.is_floating_point())
 
 
 def digits(channels: int = 1) -> Data:
@@ -251,9 +300,4 @@ class BatchSize:
     def epoch_start(self, run: Run) -> None:
         if not self.tried:
             self.tried = True
-            check_last_batch(run)
-
-
-def has_default_loss(plugins: list[Any]) -> bool:
-    """Whether none of these plugins replaces the command line's loss, which takes labels of classes."""
-    return "compute_loss" not in compose(plugins).replaced
+            check_last_batch(run, partial(call_model, run))

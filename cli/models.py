@@ -1,6 +1,7 @@
 """Models by name for `--model`: small ones for small images, torchvision's, or `package.module:factory`."""
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -31,11 +32,11 @@ def torchvision_names() -> list[str]:
     return names_in_source("torchvision", "models", r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(")
 
 
-def make(spec: str, data: Data) -> nn.Module:
+def make(spec: str, data: Data, logits: bool = True) -> nn.Module:
     """Return the model that `spec` names, for the classes and the image shape of `data`.
 
-    A factory is passed `num_classes`, `in_channels` and `image_size` if it has arguments of these names.
-    Raises UsageError where the model cannot be built, or does not return one logit per class for an image.
+    A factory is passed `num_classes`, `in_channels` and `image_size` if it has arguments of these names, and the data
+    has them. Raises UsageError where the model cannot be built or, with `logits`, does not return one logit per class.
     """
     from torch import nn
 
@@ -43,11 +44,14 @@ def make(spec: str, data: Data) -> nn.Module:
     large = torchvision_names()
     name, factory, options = resolve("model", spec, lambda: [*small, *large],
                                      lambda name: small.get(name) or torchvision_factory(name))
-    from_data = {"num_classes": data.classes, "in_channels": data.shape[0], "image_size": data.shape[-1]}
+    from_data = {} if data.classes is None else {"num_classes": data.classes}
+    if data.shape and len(data.shape) == 3:
+        from_data |= {"in_channels": data.shape[0], "image_size": data.shape[-1]}
     if name in large:
         from torchvision.models import get_model_weights
 
-        options = {"num_classes": data.classes} | SINGLE_OUTPUT.get(name, {}) | options
+        classes = {} if data.classes is None else {"num_classes": data.classes}
+        options = classes | SINGLE_OUTPUT.get(name, {}) | options
         if options.get("aux_logits"):
             raise UsageError(f"model {name}: with aux_logits=true it returns a second output in training; leave it out")
         weights = list(get_model_weights(name).__members__)
@@ -55,13 +59,26 @@ def make(spec: str, data: Data) -> nn.Module:
             raise UsageError(f"model {name}: weights takes none or {', '.join(weights)}, not {options['weights']!r}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")       # check_output reports it
+        check_arguments(name, factory, options | from_data)
         if name in small or name in large:
             check_model_memory(name, factory, options, from_data)
         model = call_factory(f"model {name}", factory, options, from_data)
         if not isinstance(model, nn.Module):
             raise UsageError(f"model {name} returned a {type(model).__name__}, not a torch.nn.Module")
-        check_output(name, model, data)
+        if logits and data.classes is not None and data.shape:
+            check_output(name, model, data)
     return model
+
+
+def check_arguments(name: str, factory: Callable[..., Any], given: dict[str, Any]) -> None:
+    """Raise UsageError where a factory needs what neither the options nor the data give, such as `num_classes`."""
+    parameters = inspect.signature(factory).parameters.values()
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in given
+               and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if missing:
+        options = ",".join(f"{key}=..." for key in missing)
+        raise UsageError(f"model {name} needs {', '.join(missing)}, which the data does not have; pass "
+                         f"--model {name}:{options}, or a model of your own, as in --model file.py:Model")
 
 
 def torchvision_factory(name: str) -> Callable[..., Any]:
@@ -92,17 +109,18 @@ def check_output(name: str, model: nn.Module, data: Data) -> None:
 
     from loopctl.model.eval_mode import eval_mode
 
+    assert data.shape is not None
     shape = "x".join(map(str, data.shape))
     try:
         with eval_mode(model), torch.no_grad():
-            output = model(torch.zeros(1, *data.shape))
+            output = model(torch.zeros(1, *data.shape, dtype=None if data.numbers else torch.int64))
     except Exception as error:             # a model may raise anything for an image of the wrong shape
         advice = "" if name in SMALL else "; the data may have an option for it, such as channels=3 or size=224"
-        raise UsageError(f"model {name} cannot take images of {shape}: {one_line(error)}{advice}") from error
+        raise UsageError(f"model {name} cannot take inputs of {shape}: {one_line(error)}{advice}") from error
     if not isinstance(output, torch.Tensor):
         raise UsageError(f"model {name} returned a {type(output).__name__}, not a tensor; return one logit per class")
     if output.shape != (1, data.classes):
-        raise UsageError(f"model {name} returned a tensor of shape {tuple(output.shape)} for one image, but the data "
+        raise UsageError(f"model {name} returned a tensor of shape {tuple(output.shape)} for one sample, but the data "
                          f"has {data.classes} classes; change its last layer so that it is (1, {data.classes})")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,24 @@ def call_factory(label: str, factory: Callable[..., Any], options: dict[str, Any
         raise UsageError(f"{label}: {one_line(error)}") from error
     except (ArithmeticError, MemoryError) as error:      # their messages mean little without the type
         raise UsageError(f"{label}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def with_options(label: str, found: Any, options: dict[str, Any], arguments: str, offered: dict[str, Any]) -> Any:
+    """What a spec names: the instance of a class with its options, or the function with them as keyword arguments.
+
+    arguments: of the two with which it is called, such as "output, target". offered: as in `factory_arguments`, of a
+    class. Raises UsageError, which begins with `label`, where it cannot be called with two.
+    """
+    if isinstance(found, type):
+        return call_factory(label, found, options, offered)
+    function = partial(found, **options) if options else found
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        raise UsageError(f"{label} is called with ({arguments}): {one_line(error)}") from error
+    except ValueError:                          # some callables written in C have no signature
+        pass
+    return function
 
 
 def names_in_source(package: str, folder: str, pattern: str) -> list[str]:

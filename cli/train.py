@@ -28,36 +28,27 @@ from loopctl.checkpoint.atomic_files import Weights, atomic_write, save_weights
 from loopctl.checkpoint.folder_lock import RUN as LOCK
 from loopctl.checkpoint.folder_lock import FolderLock, LostLock
 from loopctl.checkpoint.state import checkpoints_in, find_candidates
-from loopctl.cli import data, launch, models, optimizers
+from loopctl.cli import data, launch, losses, models, optimizers
 from loopctl.cli.lasting_output import lasting_output
 from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.composition.compose import blame_plugin, compose
 from loopctl.composition.discovery import build_plugin, split_spec
 from loopctl.composition.options import to_spec
+from loopctl.data.batch import length_or_none, to_device
+from loopctl.data.dataset import Data
 from loopctl.distributed.process_group import launched_processes, rank, read_note, restart_count, store_note
 from loopctl.errors import UsageError, one_line
 from loopctl.loop import DEFAULTS
+from loopctl.metrics.named import accuracy
 from loopctl.model.eval_mode import eval_mode
+from loopctl.model.forward import call_model
 from loopctl.model.summary import record_forward, render, table
 from loopctl.plugins.checkpoint import Checkpoint
 from loopctl.prepare import build_run, find_device
 from loopctl.rng import seed_everything
 from loopctl.run import Run
 
-
-def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The fraction of a batch whose highest logit is that of its class, or of the highest of its probabilities.
-
-    output: logits of shape (N, C, ...). target: classes of shape (N, ...), or probabilities of the shape of `output`.
-    Raises UsageError for other shapes.
-    """
-    predicted = output.argmax(1)
-    if target.shape == output.shape:
-        target = target.argmax(1)
-    if target.shape != predicted.shape:
-        raise UsageError(f"accuracy: the output has shape {tuple(output.shape)} and the target {tuple(target.shape)}; "
-                         f"use classes of shape {tuple(predicted.shape)}, or probabilities of the output's shape")
-    return (predicted == target).float().mean()
+DEFAULT_BATCH_SIZE = 64
 
 
 def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -71,15 +62,61 @@ def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
         torch.backends.cudnn.benchmark = False
     seed_everything(settings["seed"])
     dataset = data.make(settings["data"], settings["data_root"], settings["download"])
-    model = models.make(settings["model"], dataset)
-    train, valid = dataset.loaders(settings["batch_size"], settings["workers"], device, data.has_default_loss(plugins))
+    replaced = "compute_loss" in compose(plugins).replaced
+    task = task_of(settings, dataset, replaced)
+    loss_fn = losses.make(task["loss"]) if task["loss"] else None
+    forward = losses.make_forward(task["forward"]) if task["forward"] else None
+    of_classes = isinstance(loss_fn, nn.CrossEntropyLoss)
+    model = models.make(settings["model"], dataset, of_classes)
+    batch_size = used_batch_size(settings["batch_size"], dataset)
+    train, valid = dataset.loaders(batch_size or DEFAULT_BATCH_SIZE, settings["workers"], device,
+                                   of_classes and not replaced)
+    if length_or_none(train) is None and settings["steps_per_epoch"] is None:
+        raise UsageError(f"data {dataset.name} has no length, so the end of an epoch is unknown; pass "
+                         "--steps-per-epoch N")
     arguments = {
-        "model": model, "loss_fn": nn.CrossEntropyLoss(), "optimizer": factory, "train": train, "valid": valid,
+        "model": model, "loss_fn": loss_fn, "optimizer": factory, "train": train, "valid": valid, "forward": forward,
         "epochs": settings["epochs"], "max_steps": settings["max_steps"], "eval_every": settings["eval_every"],
-        "plugins": plugins, "metrics": {"accuracy": accuracy}, "device": device, "seed": settings["seed"]}
+        "steps_per_epoch": settings["steps_per_epoch"], "reduction": None, "plugins": plugins,
+        "metrics": {"accuracy": accuracy} if dataset.classes and not forward else {}, "device": device,
+        "seed": settings["seed"]}
     full_specs = [to_spec(split_spec(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=True)]
     several = launched_processes() > 1 or settings["devices"]               # then each process has a device of its own
-    return arguments, settings | {"lr": lr, "device": device.type if several else str(device), "plugin": full_specs}
+    resolved = settings | task | {"lr": lr, "device": device.type if several else str(device), "plugin": full_specs,
+                                  "batch_size": batch_size}
+    return arguments, resolved
+
+
+def task_of(settings: dict[str, Any], dataset: Data, replaced: bool) -> dict[str, Any]:
+    """Return the settings of the loss with their defaults filled in: cross entropy where the data has classes.
+
+    replaced: whether a plugin computes the loss. Raises UsageError where nothing does, or two do.
+    """
+    loss, forward = settings["loss"], settings["forward"]
+    if loss and forward:
+        raise UsageError(f"--loss {loss} with --forward {forward}: the function computes the loss itself; leave out "
+                         "one of the two")
+    if loss is None and forward is None:
+        if dataset.classes is not None:
+            loss = "cross_entropy"
+        elif not replaced:
+            raise UsageError(f"data {dataset.name} has no `classes`, so its loss is not known; pass --loss mse or "
+                             "another name for numbers, --loss cross_entropy for numbers of classes, --loss "
+                             "file.py:function, --loss model where the model returns it, or --forward file.py:function")
+    return {"loss": loss, "forward": forward}
+
+
+def used_batch_size(given: int | None, dataset: Data) -> int | None:
+    """Return the batch size, as given or the default; None where the data makes its batches itself.
+
+    Raises UsageError where one is given that would not be used.
+    """
+    if dataset.needs_batch_size:
+        return given or DEFAULT_BATCH_SIZE
+    if given:
+        raise UsageError(f"--batch-size {given}: data {dataset.name} makes its batches itself, so it would not be "
+                         "used; leave it out")
+    return None
 
 
 def build_plugins(settings: dict[str, Any]) -> tuple[list[str], list[Any]]:
@@ -87,8 +124,7 @@ def build_plugins(settings: dict[str, Any]) -> tuple[list[str], list[Any]]:
     launch.check_devices(settings["devices"], settings["device"])
     specs = list(settings["plugin"])
     given = {build_plugin(text)[0] for text in specs}
-    specs += [f"{name}:unit=images" if name == "progress" else name for name in DEFAULT_PLUGINS
-              if name not in given and name not in settings["without"]]
+    specs += [name for name in DEFAULT_PLUGINS if name not in given and name not in settings["without"]]
     plugins = [build_plugin(text)[1] for text in specs]
     numbers = launch.device_numbers(settings["devices"])
     if len(numbers) > 1 and not any(isinstance(plugin, Parallel) for plugin in plugins):
@@ -211,9 +247,9 @@ def explanation(settings: dict[str, Any]) -> str:
 def layer_summary(settings: dict[str, Any]) -> str:
     """The text of `loopctl summary`: the model's layers, with their output shapes for one batch."""
     run = prepare_run(settings)
-    images, _ = next(iter(run.train))
+    batch = to_device(next(iter(run.train)), run.device)
     with eval_mode(run.model), torch.no_grad(), record_forward(run.model) as layers:
-        run.model(images.to(run.device))
+        call_model(run, batch)
     return render(table(layers))
 
 
@@ -267,10 +303,8 @@ class Recorder:
             return
         explained = explain(run=run) + "\n"                # first, because it may raise UsageError
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
-        loaders: tuple[Any, Any] = run.train, run.valid
-        size = [len(loader.dataset) for loader in loaders]
-        print(f"{self.settings['model']} ({parameters:,} parameters) on {self.settings['data']} "
-              f"({size[0]:,} + {size[1]:,} images), {self.settings['optimizer']}, {self.settings['device']}"
+        print(f"{self.settings['model']} ({parameters:,} parameters) on {self.settings['data']}{data_size(run)}, "
+              f"{self.settings['optimizer']}, {self.settings['device']}"
               f"{f', {run.world_size} processes' if run.world_size > 1 else ''}")
         if not self.new:
             self.write_configuration(run)
@@ -287,6 +321,16 @@ class Recorder:
                  for key, value in sorted(run.config.items())]
         with unwritable_is_error(run.out), atomic_write(run.out / "run.toml") as file:
             file.write_text(heading + "".join(lines), encoding="utf-8")
+
+
+def data_size(run: Run) -> str:
+    """The size of the training and validation data in brackets, in samples if they are known, else in batches."""
+    parts = [part for part in (run.train, run.valid) if part is not None]
+    for unit, sizes in (("samples", [length_or_none(getattr(part, "dataset", None)) for part in parts]),
+                        ("batches", [length_or_none(part) for part in parts])):
+        if None not in sizes:
+            return f" ({' + '.join(f'{size:,}' for size in sizes)} {unit})"
+    return ""
 
 
 @contextmanager

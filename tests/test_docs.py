@@ -79,6 +79,23 @@ def test_the_tutorial_works_as_written(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "runs" / "first").iterdir()} == {name.rstrip("/") for name in listed}
 
 
+def test_the_page_on_tasks_works_as_written(tmp_path, monkeypatch):
+    """The file of its command-line section is written, and its commands and its other Python are run."""
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for kind, block in re.findall(r"```(console|python)\n(.*?)```", (DOCS / "tasks.md").read_text(), re.DOTALL):
+        if "def data(" in block:
+            Path("regression.py").write_text(block)
+        elif kind == "python":
+            exec(block, {"__name__": "page"})
+        else:
+            for command in re.findall(r"^\$ (loopctl .*)$", block, re.MULTILINE):
+                done = CliRunner().invoke(main, shlex.split(command)[1:])
+                assert done.exit_code == 0, done.output
+                ran += 1
+    assert ran > 2
+
+
 def specs(text):
     """The plugin specs in the right column of a page's tables."""
     cells = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ") and " | " in line]

@@ -1,6 +1,7 @@
 """`CheckedDataset`: a data set whose errors name the sample, and which refuses labels that the loss cannot take."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -80,10 +81,12 @@ class CheckedDataset(Dataset[Any]):
         file = file_of(self.dataset, index)
         return f"{self.label} {index} (counted from 0{f'; {file}' if file and file not in text else ''})"
 
-    def collate(self, samples: Any) -> Any:
+    def collate(self, samples: Any, collate_fn: Callable[[Any], Any] = default_collate) -> Any:
         """Return the batch of Samples. Raises DataError where one has a label that cross-entropy cannot take."""
-        batch = default_collate(samples)
-        if self.classes is not None and isinstance(batch, list | tuple) and len(batch) == 2:
+        batch = collate_fn(samples)
+        known = self.classes is not None and collate_fn is default_collate      # which sample a label is from
+        if known and isinstance(batch, list | tuple) and len(batch) == 2:
+            assert self.classes is not None
             wrong = first_wrong(batch[1], self.classes)
             if wrong is not None:
                 raise self.label_error(samples.indices[wrong], samples[wrong][1])

@@ -1,9 +1,10 @@
-"""`Data`: a classification data set with training and validation parts, and the DataLoaders over it."""
+"""`Data`: what is trained and validated on, data sets or loaders, and the DataLoaders over it."""
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from loopctl.data import on_device
+from loopctl.data.batch import length_or_none, to_device
 from loopctl.data.checked_dataset import CheckedDataset
 from loopctl.data.memory import check_memory
 from loopctl.errors import UsageError
@@ -24,12 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A classification data set: (image, class) samples to train on and to validate on."""
+    """What is trained and validated on.
 
-    train: Dataset[Any]
-    valid: Dataset[Any]
-    classes: int
-    shape: tuple[int, int, int]      # channels, height, width
+    train, valid: a data set of samples, which has `__len__` and `__getitem__`, or an IterableDataset; or a loader, or
+        another iterable of batches, which is used as it is. valid is None without validation
+    classes: the number of classes, where a sample is a pair (input, class)
+    shape: of the input of a sample, such as channels, height and width
+    collate_fn, sampler, batch_sampler, drop_last: of the DataLoader over `train`; collate_fn also of that over `valid`
+    valid_batch_size: the batch size of `valid`, if it is another than that of `train`
+    """
+
+    train: Any
+    valid: Any = None
+    classes: int | None = None
+    shape: tuple[int, ...] | None = None
 
     # Used where the whole data set is held on the device, see on_device.py.
     name: str = ""
@@ -38,12 +48,40 @@ class Data:
     unaugmented: Dataset[Any] | None = None                  # `train` without its random augmentation
     augment: Callable[[Tensor], Tensor] | None = None        # that random augmentation, for a whole batch
 
+    # Of the DataLoaders.
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    sampler: Any = None
+    batch_sampler: Any = None
+    drop_last: bool = False
+    valid_batch_size: int | None = None
+    numbers: bool = True             # the input has floating-point numbers, so that zeros can take its place in a trial
+
+    def __post_init__(self) -> None:
+        classes = self.classes
+        if classes is not None and (not isinstance(classes, int) or isinstance(classes, bool) or classes < 1):
+            raise UsageError(f"Data: classes is {classes!r}; use the number of classes, or None")
+        if self.batch_sampler is not None and (self.sampler is not None or self.drop_last):
+            raise UsageError("Data: a batch_sampler draws whole batches, so sampler and drop_last would not be used; "
+                             "leave them out")
+        if not is_dataset(self.train) and (self.collate_fn or self.sampler is not None or self.drop_last
+                                           or self.batch_sampler is not None):
+            raise UsageError("Data: train is a loader, so collate_fn, sampler, batch_sampler and drop_last would not "
+                             "be used; leave them out, or pass the data set")
+
+    @property
+    def needs_batch_size(self) -> bool:
+        """Whether a batch size is used: not where loaders or a batch sampler make all batches."""
+        return ((is_dataset(self.train) and self.batch_sampler is None)
+                or (is_dataset(self.valid) and self.valid_batch_size is None))
+
     def loaders(self, batch_size: int, workers: int, device: torch.device,
-                check_labels: bool = True) -> tuple[DataLoader[Any], DataLoader[Any]]:
+                check_labels: bool = True) -> tuple[Any, Any]:
         """Return DataLoaders over `train`, reshuffled in each epoch, and `valid`, in order. Pinned memory for a GPU.
 
+        What is a loader already is returned unchanged.
+
         check_labels: refuse labels that `nn.CrossEntropyLoss` cannot take, now where the data set has them in `targets`
-        or `labels` or is of tensors, otherwise when a batch has them; false where a plugin computes another loss
+        or `labels` or is of tensors, otherwise when a batch has them; false where another loss is computed
 
         Raises UsageError where a batch does not fit in memory, or `workers` is far above the number of cores. A sample
         that cannot be read, or has a wrong label, raises a UsageError that names it.
@@ -51,43 +89,79 @@ class Data:
         limit = max(64, 4 * (os.cpu_count() or 1))
         if workers > limit:
             raise UsageError(f"--workers {workers:,} is too many processes for this machine; use {limit} or fewer")
-        images = min(batch_size, len(self.train))        # type: ignore[arg-type]
-        check_memory(f"a batch of {images:,} images of {'x'.join(map(str, self.shape))}", 4 * images * prod(self.shape),
-             "use a smaller --batch-size, or smaller images")
-        if check_labels and self.classes < 2:
-            raise UsageError(f"data {self.name} has one class, so there is nothing to learn; it needs two or more")
-        train, valid = (self.checked(part, kind, check_labels)
-                        for part, kind in ((self.train, "training"), (self.valid, "validation")))
-        for part in (train, valid):
-            part.check_known()
+        if workers and not (is_dataset(self.train) or is_dataset(self.valid)):
+            raise UsageError(f"--workers {workers:,} would have nothing to load: data {self.name} has loaders of its "
+                             "own; leave it out")
+        if self.shape and (samples := length_or_none(self.train) if is_dataset(self.train) else None):
+            size = min(batch_size, samples)
+            check_memory(f"a batch of {size:,} samples of {'x'.join(map(str, self.shape))}",
+                         4 * size * prod(self.shape), "use a smaller --batch-size, or smaller samples")
+        if check_labels and self.classes == 1:
+            raise UsageError(f"data {self.name} has one class, so there is nothing to learn; it needs two or more, or "
+                             "for numbers no `classes` and --loss mse")
+        parts = ((self.train, "training"), (self.valid, "validation"))
+        checked = [self.checked(part, kind, check_labels) if is_dataset(part) else None for part, kind in parts]
+        for part in checked:
+            if part is not None:
+                part.check_known()
+        datasets: list[Any] = checked
         if self.on_device:
-            return on_device.loaders(self, batch_size, workers, device, check_labels)
+            datasets = on_device.datasets(self, workers, device, check_labels)
+        train, valid = (given if dataset is None else self.loader(dataset, kind, batch_size, workers, device)
+                        for dataset, (given, kind) in zip(datasets, parts, strict=True))
+        return train, valid
 
-        def loader(part: CheckedDataset, shuffle: bool) -> DataLoader[Any]:
-            # Not persistent_workers: those draw their base seed once, not in every epoch. Their random numbers would
-            # differ from a plain DataLoader's, and from those of a resumed run.
-            iterable = isinstance(part.dataset, IterableDataset)
-            return DataLoader(part.dataset if iterable else part, batch_size, shuffle, num_workers=workers,
-                              pin_memory=device.type == "cuda", collate_fn=None if iterable else part.collate)
-        return loader(train, True), loader(valid, False)
+    def loader(self, dataset: Any, kind: str, batch_size: int, workers: int, device: torch.device) -> DataLoader[Any]:
+        """Return the DataLoader over the "training" or the "validation" data set by its `kind`."""
+        # Not persistent_workers: those draw their base seed once, not in every epoch. Their random numbers would
+        # differ from a plain DataLoader's, and from those of a resumed run.
+        settings: dict[str, Any] = {"num_workers": workers, "pin_memory": device.type == "cuda" and not self.on_device}
+        iterable = isinstance(dataset, CheckedDataset) and isinstance(dataset.dataset, IterableDataset)
+        if self.on_device:
+            settings["collate_fn"] = on_device.collate_unchanged
+        elif iterable:
+            dataset, settings["collate_fn"] = dataset.dataset, self.collate_fn
+        else:
+            settings["collate_fn"] = (dataset.collate if self.collate_fn is None
+                                      else partial(dataset.collate, collate_fn=self.collate_fn))
+        if kind == "validation":
+            return DataLoader(dataset, self.valid_batch_size or batch_size, **settings)
+        if self.batch_sampler is not None:
+            return DataLoader(dataset, batch_sampler=self.batch_sampler, **settings)
+        shuffle = None if iterable else self.sampler is None
+        return DataLoader(dataset, batch_size, shuffle, self.sampler, drop_last=self.drop_last, **settings)
 
     def checked(self, part: Dataset[Any], kind: str, check_labels: bool) -> CheckedDataset:
         """Return `part`, a "training" or "validation" set by its `kind`, with errors that name the sample."""
         classes = self.classes if check_labels else None
-        return CheckedDataset(part, f"data {self.name}: {kind} sample", classes, self.shape)
+        shape = self.shape if self.shape and self.numbers else ()
+        return CheckedDataset(part, f"data {self.name}: {kind} sample", classes, shape)
 
 
-def check_last_batch(run: Run) -> None:
+def is_dataset(part: Any) -> bool:
+    """Whether `part` holds samples, which a DataLoader makes batches of. Any other iterable yields batches itself."""
+    return not isinstance(part, DataLoader) and (
+        isinstance(part, IterableDataset) or (hasattr(part, "__getitem__") and hasattr(part, "__len__")))
+
+
+def check_last_batch(run: Run, call: Callable[[Any], Any]) -> None:
     """Raise UsageError where the last batch of an epoch has one sample, and a BatchNorm cannot train on that.
 
     Whether it can depends on what it normalises: a batch of one has many values in each channel of an image. The model
-    is tried on one black image, with its modules in the modes they are in; buffers and random numbers are restored.
+    is tried on one black image, or on the first sample where an input is no tensor of numbers. Its modules are in the
+    modes they are in; buffers and random numbers are restored.
+
+    call: calls the model with a batch, as in training
     """
     loader, norm = run.train, nn.modules.batchnorm._BatchNorm
-    shape = getattr(getattr(loader, "dataset", None), "image_shape", None)
-    if not shape or not isinstance(loader, DataLoader) or not loader.batch_size or loader.drop_last:
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(dataset, CheckedDataset | on_device.OnDeviceDataset):
         return
-    samples, size = len(loader.sampler), loader.batch_size               # type: ignore[arg-type]
+    if not isinstance(loader, DataLoader) or not loader.batch_size or loader.drop_last:
+        return
+    samples, size = length_or_none(loader.sampler), loader.batch_size
+    if samples is None:
+        return
     reached = size == 1 or (samples % size == 1 and run.max_steps >= run.plan()[0])
     if not reached or not any(isinstance(module, norm) and module.training for module in run.model.modules()):
         return
@@ -96,7 +170,10 @@ def check_last_batch(run: Run) -> None:
              for name, buffer in module._buffers.items() if buffer is not None]
     try:
         with torch.no_grad():
-            run.model(torch.zeros(1, *shape, device=run.device))
+            if dataset.image_shape:
+                run.model(torch.zeros(1, *dataset.image_shape, device=run.device))
+            else:
+                call(to_device(loader.collate_fn(dataset.__getitems__([0])), run.device))
     except Exception as error:              # others are left to the first step, which raises them again
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             sizes = (other for other in count(size + 1) if samples % other != 1)

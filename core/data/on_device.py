@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from loopctl.data.batch import iter_tensors, map_nested, sample_count
 from loopctl.errors import UsageError
 from loopctl.rng import host_rng_state
 
@@ -22,44 +23,52 @@ class OnDeviceDataset(Dataset[list[Tensor]]):
     resume in the middle of one. Its collate_fn returns the batch unchanged.
     """
 
-    def __init__(self, tensors: list[Tensor], augment: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.tensors, self.augment, self.image_shape = tensors, augment, tensors[0].shape[1:]
+    def __init__(self, tensors: Any, augment: Callable[[Tensor], Tensor] | None = None,
+                 image_shape: tuple[int, ...] = ()) -> None:
+        self.tensors, self.augment, self.image_shape = tensors, augment, image_shape
+        self.first = next(iter_tensors(tensors))
 
     def __len__(self) -> int:
-        return len(self.tensors[0])
+        return len(self.first)
 
-    def __getitem__(self, index: int) -> list[Tensor]:
-        return [tensor[0] for tensor in self.__getitems__([index])]
+    def __getitem__(self, index: int) -> Any:
+        return map_nested(lambda tensor: tensor[0], self.__getitems__([index]))
 
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        device = self.tensors[0].device
+    def __getitems__(self, indices: list[int]) -> Any:
+        device = self.first.device
         rows = torch.tensor(indices).to(device, non_blocking=device.type == "cuda")
-        images, *others = (tensor.index_select(0, rows) for tensor in self.tensors)
-        return [self.augment(images) if self.augment else images, *others]
+        batch = map_nested(lambda tensor: tensor.index_select(0, rows), self.tensors)
+        return [self.augment(batch[0]), *batch[1:]] if self.augment else batch
 
 
-def loaders(found: Any, batch_size: int, workers: int, device: torch.device,
-            check_labels: bool = True) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return DataLoaders over the training and validation parts of `found`, a `Data`, copied to `device`.
+def datasets(found: Any, workers: int, device: torch.device, check_labels: bool) -> list[OnDeviceDataset | None]:
+    """Return the training and the validation data set of `found`, a `Data`, copied to `device`; None where it has none.
 
-    Raises UsageError where the data does not fit there, or where reading an image draws random numbers, and where a
+    Raises UsageError where the data does not fit there, or where reading a sample draws random numbers, and where a
     sample cannot be read or, with `check_labels`, has a wrong label.
     """
+    parts = [part for part in (found.train, found.valid) if part is not None]
+    if found.collate_fn or not all(hasattr(part, "__getitem__") and hasattr(part, "__len__") for part in parts):
+        raise UsageError(f"data {found.name}: on_device=true reads every sample once and makes the batches itself; "
+                         "return data sets with a length and without a collate_fn, or leave out on_device")
     if workers:
         raise UsageError(f"--workers {workers:,} would have nothing to load: on_device=true reads the data once; "
                          "leave out one of the two")
-    images = len(found.train) + len(found.valid)
-    size, available = 4 * images * prod(found.shape), free_memory(device)
+    samples = sum(map(len, parts))
+    size, available = 4 * samples * prod(found.shape or ()), free_memory(device)
     if size > available:
-        raise UsageError(f"data {found.name}: {images:,} images of {'x'.join(map(str, found.shape))} take "
+        raise UsageError(f"data {found.name}: {samples:,} samples of {'x'.join(map(str, found.shape))} take "
                          f"{size / 1e9:,.1f} GB, and {device} has {available / 1e9:,.1f} GB free; leave out on_device, "
-                         "or use smaller images")
-    train = found.checked(found.unaugmented or found.train, "training", check_labels)
-    valid = found.checked(found.valid, "validation", check_labels)
-    train, valid = (OnDeviceDataset(load_tensors(found, part, device), augment)
-                    for part, augment in ((train, found.augment), (valid, None)))
-    return (DataLoader(train, batch_size, shuffle=True, collate_fn=collate_unchanged),
-            DataLoader(valid, batch_size, collate_fn=collate_unchanged))
+                         "or use smaller samples")
+    held: list[OnDeviceDataset | None] = []
+    for part, kind, augment in ((found.unaugmented or found.train, "training", found.augment),
+                                (found.valid, "validation", None)):
+        if part is None:
+            held.append(None)
+        else:
+            checked = found.checked(part, kind, check_labels)
+            held.append(OnDeviceDataset(load_tensors(found, checked, device), augment, checked.image_shape))
+    return held
 
 
 def collate_unchanged(batch: Any) -> Any:
@@ -83,17 +92,25 @@ def free_memory(device: torch.device) -> float:
     return 1024 * int(match[1]) if match else inf
 
 
-def load_tensors(found: Any, part: Any, device: torch.device) -> list[Tensor]:
+def load_tensors(found: Any, part: Any, device: torch.device) -> Any:
     """Read all samples of `part`, a CheckedDataset over one of the data sets of `found`, into tensors on `device`."""
     if type(part.dataset) is TensorDataset:            # not a subclass: it may override __getitem__
         return [tensor.to(device) for tensor in part.tensors]
-    loaded: list[Tensor] = []
+
+    def empty(one: Any) -> Tensor:
+        if not isinstance(one, Tensor):
+            raise UsageError(f"data {found.name}: a sample has a {type(one).__name__}, and on_device=true keeps "
+                             "tensors only; leave out one of the two")
+        return torch.empty(len(part), *one.shape[1:], dtype=one.dtype, device=device)
+
+    loaded: Any = None
     begin = 0
     for batch in raw_batches(part, device) if found.pictures else sample_batches(found, part):
-        loaded = loaded or [torch.empty(len(part), *one.shape[1:], dtype=one.dtype, device=device) for one in batch]
-        for target, source in zip(loaded, batch, strict=True):
-            target[begin:begin + len(source)] = source
-        begin += len(batch[0])
+        loaded = map_nested(empty, batch) if loaded is None else loaded
+        end = begin + sample_count(batch)
+        for target, source in zip(iter_tensors(loaded), iter_tensors(batch), strict=True):
+            target[begin:end] = source
+        begin = end
     return loaded
 
 
@@ -105,14 +122,15 @@ def raw_batches(part: Any, device: torch.device) -> Iterator[list[Tensor]]:
         yield [part.transform(images.to(device)), classes]
 
 
-def sample_batches(found: Any, part: Any) -> Iterator[list[Tensor]]:
+def sample_batches(found: Any, part: Any) -> Iterator[Any]:
     """Yield batches of a data set that is read sample by sample. Raises UsageError where reading is random."""
     before = host_rng_state()
     # A DataLoader draws a base seed. With a generator of its own, the global random-number generators do not change.
     for batch in DataLoader(part, 256, generator=torch.Generator(), collate_fn=part.collate):
         if host_rng_state() != before:
-            raise UsageError(f"data {found.name}: its images come out differently at every reading, and on_device=true "
-                             "reads them once; pass augment=false where that is an option, or leave out on_device")
+            raise UsageError(f"data {found.name}: its samples come out differently at every reading, and "
+                             "on_device=true reads them once; pass augment=false where that is an option, or leave "
+                             "out on_device")
         yield batch
 
 

@@ -129,6 +129,19 @@ def loss_of_batch(run: Run, batch: Any) -> Any:
     return run.loss_fn(run.outputs, target)
 
 
+def call_model(run: Run, batch: Any) -> Any:
+    """Call the model with a batch as in training, without a loss function; return what it returns."""
+    if run.forward is not None:
+        network, state = unwrapped_network(run), (None,) if run.carries_state else ()
+        return [network(batch, turn, *state) for turn in run.turns or [""]]
+    if isinstance(batch, Mapping):
+        return run.model(**model_arguments(run, batch))
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        return run.model(batch)
+    own_loss = run.loss_fn is None and "compute_loss" not in run.hook.replaced
+    return run.model(*batch) if own_loss else run.model(batch[0])
+
+
 def model_arguments(run: Run, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a dict that the model takes; without the target where `loss_fn` takes that."""
     accepted = argument_names(getattr(run.model.forward, "__func__", run.model.forward))
@@ -164,9 +177,10 @@ def predictions(output: Any) -> Any:
 
 
 def own_loss(output: Any) -> tuple[Any, Any]:
-    """The loss that a model returns, and the rest: its `logits` if it has some. Raises UsageError if it has no loss.
+    """The loss that a model returns, and the rest: `logits` where it has them.
 
-    The loss is the entry `loss` of a dict, the attribute `loss`, the one scalar of a tuple, or a scalar alone.
+    The loss is the entry `loss` of a dict, the attribute `loss`, the one scalar of a tuple, or a scalar alone. Raises
+    UsageError where there is none.
     """
     if isinstance(output, Tensor) and output.numel() == 1:
         return output, None

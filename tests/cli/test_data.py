@@ -246,12 +246,22 @@ def test_a_users_factory_may_return_a_data_and_is_passed_the_root(module):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("return part(0), part(2)", "has no training images"),
-    ("return part(2), part(0)", "has no validation images"),
-    ("return Data(part(0), part(2), 3, (2, 4, 4))", "has no training images"),
-    ("return part(2, TensorDataset), part(2)", "the training set has no `classes`"),
-    ("return part(2), iter([])", "both data sets need a length"),
-    ("return None", "returned a NoneType; return a pair"),
+    ("return part(0), part(2)", "has no training samples"),
+    ("return part(2), part(0)", "has no validation samples"),
+    ("return Data(part(0), part(2), 3, (2, 4, 4))", "has no training samples"),
+    ("return part(2), iter([])", "its validation data is an iterator, which can be read once only; return a list"),
+    ("return None", "returned a NoneType as training data; return a data set, a loader .* or a pair"),
+    ("return 3, part(2)", "returned a int as training data"),
+    ("return part(2), 3", "returned a int as validation data"),
+    ("return 'digits'", "returned a str as training data"),
+    ("return part(2), part(2), part(2)", "returned a tuple as training data; .* or a pair"),
+    ("return torch.zeros(4, 2), torch.zeros(4)", r"returned a Tensor as training data; .*use torch.utils.data.TensorDataset\(inputs, targets\)"),
+    ("return {'training': part(2)}", "returned a dict with training; name them train and valid"),
+    ("return {}", "returned a dict with no entries; name them train and valid"),
+    ("return {'train': part(2), 'val': part(2), 'validation': part(2)}", "name them train and valid"),
+    ("return Data(part(2), part(2), ['a', 'b', 'c'])", r"classes is \['a', 'b', 'c'\]; use the number of classes"),
+    ("return Data(part(2), part(2), batch_sampler=[[0]], drop_last=True)", "sampler and drop_last would not be used"),
+    ("return Data(iter([]), collate_fn=list)", "train is a loader, so collate_fn, .* would not be used"),
     ("raise ValueError('out\\nof disk')", "written_for_data:made: out of disk"),
 ])
 def test_a_wrong_result_of_a_factory_is_refused_in_one_line(module, text, words):

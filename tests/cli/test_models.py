@@ -116,7 +116,7 @@ def test_a_factory_is_passed_the_properties_of_the_data_that_are_its_arguments(m
 def test_the_users_options_override_the_properties_of_the_data(module):
     model = models.make(f"{module(THREE_ARGUMENTS)}:net:hidden=7,num_classes=4", images(2, 6, 4))
     assert model.arguments == (4, 2, 6, 7)
-    with pytest.raises(UsageError, match=r"shape \(1, 5\) for one image, but the data has 4 classes"):
+    with pytest.raises(UsageError, match=r"shape \(1, 5\) for one sample, but the data has 4 classes"):
         models.make(f"{module(THREE_ARGUMENTS)}:net:num_classes=5", images(2, 6, 4))
 
 
@@ -137,8 +137,8 @@ def test_a_model_is_a_class_in_a_module_or_in_a_file(module, tmp_path):
 
 @pytest.mark.parametrize(("body", "words"), [
     ("return 3", "model .*:net returned a int, not a torch.nn.Module"),
-    ("return nn.Linear(4, 3)", "cannot take images of 1x2x2: .*the data may have an option for it"),
-    ("return nn.Flatten()", r"shape \(1, 4\) for one image, but the data has 3 classes; .* so that it is \(1, 3\)"),
+    ("return nn.Linear(4, 3)", "cannot take inputs of 1x2x2: .*the data may have an option for it"),
+    ("return nn.Flatten()", r"shape \(1, 4\) for one sample, but the data has 3 classes; .* so that it is \(1, 3\)"),
     ("return Two()", "returned a tuple, not a tensor; return one logit per class"),
     ("raise ValueError('no\\nway')", "model .*:net: no way"),
 ])

@@ -70,7 +70,7 @@ def photos(folder):
 def test_imagefolder_is_accepted_only_without_augmentation(tmp_path):
     photos(tmp_path)
     assert_same_as_ordinary("imagefolder:size=20,augment=false", tmp_path)
-    with pytest.raises(UsageError, match="data imagefolder: its images come out differently at every reading, .* pass augment=false"):
+    with pytest.raises(UsageError, match="data imagefolder: its samples come out differently at every reading, .* pass augment=false"):
         loaders("imagefolder:size=20,on_device=true", tmp_path)
 
 
@@ -179,18 +179,18 @@ class Noise(Dataset):
 
 def test_a_users_data_set_with_random_images_is_refused():
     noisy = Data(Noise(), Noise(), 2, (1, 8, 8), name="mine:noise", on_device=True)
-    with pytest.raises(UsageError, match=r"^data mine:noise: its images come out differently at every reading"):
+    with pytest.raises(UsageError, match=r"^data mine:noise: its samples come out differently at every reading"):
         noisy.loaders(2, 0, CPU)
 
 
 def test_data_larger_than_the_free_memory_is_refused(monkeypatch):
     monkeypatch.setattr(on_device, "free_memory", lambda device: 5e9)
-    with pytest.raises(UsageError, match=(r"^data fake: 120,000 images of 3x64x64 take 5\.9 GB, and cpu has 5\.0 GB free; "
-                                          "leave out on_device, or use smaller images$")):
+    with pytest.raises(UsageError, match=(r"^data fake: 120,000 samples of 3x64x64 take 5\.9 GB, and cpu has 5\.0 GB free; "
+                                          "leave out on_device, or use smaller samples$")):
         loaders("fake:size=100000,image=64,on_device=true")
     size = 1797 * 64 * 4
     monkeypatch.setattr(on_device, "free_memory", lambda device: size - 1)
-    with pytest.raises(UsageError, match="^data digits: 1,797 images"):
+    with pytest.raises(UsageError, match="^data digits: 1,797 samples"):
         loaders("digits:on_device=true")
     monkeypatch.setattr(on_device, "free_memory", lambda device: size)
     loaders("digits:on_device=true")

@@ -16,7 +16,7 @@ from torch import nn
 
 from loopctl import available, fit
 from loopctl.cli import data, main, models
-from loopctl.cli.train import accuracy
+from loopctl.metrics.named import accuracy
 
 
 @pytest.fixture
