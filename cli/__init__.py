@@ -98,6 +98,11 @@ def optimizer_names() -> list[str]:
     return optimizers.known_names()
 
 
+def metric_names() -> list[str]:
+    from loopctl.cli import metrics
+    return metrics.known_names()
+
+
 def loss_names() -> list[str]:
     from loopctl.cli import losses
     return losses.known_names()
@@ -132,8 +137,8 @@ def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
         if key not in known:
             advice = "pass it on the command line" if key in command_line_only else nearest(key, known, "there are")
             raise click.UsageError(f"--{param.name}: {file}: {key!r} is not a key of a configuration; {advice}")
-        if isinstance(value, dict) or (isinstance(value, list) != (key in ("plugin", "without"))):
-            kind = "a list" if key in ("plugin", "without") else "one value"
+        if isinstance(value, dict) or (isinstance(value, list) != known[key].multiple):
+            kind = "a list" if known[key].multiple else "one value"
             raise click.UsageError(f"--{param.name}: {file}: {key} takes {kind}, not {value!r}")
         try:                        # as text, so that it is checked as on the command line: epochs = 1.5 is refused
             values[key] = [str(item) for item in value] if isinstance(value, list) else str(value)
@@ -163,6 +168,13 @@ SHARED_OPTIONS = (
                   help="The loss: any of torch.nn by name with its options, such as mse or "
                        "cross_entropy:label_smoothing=0.1, package.module:name or file.py:name; model, where the "
                        "model returns it.  [default: cross_entropy, where the data has classes]"),
+    shared_option("--metric", metric_names, multiple=True, type=TextType(), metavar="NAME[:option=value,...]",
+                  help="Report a metric: accuracy, top5, mae, rmse, r2, perplexity, a class of torchmetrics, "
+                       "package.module:name or file.py:name; repeat the option for more.  [default: accuracy, where "
+                       "the data has classes]"),
+    shared_option("--monitor", type=TextType(), metavar="METRIC",
+                  help="The metric that checkpoint, early_stopping and plateau judge by, such as val_accuracy.  "
+                       "[default: val_loss]"),
     shared_option("--forward", type=TextType(), metavar="F",
                   help="In place of a loss, a function (model, batch) that returns loss and outputs, as "
                        "package.module:function or file.py:function."),

@@ -25,11 +25,13 @@ TYPES: dict[str, Any] = {inspect.formatannotation(hint): hint
 
 
 def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Callable[[str], Callable[..., Any]],
-            more: dict[str, Option] | None = None) -> tuple[str, Callable[..., Any], dict[str, Any]]:
+            more: dict[str, Option] | None = None, is_object: Callable[[Any], bool] = lambda found: False,
+            ) -> tuple[str, Any, dict[str, Any]]:
     """Return the name, the factory and the parsed options of `spec`.
 
     known: returns all names. get: returns the factory of a name. more: options that are not arguments of a factory.
-    Raises UsageError for an unknown name, an unknown option or a wrong value.
+    is_object: whether what was found is used as it is, so that it has no other options than those. Raises UsageError
+    for an unknown name, an unknown option or a wrong value.
     """
     names = list(known())
     head, text = split_head(spec, names)
@@ -44,6 +46,8 @@ def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Calla
         raise UsageError(f"no {kind} is called {head!r}; {suggestion(head, names)}")
     else:
         factory = get(head)
+    if is_object(factory):
+        return head, factory, parse_options(f"{kind} {head}", text, more or {})
     if not callable(factory):
         raise UsageError(f"{kind} {head} is a {type(factory).__name__}; name a class or a function")
     return head, factory, parse_arguments(f"{kind} {head}", factory, text, more or {})

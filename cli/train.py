@@ -28,7 +28,7 @@ from loopctl.checkpoint.atomic_files import Weights, atomic_write, save_weights
 from loopctl.checkpoint.folder_lock import RUN as LOCK
 from loopctl.checkpoint.folder_lock import FolderLock, LostLock
 from loopctl.checkpoint.state import checkpoints_in, find_candidates
-from loopctl.cli import data, launch, losses, models, optimizers
+from loopctl.cli import data, launch, losses, metrics, models, optimizers
 from loopctl.cli.lasting_output import lasting_output
 from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.composition.compose import blame_plugin, compose
@@ -39,7 +39,6 @@ from loopctl.data.dataset import Data
 from loopctl.distributed.process_group import launched_processes, rank, read_note, restart_count, store_note
 from loopctl.errors import UsageError, one_line
 from loopctl.loop import DEFAULTS
-from loopctl.metrics.named import accuracy
 from loopctl.model.eval_mode import eval_mode
 from loopctl.model.forward import call_model
 from loopctl.model.summary import record_forward, render, table
@@ -78,8 +77,8 @@ def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
         "model": model, "loss_fn": loss_fn, "optimizer": factory, "train": train, "valid": valid, "forward": forward,
         "epochs": settings["epochs"], "max_steps": settings["max_steps"], "eval_every": settings["eval_every"],
         "steps_per_epoch": settings["steps_per_epoch"], "reduction": None, "plugins": plugins,
-        "metrics": {"accuracy": accuracy} if dataset.classes and not forward else {}, "device": device,
-        "seed": settings["seed"]}
+        "monitor": settings["monitor"] or "", "metrics": metrics.make(task["metric"], dataset.classes),
+        "device": device, "seed": settings["seed"]}
     full_specs = [to_spec(split_spec(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=True)]
     several = launched_processes() > 1 or settings["devices"]               # then each process has a device of its own
     resolved = settings | task | {"lr": lr, "device": device.type if several else str(device), "plugin": full_specs,
@@ -88,7 +87,7 @@ def build_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def task_of(settings: dict[str, Any], dataset: Data, replaced: bool) -> dict[str, Any]:
-    """Return the settings of the loss with their defaults filled in: cross entropy where the data has classes.
+    """Return the settings of loss and metrics with their defaults: cross entropy and accuracy where there are classes.
 
     replaced: whether a plugin computes the loss. Raises UsageError where nothing does, or two do.
     """
@@ -103,7 +102,8 @@ def task_of(settings: dict[str, Any], dataset: Data, replaced: bool) -> dict[str
             raise UsageError(f"data {dataset.name} has no `classes`, so its loss is not known; pass --loss mse or "
                              "another name for numbers, --loss cross_entropy for numbers of classes, --loss "
                              "file.py:function, --loss model where the model returns it, or --forward file.py:function")
-    return {"loss": loss, "forward": forward}
+    default = ["accuracy"] if dataset.classes is not None and forward is None else []
+    return {"loss": loss, "forward": forward, "metric": list(settings["metric"]) or default}
 
 
 def used_batch_size(given: int | None, dataset: Data) -> int | None:

@@ -62,6 +62,7 @@ def fit(
     steps_per_epoch: int | None = None,
     forward: Forward | dict[str, Forward] | None = None,
     reduction: str | None = None,
+    monitor: str = "",
     out: str | Path = ".",
 ) -> Run:
     """Train `model` and return the run: `run.history` has a dict per evaluation, `run.stop` why it ended early, or "".
@@ -88,6 +89,8 @@ def fit(
         one per optimizer: in each step every optimizer makes an update of its own loss, in that order.
     reduction: what `loss_fn` returns for a batch, "mean" or "sum"; None is `loss_fn.reduction`, or the mean if it has
         none.
+    monitor: the metric that plugins judge by, such as "val_accuracy"; left out, val_loss, or train_loss without
+        validation data. A plugin's own option `monitor` takes precedence.
     out: the folder that plugins write to.
 
     Raises UsageError, before anything is trained, where something asked for cannot be done.
@@ -95,7 +98,7 @@ def fit(
     run = build_run(
         DEFAULTS, plugins, metrics, device, seed, model=model, loss_fn=loss_fn, optimizer=optimizer, train=train,
         valid=valid, epochs=epochs, max_steps=inf if max_steps is None else max_steps, eval_every=eval_every,
-        steps_per_epoch=steps_per_epoch, forward=forward, reduction=reduction, out=Path(out),
+        steps_per_epoch=steps_per_epoch, forward=forward, reduction=reduction, monitor=monitor, out=Path(out),
         resume=Path(resume) if resume else Path(out) if restart_count() else None)
     with blame_plugin(run.hook), rates_remembered(run.optimizer):
         run.hook.train(run=run)

@@ -20,7 +20,7 @@ from loopctl.data.batch import length_or_none
 from loopctl.distributed.data_parallel import Parallel
 from loopctl.distributed.process_group import launched_processes
 from loopctl.errors import UsageError, names, one_line
-from loopctl.metrics.meters import is_stateful_metric, reported_names
+from loopctl.metrics.meters import check_metrics, is_stateful_metric, reported_names
 from loopctl.model.forward import takes_state, unwrapped_network
 from loopctl.model.ownership import describe_untrained, modules_of, named_parameters, owns_any, untrained_parameters
 from loopctl.model.parameter_matching import matching_parameters
@@ -75,6 +75,7 @@ def prepare(run: Run, metrics: dict[str, Any], device: Any, seed: int | None) ->
         run.turns = tuple(run.forward)
         run.last_turn = run.turns[-1]
     run.hook.setup(run=run)
+    check_metrics(run)
     run.optimizer = make_optimizers(run) if isinstance(run.optimizer, Mapping) else make_optimizer(run)
     run.untrained = untrained_parameters(run)
     if left_out := describe_untrained(run):

@@ -40,6 +40,7 @@ class Run:
     eval_every: int | None = None
     steps_per_epoch: int | None = None        # as given; `planned_steps` is known in any case
     forward: Any = None                       # `(model, batch) -> loss, outputs` in place of loss_fn, or a dict of such
+    monitor: str = ""                         # the metric that a `Monitor` judges by if it has none of its own
     reduction: str | None = "mean"            # what `loss_fn` returns for a batch: the "mean" or "sum" of its losses
     seed: int | None = None                   # None: the random-number generators are left as they were
     out: Path = Path()                        # the folder that plugins write to

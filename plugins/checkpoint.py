@@ -60,7 +60,7 @@ class Checkpoint:
     every_epochs: save at the end of every N-th epoch
     every_steps: also save every N steps
     every_minutes: also save when N minutes have passed since the last checkpoint
-    monitor: metric that decides which weights are best; val_loss if left out, or train_loss without validation data
+    monitor: metric that decides which weights are best; the run's monitor if left out, by default val_loss
     mode: whether smaller (min) or larger (max) is better; auto decides by the name of the metric
     keep: number of checkpoints to keep besides the best; with two, one is left if the last is damaged
     dir: folder of the checkpoints, relative to the run's folder

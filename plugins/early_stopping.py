@@ -9,7 +9,7 @@ from loopctl import Monitor, Run, hookimpl
 class EarlyStopping:
     """End the run when a metric has stopped improving.
 
-    monitor: metric to watch; val_loss if left out, or train_loss without validation data
+    monitor: metric to watch; the run's monitor if left out, by default val_loss
     mode: whether smaller (min) or larger (max) is better; auto decides by the name of the metric
     patience: evaluations without improvement after which the run ends; one evaluation per epoch unless eval_every is
         set

@@ -13,7 +13,7 @@ class Plateau:
 
     Same as torch.optim.lr_scheduler.ReduceLROnPlateau; multiplies with every other schedule.
 
-    monitor: metric to watch; val_loss if left out, or train_loss without validation data
+    monitor: metric to watch; the run's monitor if left out, by default val_loss
     mode: whether smaller (min) or larger (max) is better; auto decides by the name of the metric
     factor: factor of each reduction, at least 0 and below 1
     patience: evaluations without improvement that are tolerated; one evaluation per epoch unless eval_every is set

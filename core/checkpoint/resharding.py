@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopctl.errors import UsageError
 from loopctl.metrics.meters import Meters, is_stateful_metric
+from loopctl.metrics.named import Sums, added
 from loopctl.rng import rng_state
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def state_of_this_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
     counters, rank0 = saved["counters"], ranks[0]
     consumed = rank0["data"]["train"]["consumed"]
     if consumed:
-        stateful = [name for name, function in run.metric_fns["train"].items() if is_stateful_metric(function)]
+        stateful = [name for name, function in run.metric_fns["train"].items()
+                    if is_stateful_metric(function) and not isinstance(function, Sums)]
         if run.loaders["train"].shard is None or stateful:
             reason = (f"the state of metric {stateful[0]} cannot be divided among them" if stateful else
                       "the training data is not sharded by loopctl, so which batches remain is not known")
@@ -45,8 +47,9 @@ def state_of_this_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
     if run.rank:
         meters, logged = Meters(run.metric_fns["train"], "train_").state_dict(), {}
     else:
-        meters = {name: merge_means([rank["meters"][name] for rank in ranks]) for name in rank0["meters"]}
-        logged = {name: merge_means([rank["logged"][name] for rank in ranks if name in rank["logged"]])
+        meters = {name: merge_states([rank["meters"][name] for rank in ranks], run.metric_fns["train"].get(name))
+                  for name in rank0["meters"]}
+        logged = {name: merge_states([rank["logged"][name] for rank in ranks if name in rank["logged"]], None)
                   for name in dict.fromkeys(name for rank in ranks for name in rank["logged"])}
     return {"meters": meters, "logged": logged, "val_metrics": rank0["val_metrics"], "data": data,
             "carried": None, "random": random}
@@ -72,8 +75,15 @@ def rebased_counters(run: Run, counters: dict[str, Any], consumed: int) -> dict[
     return {"seen": began[0] + batch, "began": began, "shift": began[1] - counters["epoch"] * steps}
 
 
-def merge_means(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the states of one weighted mean on all ranks into one state. Other metrics keep the state of rank 0."""
+def merge_states(states: list[dict[str, Any]], function: Any) -> dict[str, Any]:
+    """Merge the states of one mean, or of one metric that is computed from sums, on all ranks into one state.
+
+    Other metrics, which begin anew with each epoch, keep the state of rank 0.
+    """
+    if isinstance(function, Sums):
+        attributes = [state["attributes"][""] for state in states]
+        sums = added([own["sums"] for own in attributes])
+        return {"attributes": {"": attributes[0] | {"sums": sums}}}
     if not all("values" in state for state in states):
         return states[0]
     return {"values": [value for state in states for value in state["values"]],

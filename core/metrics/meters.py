@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from loopctl.data.batch import target_of
 from loopctl.distributed.process_group import all_gather, all_reduce_sum
 from loopctl.errors import UsageError
+from loopctl.metrics.named import Sums
 from loopctl.metrics.scalars import as_scalar
 from loopctl.metrics.weights import counts_nothing
 
@@ -97,13 +98,19 @@ class Meters:
             return
         target = target_of(batch)
         for name, function in self.functions.items():
-            if name in self.means:
+            try:
+                if name not in self.means:
+                    function.update(outputs, target)
+                    continue
                 value = function(outputs, target)
-                if not isinstance(value, Tensor) or value.ndim:
-                    value = as_scalar(value, f"metric {name!r}", "return one number for a batch, such as its mean")
-                self.means[name].add(value, weight)
-            else:
-                function.update(outputs, target)
+            except Exception as error:
+                if not isinstance(error, UsageError):
+                    error.add_note(f"raised by metric {name!r} for {describe_value('outputs', outputs)} and "
+                                   f"{describe_value('targets', target)}")
+                raise
+            if not isinstance(value, Tensor) or value.ndim:
+                value = as_scalar(value, f"metric {name!r}", "return one number for a batch, such as its mean")
+            self.means[name].add(value, weight)
 
     def log(self, name: str, value: Any, weight: Any) -> None:
         """Add a value to the mean that is reported as `name`. Raises UsageError for a name that something else has."""
@@ -156,9 +163,35 @@ class Meters:
             results = {name: mean.result() for name, mean in means.items()}
         reported: dict[str, Any] = {"loss": results["loss"]}
         for name, function in self.functions.items():
-            reported |= {name: results[name]} if name in means else flattened(name, function.compute())
+            reported |= {name: results[name]} if name in means else flattened(name, computed(function, run))
         reported |= {name: results[name] for name in self.logged}
         return {self.prefix + name: value for name, value in reported.items()}
+
+
+def computed(function: Any, run: Run | None) -> Any:
+    """What a metric object computes, over all processes of `run`. torchmetrics' exchange their states themselves."""
+    if isinstance(function, Sums) and run and run.world_size > 1:
+        return function.computed_with(all_gather(run, function.sums.cpu()))
+    return function.compute()
+
+
+def check_metrics(run: Run) -> None:
+    """Raise UsageError for a metric object whose state several processes cannot put together."""
+    for name, function in run.metric_fns["train"].items():
+        if run.world_size > 1 and is_stateful_metric(function) and not (isinstance(function, Sums) or syncs(function)):
+            raise UsageError(f"metric {name!r} keeps its state in each of {run.world_size} processes, and a "
+                             f"{type(function).__name__} cannot put them together; make it a torchmetrics.Metric, or a "
+                             "function that returns the mean of a batch")
+
+
+def syncs(function: Any) -> bool:
+    """Whether a metric object exchanges its state with other processes, as torchmetrics' classes do."""
+    parts = function.modules() if isinstance(function, nn.Module) else [function]
+    return any(hasattr(part, "sync") for part in parts)
+
+
+def describe_value(what: str, value: Any) -> str:
+    return f"{what} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{what}, a {type(value).__name__}"
 
 
 def flattened(name: str, value: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Monitor a metric: whether its value is the best so far."""
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import isnan
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,23 @@ LARGER = ("accuracy", "acc", "auc", "auroc", "f1", "precision", "recall", "iou",
 def direction(metric: str) -> str:
     """Whether smaller or larger is better, by the name of a metric: min, max, or "" where the name does not tell."""
     kind = metric.lower().replace("-", "_").rpartition("_")[2]
-    return "max" if kind in LARGER else "min" if kind in SMALLER else ""
+    return "max" if kind in LARGER or re.fullmatch(r"top\d+", kind) else "min" if kind in SMALLER else ""
+
+
+def direction_of_object(metric: str, run: Run) -> str:
+    """Whether smaller or larger is better, by what the object of a metric says: min, max, or "" if nothing."""
+    part, _, name = metric.partition("_")
+    larger = getattr(run.metric_fns.get(part, {}).get(name), "higher_is_better", None)
+    return "" if larger is None else "max" if larger else "min"
 
 
 @dataclass(eq=False)
 class Monitor:
     """The best value of a metric so far.
 
-    metric: a name in `run.metrics`; empty is val_loss, or train_loss without validation data
-    mode: min, max, or auto, which tells losses and errors from accuracies by name; an unclear name is refused
+    metric: a name in `run.metrics`; empty is `run.monitor`, or else val_loss, or train_loss without validation data
+    mode: min, max, or auto, which tells losses and errors from accuracies by name, or by the attribute
+        `higher_is_better` that torchmetrics' classes have; what is unclear is refused
     min_delta: a value must be better than the best by more than this
     """
 
@@ -36,14 +45,14 @@ class Monitor:
 
     def start(self, run: Run) -> None:
         """Raise UsageError if the run does not report the metric. Call it in `train_start`."""
-        self.metric = self.metric or ("val_loss" if "val_loss" in run.metrics else "train_loss")
+        self.metric = self.metric or run.monitor or ("val_loss" if "val_loss" in run.metrics else "train_loss")
         if self.metric not in run.metrics and run.forward is not None:
             run.expected.append(self.metric)        # `forward` may log it, which the first step shows
         elif self.metric not in run.metrics:
             has = nearest(self.metric, run.metrics, "it has")
             raise UsageError(f"monitor={self.metric}: the run has no such metric; {has}")
         if self.mode == "auto":
-            mode = direction(self.metric)
+            mode = direction(self.metric) or direction_of_object(self.metric, run)
             if not mode:
                 raise UsageError(f"monitor={self.metric}: whether higher is better is unclear; pass mode=min or "
                                  "mode=max")

@@ -56,16 +56,30 @@ class Sums:
         self.sums = torch.zeros(())             # takes the shape and the device of the first terms
 
     def update(self, output: Any, target: Any) -> None:
-        self.sums = self.sums.to(output.device) + self.terms(output, target)
+        terms = self.terms(output, target)
+        self.sums = self.sums.to(terms.device) + terms
 
     def compute(self) -> Tensor:
-        return self.value(self.sums) if self.sums.ndim else torch.tensor(math.nan)
+        return self.computed_with([self.sums])
+
+    def computed_with(self, parts: list[Tensor]) -> Tensor:
+        """The metric of the sums of all processes; NaN where they are of no sample."""
+        sums = added(parts)
+        return self.value(sums) if sums.ndim else torch.tensor(math.nan)
 
     def terms(self, output: Any, target: Any) -> Tensor:
         raise NotImplementedError
 
     def value(self, sums: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+def added(parts: list[Tensor]) -> Tensor:
+    """The sum of the `sums` of several processes. Those of a process that has seen no sample have no dimension."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 class RMSE(Sums):
@@ -161,6 +175,6 @@ def with_classes_second(name: str, output: Any, target: Any, dim: int | None) ->
                          "or dim=-1")
     scores = output.movedim(fits[0], 1)
     if scores.shape[1] == 1:
-        raise UsageError(f"{name}: {found}, which is one class, so every output would be right; for two classes in one "
-                         "output use a metric of your own, or torchmetrics' Accuracy:task=binary")
+        raise UsageError(f"{name}: {found}, which is one class, so every output would be right; for numbers use mae, "
+                         "rmse or r2, for two classes in one output torchmetrics' Accuracy:task=binary")
     return scores, target

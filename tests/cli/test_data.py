@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import RandomSampler, SequentialSampler, TensorDataset
 
 from loopctl import Data
-from loopctl.cli import DATA, data
+from loopctl.cli import DATA, data, models
 from loopctl.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -223,11 +223,11 @@ def module(tmp_path, monkeypatch):
     """Write a module that tests can name by import path. It is removed from sys.modules afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def write(text):
+    def write(text, more=""):
         (tmp_path / "written_for_data.py").write_text(
-            "import torch\nfrom torch.utils.data import TensorDataset\nfrom loopctl import Data\n\n"
+            "import torch\nfrom torch.utils.data import DataLoader, TensorDataset\nfrom loopctl import Data\n\n"
             "class Named(TensorDataset):\n    classes = ['a', 'b', 'c']\n\n"
-            "def part(count, of=Named):\n    return of(torch.zeros(count, 2, 4, 4), torch.arange(count) % 3)\n\n"
+            "def part(count, of=Named):\n    return of(torch.zeros(count, 2, 4, 4), torch.arange(count) % 3)\n\n" + more + "\n\n"
             f"def made(root, extra=1):\n    {text}\n")
         return "written_for_data:made"
     yield write
@@ -243,6 +243,40 @@ def test_a_users_factory_may_return_a_data_and_is_passed_the_root(module):
     name = module("return Data(part(len(root)), part(extra), 3, (2, 4, 4))")
     dataset = data.make(f"{name}:extra=4", "nowhere", download=False)
     assert (len(dataset.train), len(dataset.valid)) == (len("nowhere"), 4)
+
+
+@pytest.mark.parametrize(("text", "classes", "shape"), [
+    ("return part(5, TensorDataset), part(2)", None, (2, 4, 4)),
+    ("return part(5), None", 3, (2, 4, 4)),
+    ("return part(5)", 3, (2, 4, 4)),
+    ("return {'train': part(5), 'validation': part(2)}", 3, (2, 4, 4)),
+    ("return torch.utils.data.Subset(part(9), range(5)), part(2)", 3, (2, 4, 4)),
+    ("return [{'x': torch.zeros(2)}] * 5, part(2)", None, None),
+    ("return [torch.zeros(7)] * 5, part(2)", None, None),
+    ("return DataLoader(part(5), 2), DataLoader(part(2), 2)", 3, None),
+    ("return iter([]), None", None, None),
+])
+def test_what_a_users_factory_returns_tells_the_classes_and_the_shape(module, text, classes, shape):
+    dataset = data.make(module(text), "nowhere", download=False)
+    assert (dataset.classes, dataset.shape) == (classes, shape)
+
+
+def test_reading_the_first_sample_draws_no_random_numbers(module):
+    name = module("return Random(), None", "class Random:\n    classes = ['a', 'b']\n    def __len__(self): return 5\n"
+                                           "    def __getitem__(self, index): return torch.rand(2), index % 2\n")
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert data.make(name, "nowhere", download=False).shape == (2,)
+    assert torch.rand(1) == expected
+
+
+def test_a_model_of_tokens_is_tried_on_whole_numbers(module):
+    dataset = data.make(module("return Tokens(torch.arange(6).view(3, 2), torch.arange(3)), None", "class Tokens(Named): pass"), "nowhere",
+                        download=False)
+    assert dataset.numbers is False
+    model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+    models.check_output("tokens", model, dataset)
 
 
 @pytest.mark.parametrize(("text", "words"), [

@@ -384,7 +384,7 @@ def case(command, *words):
     case("run --data imagenet", "data imagenet is missing or incomplete in", "put ILSVRC2012_devkit_t12.tar.gz, ", "--data-root DIR"),
     case("run --data mine_for_wrong_input:no_training", "data mine_for_wrong_input:no_training has no training samples"),
     case("run --data mine_for_wrong_input:no_validation", "has no validation samples"),
-    case("run --data mine_for_wrong_input:nothing", "returned a NoneType", "return a pair (train, valid) or a"),
+    case("run --data mine_for_wrong_input:nothing", "returned a NoneType", "or a pair (train, valid) of them"),
     # numbers
     case("run --batch-size 0", "'--batch-size'", "0 is not in the range x>=1"),
     case("run --epochs 0", "'--epochs'", "0 is not in the range x>=1"),

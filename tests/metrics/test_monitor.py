@@ -8,11 +8,11 @@ from loopctl import Monitor, UsageError
 
 
 def run(**metrics):
-    return SimpleNamespace(metrics=metrics, forward=None)
+    return SimpleNamespace(metrics=metrics, metric_fns={}, monitor="", forward=None)
 
 
 @pytest.mark.parametrize(("metric", "mode"), [
-    ("val_loss", "min"), ("train_loss", "min"), ("val_accuracy", "max"), ("val_f1", "max"), ("grad_norm", "min"), ("error", "min")])
+    ("val_loss", "min"), ("train_loss", "min"), ("val_accuracy", "max"), ("val_f1", "max"), ("grad_norm", "min"), ("error", "min"), ("val_top5", "max")])
 def test_mode_auto_follows_from_the_name_of_the_metric(metric, mode):
     monitor = Monitor(metric)
     monitor.start(run(**{metric: nan}))
@@ -23,6 +23,24 @@ def test_mode_auto_refuses_an_unclear_name():
     with pytest.raises(UsageError, match="monitor=val_score: whether higher is better is unclear; pass mode=min or mode=max"):
         Monitor("val_score").start(run(val_score=nan))
     Monitor("val_score", "max").start(run(val_score=nan))
+
+
+def test_mode_auto_follows_from_the_object_of_the_metric_where_its_name_does_not_tell():
+    for larger, mode in ((True, "max"), (False, "min")):
+        prepared = run(val_score=nan)
+        prepared.metric_fns = {"val": {"score": SimpleNamespace(higher_is_better=larger)}}
+        monitor = Monitor("val_score")
+        monitor.start(prepared)
+        assert monitor.mode == mode
+
+
+def test_the_monitor_of_the_run_is_used_by_a_plugin_that_has_none_of_its_own():
+    prepared = run(val_loss=nan, val_accuracy=nan)
+    prepared.monitor = "val_accuracy"
+    for given, used in (("", "val_accuracy"), ("val_loss", "val_loss")):
+        monitor = Monitor(given)
+        monitor.start(prepared)
+        assert monitor.metric == used
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest_name():
