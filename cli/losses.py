@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from loopctl.cli.optimizers import is_dict
 from loopctl.cli.specs import names_in_source, resolve, with_options
 from loopctl.composition.discovery import load
 from loopctl.errors import UsageError
@@ -65,12 +66,16 @@ def make(spec: str) -> Callable[[Any, Any], Any] | None:
     return loss
 
 
-def make_forward(spec: str) -> Callable[[Any, Any], Any]:
-    """Return the function `forward(model, batch)` that `spec` names by its path."""
+def make_forward(spec: str) -> Any:
+    """Return the function `forward(model, batch)` that `spec` names by its path, or the dict of such functions."""
+    from loopctl.model.forward import takes_state
+
     if ":" not in spec:
         raise UsageError(f"--forward {spec}: name a function in a file or a module, as in file.py:function")
-    name, found, options = resolve("forward", spec, list, load)
-    forward = with_options(f"forward {name}", found, options, "model, batch", {})
+    name, found, options = resolve("forward", spec, list, load, is_object=is_dict)
+    if is_dict(found):
+        return dict(found)
+    forward = with_options(f"forward {name}", found, options, "model, batch" + ", state" * takes_state(found), {})
     if not callable(forward):
         raise UsageError(f"forward {name}: an instance of it cannot be called; define __call__(model, batch)")
     return forward

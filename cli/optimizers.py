@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loopctl.cli.specs import names_in_source, resolve
@@ -24,10 +24,11 @@ def class_modules() -> dict[str, str]:
     return {name: module for name, module in classes.items() if not name.startswith("_")}
 
 
-def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[Any], Any], float | None]:
+def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Any, float | None]:
     """Return a factory of the optimizer that `spec` names, and its learning rate: `lr`, or the class's default.
 
-    The learning rate is None if `spec` has it among its options. On a GPU the update is one fused kernel where torch
+    The learning rate is None if `spec` has it among its options. A dict of factories, by the part of the model that
+    each optimizer trains, is returned as it is. On a GPU the update is one fused kernel where torch
     has one, unless `spec` sets foreach, fused or differentiable. Raises UsageError where the options are wrong.
     """
     import torch
@@ -36,7 +37,11 @@ def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[An
 
     classes = {name.lower(): cls for name, cls in vars(torch.optim).items()
                if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer}
-    name, cls, options = resolve("optimizer", spec, lambda: sorted(classes), classes.__getitem__)
+    name, cls, options = resolve("optimizer", spec, lambda: sorted(classes), classes.__getitem__, is_object=is_dict)
+    if is_dict(cls):
+        if lr is not None:
+            raise UsageError(f"optimizer {name} is a dict of optimizers with their own learning rates; leave out --lr")
+        return dict(cls), None
     if lr is not None and "lr" in options:
         raise UsageError(f"optimizer {name}: lr is given twice, as --lr and as an option; leave one out")
     lr_in_spec = "lr" in options
@@ -64,6 +69,10 @@ def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Callable[[An
     if cls in classes.values() and device == "cpu":                # fused kernels of a GPU refuse a weight on the CPU
         try_step(name, optimizer, weight)
     return factory, None if lr_in_spec else optimizer.defaults.get("lr")
+
+
+def is_dict(found: Any) -> bool:
+    return isinstance(found, Mapping)
 
 
 def check_tuple_options(name: str, cls: Callable[..., Any], options: dict[str, Any]) -> None:

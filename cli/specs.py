@@ -128,14 +128,14 @@ def call_factory(label: str, factory: Callable[..., Any], options: dict[str, Any
 def with_options(label: str, found: Any, options: dict[str, Any], arguments: str, offered: dict[str, Any]) -> Any:
     """What a spec names: the instance of a class with its options, or the function with them as keyword arguments.
 
-    arguments: of the two with which it is called, such as "output, target". offered: as in `factory_arguments`, of a
-    class. Raises UsageError, which begins with `label`, where it cannot be called with two.
+    arguments: those with which it is called, such as "output, target". offered: as in `factory_arguments`, of a class.
+    Raises UsageError, which begins with `label`, where a function cannot be called with them.
     """
     if isinstance(found, type):
         return call_factory(label, found, options, offered)
     function = partial(found, **options) if options else found
     try:
-        inspect.signature(function).bind(None, None)
+        inspect.signature(function).bind(*arguments.split(", "))
     except TypeError as error:
         raise UsageError(f"{label} is called with ({arguments}): {one_line(error)}") from error
     except ValueError:                          # some callables written in C have no signature

@@ -17,7 +17,7 @@ from loopctl.metrics.meters import Meters, metric_prefix
 from loopctl.metrics.scalars import as_loss
 from loopctl.metrics.weights import counts_nothing, reported_loss, weighted_loss
 from loopctl.model.eval_mode import eval_mode
-from loopctl.model.forward import loss_by_forward, loss_of_batch
+from loopctl.model.forward import loss_by_forward, loss_of_batch, new_pass
 from loopctl.model.ownership import modules_of, named_parameters
 from loopctl.optim.fast_step import fast_step
 from loopctl.optim.several import losses_in_turn
@@ -91,7 +91,7 @@ def evaluate_set(run: Run, loader: str, meters: Meters) -> dict[str, Any]:
     """Return the means of loss and metrics over one validation set."""
     run.evaluating = loader
     try:
-        with eval_mode(*modules_of(run)), torch.no_grad():
+        with eval_mode(*modules_of(run)), torch.no_grad(), new_pass(run):
             for batch in batches_to_device(run.loaders[loader], run.device):
                 evaluate_batch(run, meters, batch)
     finally:

@@ -30,6 +30,7 @@ from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 from loopctl.metrics.meters import Meters, without_placeholders
 from loopctl.metrics.weights import counts_nothing, reported_loss, weighted_batches
+from loopctl.model.forward import new_pass
 from loopctl.model.ownership import modules_of
 from loopctl.optim.fast_step import zero_grad
 from loopctl.optim.learning_rate import apply_schedules, recorded_rates
@@ -89,8 +90,9 @@ def fit(
     resume: a checkpoint, or a folder with checkpoints, to resume from. After a restart by torchrun that is `out`.
     steps_per_epoch: updates per epoch; needed where `train` has no length.
     forward: `forward(model, batch)`, for other batches and losses; returns the mean loss of a batch and the outputs
-        that metrics get, and may return a dict of values to log. It takes the place of `loss_fn`. Or a dict of such
-        functions, one per optimizer: in each step every optimizer makes an update of its own loss, in that order.
+        that metrics get, and may return a dict of values to log. It takes the place of `loss_fn`. With an argument
+        `state` it carries a state from batch to batch, such as the hidden state of an LSTM. Or a dict of functions,
+        one per optimizer: in each step every optimizer makes an update of its own loss, in that order.
     reduction: what `loss_fn` returns for a batch, "mean" or "sum"; None is `loss_fn.reduction`, or the mean if it has
         none.
     monitor: the metric that plugins judge by, such as "val_accuracy"; left out, val_loss, or train_loss without
@@ -131,7 +133,7 @@ def run_epoch(run: Run) -> None:
     """Train on one pass over the training data, or on the rest of it after a resume, then evaluate."""
     hook, counters = run.hook, run.counters
     if not counters.seen_in_epoch:
-        run.meters = Meters(run.metric_fns["train"], "train_")
+        run.meters, run.carried = Meters(run.metric_fns["train"], "train_"), None
     for module in modules_of(run):
         module.train()
     set_train_mode(run.optimizer)
@@ -184,7 +186,7 @@ def run_step(run: Run, batches: Sequence[Any]) -> None:
     if counts_nothing(run.weight):
         skip_step(run)
     else:
-        closure = partial(compute_gradients, run, weights)
+        closure = partial(compute_gradients, run, weights, run.carried)
         if run.turns:                   # there are several optimizers, with a loss each
             step_in_turn(run, closure)
         else:
@@ -196,10 +198,11 @@ def run_step(run: Run, batches: Sequence[Any]) -> None:
     hook.after_step(run=run)
 
 
-def compute_gradients(run: Run, weights: list[Any]) -> Tensor:
+def compute_gradients(run: Run, weights: list[Any], carried: Any) -> Tensor:
     """Clear the gradients and compute them anew; return the loss. This is the closure of `optimizer.step(closure)`."""
     hook, losses, meters = run.hook, [], run.meters
     first_call = run.loss is None       # an optimizer may call the closure again; what is reported is the first call's
+    after, run.carried = run.carried, carried           # each call starts from the state at the start of the step
     zero_grad(run.optimizer, run.untrained)
     for batch, weight, share, last in weighted_batches(run, weights):
         run.log_target = (meters, weight) if first_call else None
@@ -210,6 +213,8 @@ def compute_gradients(run: Run, weights: list[Any]) -> Tensor:
     run.log_target = (meters, run.weight) if first_call else None
     if first_call:
         run.loss = loss
+    else:
+        run.carried = after
     hook.after_backward(run=run)
     hook.grads_ready(run=run)
     return loss
@@ -239,7 +244,8 @@ def evaluate(run: Run) -> None:
         return
     with optimizer_eval_mode(run.optimizer):
         found = run.meters.result(run) if run.attempts else {}          # before the first step there are no means
-        found |= run.hook.evaluate(run=run)
+        with new_pass(run):
+            found |= run.hook.evaluate(run=run)
         run.metrics = broadcast_from_rank0(run, on_host(without_placeholders(run.metrics, found) | found))
         run.counters.finish_evaluation()
         run.hook.after_evaluate(run=run)

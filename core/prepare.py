@@ -21,7 +21,7 @@ from loopctl.distributed.data_parallel import Parallel
 from loopctl.distributed.process_group import launched_processes
 from loopctl.errors import UsageError, names, one_line
 from loopctl.metrics.meters import check_metrics, is_stateful_metric, metric_prefix, reported_names
-from loopctl.model.forward import unwrapped_network
+from loopctl.model.forward import takes_state, unwrapped_network
 from loopctl.model.ownership import describe_untrained, modules_of, named_parameters, owns_any, untrained_parameters
 from loopctl.model.parameter_matching import matching_parameters
 from loopctl.optim.fast_step import without_dynamo_wrappers
@@ -109,13 +109,18 @@ def check(run: Run, metrics: Any) -> None:
         raise UsageError(f"loss_fn is {describe(run.loss_fn)}; pass a function of (output, target), such as "
                          "torch.nn.CrossEntropyLoss(), or None where the model returns its loss")
     named = isinstance(run.forward, Mapping)
-    for function in run.forward.values() if named else () if run.forward is None else [run.forward]:
+    functions = list(run.forward.values()) if named else [] if run.forward is None else [run.forward]
+    for function in functions:
         if not callable(function):
             raise UsageError(f"forward is {describe(function)}; pass a function (model, batch) that returns loss, "
                              "outputs")
     if named and not (isinstance(run.optimizer, Mapping) and run.forward and [*run.forward] == [*run.optimizer]):
         raise UsageError("forward is a dict, of a loss for each optimizer; pass a dict of optimizers with the same "
                          "names, in the same order")
+    run.carries_state = any(takes_state(function) for function in functions)
+    if named and run.carries_state:
+        raise UsageError("forward is a dict, and one of its functions takes a state; a state is carried from batch to "
+                         "batch by one function only")
     if run.forward is not None and run.loss_fn is not None:
         raise UsageError("forward computes the loss itself, so loss_fn would not be used; pass loss_fn=None")
     if run.forward is not None and "compute_loss" in run.hook.replaced:

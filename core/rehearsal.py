@@ -24,7 +24,7 @@ from loopctl.defaults import evaluate_batch
 from loopctl.errors import UsageError, nearest
 from loopctl.metrics.meters import Meters, is_stateful_metric, metric_prefix
 from loopctl.model.eval_mode import eval_mode
-from loopctl.model.forward import unwrapped_network
+from loopctl.model.forward import new_pass, unwrapped_network
 from loopctl.model.ownership import modules_of
 from loopctl.rng import rng_state, set_rng_state
 
@@ -113,7 +113,8 @@ def try_validation(run: Run) -> set[str]:
                     metrics = {metric: deepcopy(function) if is_stateful_metric(function) else function
                                for metric, function in run.metric_fns["val"].items()}
                     meters = Meters(metrics, metric_prefix(name))
-                    evaluate_batch(run, meters, to_device(batch, run.device))
+                    with new_pass(run):
+                        evaluate_batch(run, meters, to_device(batch, run.device))
                     logged |= {meters.prefix + value for value in meters.logged}
     except Exception as error:
         error.add_note(f"raised by the first batch of {part}, before the first update")

@@ -69,6 +69,8 @@ class Run:
     log_target: tuple[Meters, Any] | None = None      # where `log` adds to, with which weight; None discards
     metrics: dict[str, Any] = field(default_factory=dict)                  # by name; plugins add their own
     history: list[dict[str, Any]] = field(default_factory=list)            # a row per evaluation
+    carries_state: bool = False               # whether `forward` takes a state; written by prepare.py
+    carried: Any = None                       # that state, of the batch before in this pass
     last_checkpoint: Path | None = None       # the one written or resumed from last; written by `checkpoint` too
     checkpoint_folders: list[Path] = field(default_factory=list)           # where `checkpoint` writes; written by it
 

@@ -42,6 +42,9 @@ class Cudagraph:
         self.seen: dict[Any, int] = {}      # steps run without the graph, by the shapes of their batches
         if run.device.type not in DEVICES:
             raise UsageError(f"CUDA graphs need a GPU, and this run is on {run.device}; leave out cudagraph")
+        if run.carries_state:
+            raise UsageError("forward carries a state from batch to batch, which a graph would not update; leave out "
+                             "cudagraph")
         if run.turns:
             raise UsageError("a step with several losses cannot be captured; leave out cudagraph")
         for hook in CAPTURED:

@@ -38,6 +38,8 @@ class Split:
 
     @hookimpl
     def train_start(self, run: Run) -> None:
+        if run.carries_state:
+            raise UsageError("forward carries a state from batch to batch, which has no parts; use smaller batches")
         if self.into == "auto" and run.world_size > 1:
             raise UsageError("into=auto: a process cannot repeat a step while the others wait for it; pass a number")
         self.in_batch = False           # micro_step is called for a part of a batch

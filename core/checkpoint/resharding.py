@@ -51,7 +51,8 @@ def state_of_this_rank(run: Run, saved: dict[str, Any]) -> dict[str, Any]:
                   for name in rank0["meters"]}
         logged = {name: merge_states([rank["logged"][name] for rank in ranks if name in rank["logged"]], None)
                   for name in dict.fromkeys(name for rank in ranks for name in rank["logged"])}
-    return {"meters": meters, "logged": logged, "val_metrics": rank0["val_metrics"], "data": data, "random": random}
+    return {"meters": meters, "logged": logged, "val_metrics": rank0["val_metrics"], "data": data,
+            "carried": None, "random": random}
 
 
 def rebased_counters(run: Run, counters: dict[str, Any], consumed: int) -> dict[str, Any]:

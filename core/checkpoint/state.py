@@ -20,7 +20,7 @@ from loopctl.checkpoint.resharding import state_of_this_rank
 from loopctl.checkpoint.sharded_tensors import check_sharded, extract_sharded, load_sharded
 from loopctl.composition.options import to_spec
 from loopctl.counters import Counters
-from loopctl.data.batch import map_nested
+from loopctl.data.batch import map_nested, to_device
 from loopctl.distributed.process_group import all_gather, broadcast_from_rank0, restart_count
 from loopctl.errors import UsageError, counted, names, one_line
 from loopctl.metrics.meters import Meters, is_stateful_metric, load_metric_state, metric_state
@@ -60,7 +60,7 @@ def capture_state(run: Run) -> dict[str, Any]:
                   "val_metrics": {name: metric_state(metric) for name, metric in run.metric_fns["val"].items()
                                   if is_stateful_metric(metric)},
                   "data": {name: loader.state_dict() for name, loader in run.loaders.items()},
-                  "random": rng_state(*run.data_sets().values())}
+                  "carried": run.carried, "random": rng_state(*run.data_sets().values())}
     if run.world_size > 1:
         rank_state = map_nested(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rank_state)
     return {
@@ -121,6 +121,7 @@ def restore(run: Run) -> None:
         run.meters = Meters(run.metric_fns["train"], "train_")
         run.meters.load_state_dict(rank_state["meters"])
         run.meters.load_logged_state(rank_state["logged"])
+        run.carried = to_device(rank_state["carried"], run.device)
         for name, state in rank_state["val_metrics"].items():
             load_metric_state(run.metric_fns["val"][name], state)
         for name, loader in run.loaders.items():
@@ -339,6 +340,7 @@ def check_serializable(run: Run) -> None:
         "plugins": {name: plugin.state_dict() for name, plugin in stateful(run).items()},
         "meters": run.meters.state_dict(), "model": run.model.state_dict(), "loss_fn": dict(loss_tensors(run)),
         "optimizer": optimizer_state(run), "history": run.history, "metrics": run.metrics,
+        "carried": run.carried,
     })[0]
     plain_content(content)
 

@@ -98,6 +98,9 @@ class Parallel:
         run.out, run.resume = broadcast_from_rank0(run, (run.out, run.resume))
         # The initial seed and not a new one, so that a resumed run draws the same batches.
         self.seed = broadcast_from_rank0(run, torch.initial_seed())
+        if self.shard and run.world_size > 1 and run.carries_state:
+            raise UsageError("forward carries a state from each batch to the next, which would be another process's; "
+                             "give each process a sequence of its own, with shard=false")
         self.shards: dict[str, Shard | None] = {"train": None, "valid": None}
         run.parallel = self
         if self.shard:

@@ -5,6 +5,7 @@ batch               model is called as        loss                              
 a dict              model(**entries)          loss_fn(output, batch["labels"])    metric(output, batch["labels"])
 with loss_fn=None   model(input, target)      the one that the model returns      as above
 with forward=       forward(model, batch)     the one that forward returns        metric(outputs, target)
+with a state        forward(model, batch, state), which returns the state that it is given with the next batch
 
 Of a dict, the model is given the entries that are named as arguments of its `forward`, which is the convention of
 Hugging Face. The target is the entry "labels", "label", "targets" or "target"; of batches that are neither pairs nor
@@ -14,14 +15,15 @@ metrics get the logits.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from loopctl.data.batch import TARGETS, target_name, target_of
+from loopctl.data.batch import TARGETS, map_nested, target_name, target_of
 from loopctl.errors import UsageError, names
 
 if TYPE_CHECKING:
@@ -35,12 +37,12 @@ class ForwardModule(nn.Module):
     call of what it wraps. So both wrap the function, in which the user may call parts of the model.
     """
 
-    def __init__(self, model: nn.Module, functions: Mapping[str, Callable[[nn.Module, Any], Any]]) -> None:
+    def __init__(self, model: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> None:
         super().__init__()
         self.model, self.functions = model, functions
 
-    def forward(self, batch: Any, turn: str = "") -> Any:
-        return self.functions[turn](self.model, batch)
+    def forward(self, batch: Any, turn: str = "", *state: Any) -> Any:
+        return self.functions[turn](self.model, batch, *state)
 
 
 def unwrapped_network(run: Run) -> nn.Module:
@@ -53,9 +55,18 @@ def unwrapped_network(run: Run) -> nn.Module:
 def loss_by_forward(run: Run, batch: Any) -> Any:
     """Call `run.forward`; return its loss, set `run.outputs`, and log the further values that it returns by name.
 
+    Where it takes a state, `run.carried` is what it has returned for the batch before, detached: gradients end there.
     Raises UsageError where it returns something else.
     """
-    result = run.network(batch, run.turn)
+    if run.carries_state:
+        result = run.network(batch, run.turn, run.carried)
+        if not isinstance(result, tuple | list) or len(result) != 4 or not isinstance(result[2], Mapping):
+            raise UsageError(f"forward takes a state and returned {describe_batch(result)}; return loss, outputs, a "
+                             "dict of values to log, which may be empty, and the state for the next batch")
+        *result, state = result
+        run.carried = map_nested(detached, state)
+    else:
+        result = run.network(batch, run.turn)
     if isinstance(result, Tensor):
         result = result, None
     if (not isinstance(result, tuple | list) or len(result) not in (2, 3)
@@ -66,6 +77,28 @@ def loss_by_forward(run: Run, batch: Any) -> Any:
         run.log(name, value)
     loss, run.outputs = result[:2]
     return loss
+
+
+def takes_state(forward: Callable[..., Any]) -> bool:
+    """Whether the function `forward` has an argument `state`, so that it carries one from batch to batch."""
+    try:
+        return "state" in inspect.signature(forward).parameters
+    except ValueError:                  # some callables written in C have no signature
+        return False
+
+
+@contextmanager
+def new_pass(run: Run) -> Iterator[None]:
+    """Begin a pass over other data in the block, without a state; afterwards the state is what it was before."""
+    before, run.carried = run.carried, None
+    try:
+        yield
+    finally:
+        run.carried = before
+
+
+def detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def loss_of_batch(run: Run, batch: Any) -> Any:
@@ -99,7 +132,8 @@ def loss_of_batch(run: Run, batch: Any) -> Any:
 def call_model(run: Run, batch: Any) -> Any:
     """Call the model with a batch as in training, without a loss function; return what it returns."""
     if run.forward is not None:
-        return unwrapped_network(run)(batch, run.last_turn)
+        network, state = unwrapped_network(run), (None,) if run.carries_state else ()
+        return [network(batch, turn, *state) for turn in run.turns or [""]]
     if isinstance(batch, Mapping):
         return run.model(**model_arguments(run, batch))
     if not (isinstance(batch, tuple | list) and len(batch) == 2):

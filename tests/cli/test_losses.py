@@ -94,6 +94,12 @@ def forward(model, batch, power=2):
     output = model.net(batch[0])
     return ((output - batch[1]).abs() ** power).mean(), output
 
+def stateful(model, batch, state, other):
+    return forward(model, batch)
+
+turns = {"net": forward}
+optimizers = {"net": torch.optim.SGD}
+
 def scaled(output, target, factor=1.0):
     return factor * nn.functional.mse_loss(output, target)
 
@@ -310,6 +316,11 @@ def test_explain_lr_and_summary_work_without_classes(run):
     ("data", ["--forward", "task.py:Uncallable"], "an instance of it cannot be called; define __call__(model, batch)"),
     ("data", ["--loss", "task.py:Uncallable"], "an instance of it cannot be called; define __call__(output, target)"),
     ("data", ["--forward", "task.py:data"], "forward task.py:data is called with (model, batch): too many positional arguments"),
+    ("data", ["--forward", "task.py:stateful"], "forward task.py:stateful is called with (model, batch, state): missing a required argument"),
+    ("data", ["--forward", "task.py:turns"], "forward is a dict, of a loss for each optimizer; pass a dict of optimizers with the same names"),
+    ("data", ["--forward", "task.py:turns:power=3"], "forward task.py:turns: no option 'power'"),
+    ("data", ["--loss", "mse", "--optimizer", "task.py:optimizers", "--lr", 0.1],
+     "optimizer task.py:optimizers is a dict of optimizers with their own learning rates; leave out --lr"),
     ("loaders", ["--loss", "mse", "--batch-size", 8], "--batch-size 8: data task.py:loaders makes its batches itself"),
     ("loaders", ["--loss", "mse", "--workers", 2], "--workers 2 would have nothing to load: data task.py:loaders has loaders of its own"),
     ("loaders:on_device=true", ["--loss", "mse"], "on_device=true makes batches of samples, and task.py:loaders has loaders of its own"),

@@ -1,5 +1,6 @@
 """How a batch reaches model, loss and metrics: pairs, dicts, losses of the model, and the function `forward`."""
 import copy
+import os
 from collections import OrderedDict
 from functools import partial
 from types import SimpleNamespace
@@ -8,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import UsageError, fit
+from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.plugins.ddp import Ddp
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -191,3 +193,171 @@ def test_targets_that_would_be_broadcast_are_refused_with_both_shapes(loss_fn):
 def test_a_cross_entropy_over_a_single_class_is_refused(targets):
     with pytest.raises(UsageError, match=r"a single class, which is 0 for every output: the outputs have shape \(8, 1\)"):
         fit(Model(), nn.CrossEntropyLoss(), SGD, [(torch.randn(8, 4), targets)])
+
+
+# forward(model, batch, state)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.cell, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 1)
+
+    def forward(self, x, state):
+        hidden, state = self.cell(x, state)
+        return self.head(hidden), state
+
+
+def recurrent_loss(model, batch, state):
+    output, state = model(batch[0], state)
+    return nn.functional.mse_loss(output, batch[1]), output, {"size": output.square().mean()}, {"hidden": state}
+
+
+def unpacked(model, batch, state):
+    """As `recurrent_loss`, for the state that it returns."""
+    return recurrent_loss(model, batch, None if state is None else state["hidden"])
+
+
+def sequences(number=6, samples=3):
+    torch.manual_seed(1)
+    return [(torch.randn(samples, 7, 4), torch.randn(samples, 7, 1)) for _ in range(number)]
+
+
+def recurrent_loop(model, batches, valid, epochs=2, every=1):
+    """Return the model, and the mean validation loss of the last epoch."""
+    model = copy.deepcopy(model)
+    optimizer = SGD(model.parameters())
+    for _ in range(epochs):
+        state = None
+        for start in range(0, len(batches), every):
+            optimizer.zero_grad()
+            group = batches[start:start + every]
+            for batch in group:
+                loss, _, _, state = recurrent_loss(model, batch, state)
+                state = state["hidden"].detach()
+                (loss / len(group)).backward()
+            optimizer.step()
+        state, losses = None, []
+        with torch.no_grad():
+            for batch in valid:
+                loss, _, _, state = recurrent_loss(model, batch, state)
+                state = state["hidden"]
+                losses.append(loss.double())
+    return model, torch.stack(losses).mean().item()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_state_is_carried_between_batches_and_each_pass_begins_without_one(every):
+    batches, valid, model = sequences(), sequences(2, samples=2), Recurrent()
+    expected, val_loss = recurrent_loop(model, batches, valid, every=every)
+    run = fit(model, None, SGD, batches, valid, forward=unpacked, epochs=2, eval_every=1, plugins=[f"accumulate:every={every}"])
+    assert equal(run.model, expected)
+    assert run.history[-1]["val_loss"] == pytest.approx(val_loss, rel=1e-12)
+    assert {"train_size", "val_size"} <= run.history[-1].keys()
+    assert not run.carried["hidden"].requires_grad
+
+
+class Kill:
+    """Ends training at the first safe point with this many steps, in place of a signal that kills the process."""
+
+    def __init__(self, step):
+        self.step = step
+
+    @hookimpl
+    def safe_point(self, run: Run):
+        if run.step == self.step:
+            raise KeyboardInterrupt
+
+
+def killed_and_resumed(out, plugins=(), batches=None):
+    batches, valid = batches or sequences(), sequences(2, samples=2)
+    arguments = {"forward": unpacked, "epochs": 2, "seed": 0, "out": out}
+    plugins = [*plugins, "checkpoint:every_steps=1"]
+    with pytest.raises(KeyboardInterrupt):
+        fit(Recurrent(), None, SGD, batches, valid, plugins=[*plugins, Kill(9)], **arguments)
+    return fit(Recurrent(), None, SGD, batches, valid, plugins=plugins, resume=out, **arguments)
+
+
+def test_a_run_killed_within_an_epoch_goes_on_with_the_state_of_its_last_batch(tmp_path):
+    valid = sequences(2, samples=2)
+    whole = fit(Recurrent(), None, SGD, sequences(), valid, forward=unpacked, epochs=2)
+    resumed = killed_and_resumed(tmp_path)
+    assert equal(resumed.model, whole.model)
+    assert resumed.history == whole.history
+
+
+def own_sequences(rank):
+    """What a process of two trains on: sequences of its own."""
+    return [(x[rank::2], y[rank::2]) for x, y in sequences(samples=4)]
+
+
+def in_two_processes(out):
+    batches = own_sequences(int(os.environ["RANK"]))
+    whole = fit(Recurrent(), None, SGD, batches, sequences(2, samples=2), forward=unpacked, epochs=2, seed=0, plugins=["ddp:shard=false"])
+    resumed = killed_and_resumed(out, [Ddp(shard=False)], batches)
+    return {name: value.clone() for name, value in whole.model.state_dict().items()}, equal(resumed.model, whole.model)
+
+
+def test_two_processes_carry_the_states_of_their_own_sequences_and_resume_with_them(ranks, tmp_path):
+    (one, resumed), (other, _) = ranks(2, in_two_processes, tmp_path)
+    assert resumed
+    expected, _ = recurrent_loop(Recurrent(), sequences(samples=4), sequences(2, samples=2))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(one[name], other[name])
+        torch.testing.assert_close(one[name], value, rtol=1e-5, atol=1e-6)      # a mean of two halves is rounded twice
+
+
+class SameState:
+    """Checks that each call of the closure begins with the same state, and that the first one's is carried on."""
+
+    def __init__(self):
+        self.given, self.states = [], []
+
+    def forward(self, model, batch, state):
+        self.given.append(state)
+        loss, output, logged, state = unpacked(model, batch, state)
+        self.states.append(state["hidden"].detach())
+        return loss, output, logged, state
+
+
+def test_each_call_of_the_closure_begins_with_the_state_at_the_start_of_the_step():
+    seen = SameState()
+    fit(Recurrent(), None, SGD, sequences(3), forward=seen.forward, plugins=["sam"])
+    assert len(seen.given) == 6
+    for first, second in zip(seen.given[::2], seen.given[1::2], strict=True):
+        assert first is second
+    assert seen.given[0] is None
+    assert torch.equal(seen.given[2]["hidden"], seen.states[0])
+    assert torch.equal(seen.given[4]["hidden"], seen.states[2])
+
+
+def test_a_learning_rate_range_test_leaves_no_state_behind(tmp_path):
+    one, other = (fit(Recurrent(), None, SGD, sequences(), forward=unpacked, plugins=plugins, out=tmp_path)
+                  for plugins in ([], ["lr_finder:num_steps=5"]))
+    assert equal(one.model, other.model)
+
+
+def test_a_forward_with_a_state_that_does_not_return_one_is_refused():
+    with pytest.raises(UsageError, match="forward takes a state and returned a tuple of 2; return loss, outputs, a dict of values to log"):
+        fit(Recurrent(), None, SGD, sequences(), forward=lambda model, batch, state: recurrent_loss(model, batch, state)[:2])
+
+
+def test_split_is_refused_where_a_state_is_carried():
+    with pytest.raises(UsageError, match="split: forward carries a state from batch to batch, which has no parts; use smaller batches"):
+        fit(Recurrent(), None, SGD, sequences(), forward=unpacked, plugins=["split"])
+
+
+def shared_out():
+    with pytest.raises(UsageError, match="ddp: forward carries a state from each batch to the next, which would be another process's; give "
+                                         "each process a sequence of its own, with shard=false"):
+        fit(Recurrent(), None, SGD, sequences(), forward=unpacked, plugins=["ddp"])
+
+
+def test_batches_that_follow_each_other_are_not_shared_out_among_processes(ranks):
+    ranks(2, shared_out)
+
+
+def test_one_of_several_losses_cannot_carry_a_state():
+    with pytest.raises(UsageError, match="forward is a dict, and one of its functions takes a state"):
+        fit(Recurrent(), None, {"cell": SGD, "head": SGD}, sequences(), forward={"cell": unpacked, "head": unpacked})
