@@ -215,6 +215,10 @@ SHARED_OPTIONS = (
                   help="Evaluate every N steps, in addition to the end of each epoch."),
     shared_option("--steps-per-epoch", group=LENGTH, type=COUNT, metavar="N",
                   help="Updates per epoch; needed where the data has no length."),
+    shared_option("--eval-first", group=LENGTH, is_flag=True, help="Evaluate before the first step, too."),
+    shared_option("--test", lambda: DATA, group=TASK, type=TextType(), metavar="D",
+                  help="Data to evaluate the final weights on at the end of the run, as for --data; of training and "
+                       "validation data it is the latter."),
     shared_option("--limit-train", group=LENGTH, type=LimitType(), metavar="N|P%",
                   help="Train on the first N batches of each epoch only, or on P percent of them; N in each process."),
     shared_option("--limit-valid", group=LENGTH, type=LimitType(), metavar="N|P%",
@@ -338,6 +342,32 @@ def predict(run: Path, inputs: tuple[str, ...], out: Path | None, top: int, ever
     """
     from loopctl.cli.predict import Columns, write_predictions  # by its full path, for `predict` is this command
     write_predictions(run, inputs, out, weights, device, batch_size, workers, Columns(top, every))
+
+
+@main.command()
+@click.argument("run", type=PathType())
+@shared_option("--data", lambda: DATA, type=TextType(), metavar="D",
+               help="Evaluate other data than that of the run, as for `loopctl run`; of training and validation data "
+                    "it is the latter.")
+@shared_option("--data-root", type=PathType(str), metavar="DIR", help="The folder where data sets are stored.")
+@shared_option("--metric", metric_names, multiple=True, type=TextType(), metavar="NAME[:OPTIONS]",
+               help="Report these metrics in place of those of the run.")
+@weights_option
+@shared_option("--device", default="auto", type=TextType(), metavar="DEVICE",
+               help="Device of the model: auto, cpu, mps, cuda or one such as cuda:1.")
+@shared_option("--batch-size", type=COUNT, metavar="N", help="Samples per batch.  [default: that of the run]")
+@shared_option("--workers", default=0, type=IntegerType(0), metavar="N",
+               help="Number of worker processes that load data; 0 loads it in the main process.")
+@click.option("--json", "as_json", is_flag=True, help="Print an object, for scripts.")
+@traceback_option
+def evaluate(run: Path, weights: str | None, metric: tuple[str, ...], as_json: bool, **settings: Any) -> None:
+    """Compute loss and metrics of the model of a run, on its validation data or on other data.
+
+    RUN is the folder of a run of `loopctl run`. In processes that torchrun has started, each evaluates its part.
+    """
+    from loopctl.cli import evaluation
+    if text := evaluation.evaluate_run(run, weights, settings | {"metric": metric or None}, as_json):
+        say(text)                       # rank 0 only
 
 
 @main.command()

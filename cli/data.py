@@ -51,12 +51,11 @@ def make(spec: str, root: str, download: bool) -> Data:
     keep_on_device = options.pop("on_device", False)
     result = call_factory(f"data {name}", factory, options, {"root": root, "download": download})
     parts = result if isinstance(result, Data) else Data(*split_parts(name, result))
-    for kind, part in (("training", parts.train), ("validation", parts.valid)):
-        if part is not None or kind == "training":
-            check_part(name, kind, part)
+    for kind, part in (("training", parts.train), *(("validation", part) for part in parts.validation_sets.values())):
+        check_part(name, kind, part)
     if not isinstance(result, Data):
         parts = described(name, parts)
-    if keep_on_device and not all(is_dataset(part) for part in (parts.train, parts.valid) if part is not None):
+    if keep_on_device and not all(map(is_dataset, (parts.train, *parts.validation_sets.values()))):
         raise UsageError(f"data {name}: on_device=true makes batches of samples, and {name} has loaders of its own; "
                          "return data sets, or leave it out")
     if name not in NAMES and parts.class_names and len(parts.class_names) != parts.classes:

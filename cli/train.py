@@ -28,7 +28,7 @@ from loopctl.checkpoint.atomic_files import Weights, atomic_write, save_weights
 from loopctl.checkpoint.folder_lock import RUN as LOCK
 from loopctl.checkpoint.folder_lock import FolderLock, LostLock
 from loopctl.checkpoint.state import checkpoints_in, find_candidates, step_number
-from loopctl.cli import data, launch, losses, metrics, models, optimizers, pretrained, saved_run
+from loopctl.cli import data, evaluation, launch, losses, metrics, models, optimizers, pretrained, saved_run
 from loopctl.cli.lasting_output import lasting_output
 from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.composition.compose import blame_plugin, compose
@@ -87,7 +87,8 @@ def build_arguments(
     arguments = {
         "model": model, "loss_fn": loss_fn, "optimizer": factory, "train": train, "valid": valid, "forward": forward,
         "epochs": settings["epochs"], "max_steps": settings["max_steps"], "eval_every": settings["eval_every"],
-        "steps_per_epoch": settings["steps_per_epoch"], "reduction": None, "plugins": plugins,
+        "eval_first": settings["eval_first"], "steps_per_epoch": settings["steps_per_epoch"], "reduction": None,
+        "plugins": plugins,
         "monitor": settings["monitor"] or "", "metrics": metrics.make(task["metric"], dataset.classes),
         "device": device, "seed": settings["seed"]}
     full_specs = [to_spec(split_spec(text)[0], plugin) for text, plugin in zip(specs, plugins, strict=False)]
@@ -219,6 +220,7 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
     if resume and (resume / "weights.safetensors").exists() and not has_checkpoint(resume, savers):
         raise UsageError(f"--resume {resume}: this run is finished and has no checkpoint to resume from; "
                          "start a new run")
+    test = evaluation.test_set(settings, resolved, arguments["device"])
     recorder = Recorder(resolved, saved_run.describe_data(dataset), new=not resume)
     arguments["plugins"] += [data.BatchSize(), recorder]
     # Only rank 0 makes the folder; the other processes get its path from rank 0 when they join the process group.
@@ -242,16 +244,22 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
             more = f"{counted(result.epoch, 'epoch')}); use more --epochs to continue it"
             raise UsageError(f"{folder}: this run is finished ({f'{result.stop})' if result.stop else more}")
         final = Weights(result.model)         # a collective operation if the model's tensors are sharded
+        tested = test(result.model) if test else {}
         if rank():
             return
         try:
             recorder.check_lock()
             save_weights(final, weights)
+            if tested:
+                with atomic_write(folder / "test.json") as file:
+                    file.write_text(json.dumps(tested, indent=4) + "\n", encoding="utf-8")
         except OSError as error:
             raise click.ClickException(f"{weights} cannot be written ({error.strerror or error}); "
                                        f"use loopctl run --resume {folder} to try again") from error
     click.echo(f"stopped early: {one_line(result.stop)}" if result.stop
                else f"finished: {counted(result.epoch, 'epoch')}, {counted(result.step, 'update')}")
+    if tested:
+        click.echo(f"test: {evaluation.described(tested)}")
     click.echo(f"run folder: {folder}")
     check_losses(result, weights)
 
@@ -430,7 +438,7 @@ class Recorder:
 
 def data_size(run: Run) -> str:
     """The size of the training and validation data in brackets, in samples if they are known, else in batches."""
-    parts = [part for part in (run.train, run.valid) if part is not None]
+    parts = [part for part in run.data_sets().values() if part is not None]
     for unit, sizes in (("samples", [length_or_none(getattr(part, "dataset", None)) for part in parts]),
                         ("batches", [length_or_none(part) for part in parts])):
         if None not in sizes:

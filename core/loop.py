@@ -265,4 +265,5 @@ def record_metrics(run: Run) -> None:
     if run.history and run.counters.recorded == run.attempts:
         run.history.pop()
     run.counters.finish_record()
-    run.history.append({"epoch": epoch, "step": run.step, **run.metrics, **recorded_rates(run.optimizer)})
+    known = {name: value for name, value in run.metrics.items() if run.attempts or value == value}     # no NaN at first
+    run.history.append({"epoch": epoch, "step": run.step, **known, **recorded_rates(run.optimizer)})

@@ -102,7 +102,7 @@ def test_the_run_is_evaluated_before_the_first_step_if_asked():
     run = fit(net, nn.MSELoss(), SGD, TRAIN, CLEAN, epochs=2, eval_first=True, metrics={"mae": absolute})
     assert [(row["epoch"], row["step"]) for row in run.history] == [(0, 0), (1, 3), (2, 6)]
     assert run.history[0]["val_loss"] == before
-    assert run.history[0]["train_loss"] != run.history[0]["train_loss"]        # NaN: there was no step
+    assert "train_loss" not in run.history[0]          # there was no step
     again = fit(model(), nn.MSELoss(), SGD, TRAIN, CLEAN, epochs=2, metrics={"mae": absolute})
     assert again.history == run.history[1:]
 

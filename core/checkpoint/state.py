@@ -45,7 +45,7 @@ TRAINING_HOOKS = ("setup", "param_groups", "wrap_model", "group_batches", "lr_sc
 
 # Options of `loopctl run` that may change on resume.
 MAY_CHANGE_ON_RESUME = ("epochs", "max_steps", "eval_every", "workers", "device", "devices", "data_root", "download",
-                        "plugin", "without", "max_time", "tag")
+                        "plugin", "without", "max_time", "tag", "test")
 
 log = logging.getLogger("loopctl")
 

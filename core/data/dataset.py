@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -44,7 +44,8 @@ class Data:
     """What is trained and validated on.
 
     train, valid: a data set of samples, which has `__len__` and `__getitem__`, or an IterableDataset; or a loader, or
-        another iterable of batches, which is used as it is. valid is None without validation
+        another iterable of batches, which is used as it is. valid is None without validation, or a dict of several by
+        name
     classes: the number of classes, where a sample is a pair (input, class)
     shape: of the input of a sample, such as channels, height and width
     collate_fn, sampler, batch_sampler, drop_last: of the DataLoader over `train`; collate_fn also of that over `valid`
@@ -91,7 +92,14 @@ class Data:
     def needs_batch_size(self) -> bool:
         """Whether a batch size is used: not where loaders or a batch sampler make all batches."""
         return ((is_dataset(self.train) and self.batch_sampler is None)
-                or (is_dataset(self.valid) and self.valid_batch_size is None))
+                or (any(map(is_dataset, self.validation_sets.values())) and self.valid_batch_size is None))
+
+    @property
+    def validation_sets(self) -> dict[str, Any]:
+        """The validation data by name: of several sets, their names; of a single one, ""."""
+        if self.valid is None:
+            return {}
+        return dict(self.valid) if isinstance(self.valid, Mapping) else {"": self.valid}
 
     def loaders(self, batch_size: int, workers: int, device: torch.device,
                 check_labels: bool = True) -> tuple[Any, Any]:
@@ -106,7 +114,8 @@ class Data:
         that cannot be read, or has a wrong label, raises a UsageError that names it.
         """
         check_workers(workers)
-        if workers and not (is_dataset(self.train) or is_dataset(self.valid)):
+        sets = self.validation_sets
+        if workers and not any(map(is_dataset, (self.train, *sets.values()))):
             raise UsageError(f"--workers {workers:,} would have nothing to load: data {self.name} has loaders of its "
                              "own; leave it out")
         if self.shape and (samples := length_or_none(self.train) if is_dataset(self.train) else None):
@@ -116,7 +125,7 @@ class Data:
         if check_labels and self.classes == 1:
             raise UsageError(f"data {self.name} has one class, so there is nothing to learn; it needs two or more, or "
                              "for numbers no `classes` and --loss mse")
-        parts = ((self.train, "training"), (self.valid, "validation"))
+        parts = [(self.train, "training"), *((part, "validation") for part in sets.values())]
         checked = [self.checked(part, kind, check_labels) if is_dataset(part) else None for part, kind in parts]
         for part in checked:
             if part is not None:
@@ -124,9 +133,10 @@ class Data:
         datasets: list[Any] = checked
         if self.on_device:
             datasets = on_device.datasets(self, workers, device, check_labels)
-        train, valid = (given if dataset is None else self.loader(dataset, kind, batch_size, workers, device)
-                        for dataset, (given, kind) in zip(datasets, parts, strict=True))
-        return train, valid
+        train, *valid = (given if dataset is None else self.loader(dataset, kind, batch_size, workers, device)
+                         for dataset, (given, kind) in zip(datasets, parts, strict=True))
+        named = dict(zip(sets, valid, strict=True))
+        return train, named if isinstance(self.valid, Mapping) else named.get("")
 
     def loader(self, dataset: Any, kind: str, batch_size: int, workers: int, device: torch.device) -> DataLoader[Any]:
         """Return the DataLoader over the "training" or the "validation" data set by its `kind`."""

@@ -41,13 +41,13 @@ class OnDeviceDataset(Dataset[list[Tensor]]):
         return [self.augment(batch[0]), *batch[1:]] if self.augment else batch
 
 
-def datasets(found: Any, workers: int, device: torch.device, check_labels: bool) -> list[OnDeviceDataset | None]:
-    """Return the training and the validation data set of `found`, a `Data`, copied to `device`; None where it has none.
+def datasets(found: Any, workers: int, device: torch.device, check_labels: bool) -> list[OnDeviceDataset]:
+    """Return the training data set and the validation sets of `found`, a `Data`, copied to `device`.
 
     Raises UsageError where the data does not fit there, or where reading a sample draws random numbers, and where a
     sample cannot be read or, with `check_labels`, has a wrong label.
     """
-    parts = [part for part in (found.train, found.valid) if part is not None]
+    parts = [found.train, *found.validation_sets.values()]
     if found.collate_fn or not all(hasattr(part, "__getitem__") and hasattr(part, "__len__") for part in parts):
         raise UsageError(f"data {found.name}: on_device=true reads every sample once and makes the batches itself; "
                          "return data sets with a length and without a collate_fn, or leave out on_device")
@@ -60,14 +60,11 @@ def datasets(found: Any, workers: int, device: torch.device, check_labels: bool)
         raise UsageError(f"data {found.name}: {samples:,} samples of {'x'.join(map(str, found.shape))} take "
                          f"{size / 1e9:,.1f} GB, and {device} has {available / 1e9:,.1f} GB free; leave out on_device, "
                          "or use smaller samples")
-    held: list[OnDeviceDataset | None] = []
+    held = []
     for part, kind, augment in ((found.unaugmented or found.train, "training", found.augment),
-                                (found.valid, "validation", None)):
-        if part is None:
-            held.append(None)
-        else:
-            checked = found.checked(part, kind, check_labels)
-            held.append(OnDeviceDataset(load_tensors(found, checked, device), augment, checked.image_shape))
+                                *((part, "validation", None) for part in found.validation_sets.values())):
+        checked = found.checked(part, kind, check_labels)
+        held.append(OnDeviceDataset(load_tensors(found, checked, device), augment, checked.image_shape))
     return held
 
 
