@@ -82,12 +82,12 @@ def test_the_tutorial_works_as_written(tmp_path, monkeypatch):
 def test_the_page_on_tasks_works_as_written(tmp_path, monkeypatch):
     """The file of its command-line section is written, and its commands and its other Python are run."""
     monkeypatch.chdir(tmp_path)
-    ran = 0
+    ran, scope = 0, {"__name__": "page"}        # the Python goes on from block to block
     for kind, block in re.findall(r"```(console|python)\n(.*?)```", (DOCS / "tasks.md").read_text(), re.DOTALL):
         if "def data(" in block:
             Path("regression.py").write_text(block)
         elif kind == "python":
-            exec(block, {"__name__": "page"})
+            exec(block, scope)
         else:
             for command in re.findall(r"^\$ (loopctl .*)$", block, re.MULTILINE):
                 done = CliRunner().invoke(main, shlex.split(command)[1:])

@@ -334,9 +334,9 @@ def test_an_example_has_at_most_sixty_lines_and_is_on_the_page(name):
 
 
 def in_two_processes(names):
-    """Train the examples with ddp; return the weights of each."""
+    """Train the examples with ddp, and with `progress`, which asks for the plan on rank 0 alone; return the weights."""
     sharded = {"lstm": "ddp:shard=false"}
-    return {name: train(example(name), [sharded.get(name, "ddp")], epochs=1).model.state_dict() for name in names}
+    return {name: train(example(name), [sharded.get(name, "ddp"), "progress"], epochs=1).model.state_dict() for name in names}
 
 
 def test_the_examples_train_in_two_processes(ranks):
