@@ -166,7 +166,7 @@ def test_the_commands_of_the_page_on_fine_tuning_run_in_order(tmp_path, monkeypa
 def test_the_page_on_tasks_works_as_written(tmp_path, monkeypatch):
     """The file of its command-line section is written, and its commands and its other Python are run."""
     monkeypatch.chdir(tmp_path)
-    ran, scope = 0, {"__name__": "page"}
+    ran, scope = 0, {"__name__": "page"}        # the Python goes on from block to block
     for kind, block in re.findall(r"```(console|python)\n(.*?)```", (DOCS / "tasks.md").read_text(), re.DOTALL):
         if "def data(" in block:
             Path("regression.py").write_text(block)

@@ -128,6 +128,8 @@ class Parallel:
     def wrap_model(self, run: Run) -> None:
         require_same(run, describe_optimizer)
         broadcast_tensors(run, loss_tensors(run).values())
+        if not self.certain_length:
+            run.plan()          # which is agreed on in collectives; later one process alone may ask for it
         # All processes had the same random numbers until here, for the same initial weights. From here on dropout and
         # augmentation draw different ones in each.
         if run.rank:
