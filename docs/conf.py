@@ -41,6 +41,7 @@ EXAMPLES = {
     "compile": "--plugin compile:mode=max-autotune",
     "ddp": "--devices 0,1 --plugin ddp:sync_batchnorm=true",
     "early_stopping": "--plugin early_stopping:monitor=val_accuracy,patience=5,restore_best=true",
+    "max_time": "--plugin max_time:limit=2h",
     "ema": "--plugin ema:decay=0.999",
     "freeze": "--plugin freeze:patterns=0.*,until=2ep",
     "fsdp": "--devices 0,1 --plugin fsdp",

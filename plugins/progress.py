@@ -15,7 +15,7 @@ from loopctl.report.terminal import PlainStream, one_line
 
 @dataclass(eq=False)
 class Progress:
-    """Show a row of losses and metrics per epoch and a live bar, or a line per epoch without a terminal.
+    """Show a row of metrics per epoch and a live bar, or a line per epoch without a terminal.
 
     A row is printed when its epoch ends, above the live bar, and also for each evaluation within an epoch. A narrow
     terminal leaves out the columns that matter least: step, then lr, metrics of training, those of plugins. A resumed

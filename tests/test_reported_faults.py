@@ -363,7 +363,7 @@ def test_state_is_restored_after_everything_that_changes_it(net, batches, clone,
     class Observer:
         @hookimpl
         def after_step(self, run: Run):
-            scaler = run.hook.plugins["amp"].scaler
+            scaler = run.hook.plugins["amp"].scalers[""]
             scales.append((scaler.get_scale(), scaler.state_dict()["_growth_tracker"]))
 
     uninterrupted, plugins = clone(net), ["amp:dtype=float16,init_scale=1024,growth_interval=5", DrawsAtStart()]

@@ -32,10 +32,10 @@ class WeightAverage:
 
     average: dict[str, Tensor]
     evaluate_raw: bool
-    evaluating_raw = False
 
     @hookimpl
     def setup(self, run: Run) -> None:
+        self.evaluating_raw = False
         if self.evaluate_raw:
             raw = {raw_name(name): nan for name in run.metrics if name.startswith("val_")}
             if not raw or raw.keys() & run.metrics.keys():

@@ -326,7 +326,7 @@ def test_a_package_without_metadata(packages, caplog):
     packages(metadata=False, bare="[loopctl]\nbare = bare_one:Bare\n")
     done = CliRunner().invoke(main, ["plugins"])
     assert done.exit_code == 0
-    assert "[bare-1.0.dist-info]" in next(line for line in done.stdout.splitlines() if line.startswith("bare "))
+    assert "[bare-1.0.dist-info]" in next(line for line in done.stdout.splitlines() if line.split()[:1] == ["bare"])
     assert not warnings_of(caplog)
 
 

@@ -364,7 +364,7 @@ def test_with_float16_scaling_a_bad_loss_is_bad(net, batches, value, fused):
     run = fit(net, loss_fn, partial(sgd, fused=fused), batches, plugins=[amp, NanGuard("skip"), watch], seed=1)
     assert skipped(watch) == [3, 4]
     assert (run.step, run.metrics["skipped_steps"]) == (6, 2)
-    assert amp.scaler.get_scale() == (256.0 if value else 1024.0)
+    assert amp.scalers[""].get_scale() == (256.0 if value else 1024.0)
 
 
 def test_no_optimizer_of_torch_does_anything_without_gradients(plain):

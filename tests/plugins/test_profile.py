@@ -226,7 +226,7 @@ def test_a_run_that_stops_early_reports_the_recorded_steps(plain, batches, valid
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_run_that_stops_before_recording_prints_a_hint(plain, batches, sgd, tmp_path, capsys, stop):
     train(plain, sgd, batches, tmp_path, "profile:start=2,steps=5", Stop(stop))
-    assert capsys.readouterr().out == f"profile: nothing was recorded, because the run ended after {stop} steps; pass start=0\n"
+    assert capsys.readouterr().out == f"profile: nothing was recorded, because the run ended after {stop} step{'s' * (stop > 1)}; pass start=0\n"
     assert not list(tmp_path.iterdir())
     assert not torch.autograd._profiler_enabled()
 
