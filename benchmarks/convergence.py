@@ -13,7 +13,7 @@ from torch import nn
 
 from loopctl import Run, fit, hookimpl
 from loopctl.cli import data, models
-from loopctl.cli.train import accuracy
+from loopctl.metrics.named import accuracy
 from loopctl.model.eval_mode import eval_mode
 
 FEATURED = ["amp", "accumulate:every=2", "clip:max_norm=1", "warmup:length=10%", "cosine:by=step"]

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from loopctl import available
-from loopctl.checkpoint.state import find_candidates, find_checkpoint
+from loopctl.checkpoint.finding import find_candidates, find_checkpoint
 from loopctl.testing import checks
 
 # Real images with noise from the random numbers of Python, NumPy and torch: if the state of one of these generators is
@@ -61,7 +61,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 from loopctl import fit
 from loopctl.checkpoint.atomic_files import save_weights
-from loopctl.checkpoint.state import find_candidates
+from loopctl.checkpoint.finding import find_candidates
 
 if "RANK" not in os.environ:        # start both processes, in one process group, which is killed as a whole
     with socket.socket() as free:

@@ -252,7 +252,7 @@ def imagenet(root: str, size: int = 224, augment: bool = True) -> Data:
                 preprocessing=preprocessing(sets[1].transform, "RGB", size, shorter_side(size)))
 
 
-def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
+def imagefolder(root: str, size: int = 224, augment: bool = True, valid: str = "val") -> Data:
     """Image files in `root`/train/CLASS and `root`/val/CLASS. Names that start with a dot are left out.
 
     A training image is a random crop, mirrored at random. A validation image is the centre, after the shorter side is
@@ -260,12 +260,13 @@ def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
 
     size: height and width of the images in pixels
     augment: random crops, mirrored at random; false for the centre
+    valid: name of the folder of the validation images, such as test for --test imagefolder:valid=test
     """
     from loopctl.cli.image_folder import IMG_EXTENSIONS, VisibleImageFolder
 
     check_image_size("data imagefolder", size=size)
-    folders = [Path(root, split).absolute() for split in ("train", "val")]
-    advice = "put images in train/CLASS and val/CLASS of --data-root DIR"
+    folders = [Path(root, split).absolute() for split in ("train", valid)]
+    advice = f"put images in train/CLASS and {one_line(valid)}/CLASS of --data-root DIR"
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"data imagefolder: there is no folder {folder}; {advice}")
@@ -283,7 +284,7 @@ def imagefolder(root: str, size: int = 224, augment: bool = True) -> Data:
                     f" and {len(others) - 1:,} more" if others[1:] else "", ", ".join(IMG_EXTENSIONS))
     if sets[0].classes != sets[1].classes:
         differ = sorted(set(sets[0].classes) ^ set(sets[1].classes))
-        raise UsageError(f"data imagefolder: train and val in {root} have different classes; "
+        raise UsageError(f"data imagefolder: train and {one_line(valid)} in {root} have different classes; "
                          f"only one of them has {', '.join(differ)}")
     return Data(sets[0], sets[1], len(sets[0].classes), (3, size, size),
                 preprocessing=preprocessing(sets[1].transform, "RGB", size, shorter_side(size)))
@@ -363,4 +364,5 @@ def limit(settings: dict[str, Any], train: Any, valid: Any) -> tuple[Any, Any]:
             raise UsageError(f"--overfit {number} with --limit-{'train' if limits[0] else 'valid'}: it limits both to "
                              "the same batches; leave out one of the two")
         return (overfit(train, number),) * 2
-    return tuple(limited(data, most) if most else data for data, most in zip((train, valid), limits, strict=True))
+    return tuple(limited(data, most) if most and data is not None else data
+                 for data, most in zip((train, valid), limits, strict=True))

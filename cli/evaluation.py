@@ -11,6 +11,7 @@ from torch import nn
 
 from loopctl import Data, Parallel, evaluate
 from loopctl.cli import data, losses, metrics
+from loopctl.cli.arguments import DEFAULT_BATCH_SIZE
 from loopctl.cli.saved_run import load_run
 from loopctl.composition.compose import SPECS
 from loopctl.composition.discovery import build_plugin
@@ -22,7 +23,7 @@ from loopctl.rng import rng_state, set_rng_state
 
 # A plugin that implements one of these hooks changes how the loss of a batch is computed or weighed.
 FORWARD_HOOKS = ("compute_loss", "batch_weight")
-DEFAULT_BATCH_SIZE = 64
+
 
 
 def evaluate_run(folder: Path, weights: str | None, settings: dict[str, Any], as_json: bool) -> str:
@@ -34,12 +35,7 @@ def evaluate_run(folder: Path, weights: str | None, settings: dict[str, Any], as
     config = run.config | {key: value for key, value in settings.items() if value is not None}
     device = find_device(config.get("device", "auto"))
     dataset = data.make(config["data"], config["data_root"], bool(config.get("download")))
-    if run.classes and dataset.class_names and run.classes != dataset.class_names:
-        raise UsageError(f"data {dataset.name} has the classes {', '.join(dataset.class_names)}, and the run "
-                         f"{', '.join(run.classes)}; evaluate data of the run's classes")
-    if run.shape and dataset.shape and run.shape != dataset.shape:
-        raise UsageError(f"data {dataset.name} has inputs of shape {dataset.shape}, and the run was trained on "
-                         f"{run.shape}; choose options of the data that give the same")
+    check_alike(dataset, run.classes, run.shape)
     found = evaluate_with(config, device, dataset)(run.model)
     if rank():
         return ""
@@ -73,6 +69,16 @@ def evaluate_with(config: dict[str, Any], device: Any, dataset: Data) -> Callabl
                    device=device)
 
 
+def check_alike(dataset: Data, classes: tuple[str, ...], shape: tuple[int, ...] | None) -> None:
+    """Raise UsageError where data to evaluate has other classes, or inputs of another shape, than the training data."""
+    if classes and dataset.class_names and classes != dataset.class_names:
+        raise UsageError(f"data {dataset.name} has the classes {', '.join(dataset.class_names)}, and the run "
+                         f"{', '.join(classes)}; evaluate data of the run's classes")
+    if shape and dataset.shape and shape != dataset.shape:
+        raise UsageError(f"data {dataset.name} has inputs of shape {dataset.shape}, and the run was trained on "
+                         f"{shape}; choose options of the data that give the same")
+
+
 def validation_parts(dataset: Data) -> dict[str, Any]:
     """The data to evaluate by name: the validation sets, or the training data where there is none."""
     return dataset.validation_sets or {"": dataset.train}
@@ -84,14 +90,18 @@ def implements(plugin: Any, hook: str) -> bool:
 
 
 def test_set(
-    settings: dict[str, Any], resolved: dict[str, Any], device: Any,
+    settings: dict[str, Any], resolved: dict[str, Any], device: Any, trained: Data,
 ) -> Callable[[nn.Module], dict[str, Any]] | None:
-    """What evaluates a model on the data of --test; None without it. It draws no random numbers that the run would."""
+    """What evaluates a model on the data of --test; None without it. It draws no random numbers that the run would.
+
+    trained: the data of the run. Raises UsageError where the two do not fit together.
+    """
     if settings["test"] is None:
         return None
     before = rng_state()
     try:
         dataset = data.make(settings["test"], settings["data_root"], settings["download"])
+        check_alike(dataset, trained.class_names, trained.shape)
         return evaluate_with(resolved, device, dataset)
     except UsageError as error:
         raise UsageError(f"--test: {error}") from error

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loopctl.checkpoint.atomic_files import atomic_write, claim_output, save_weights
 from loopctl.checkpoint.weights_file import load_weights
-from loopctl.cli.saved_run import build_model, load_run, read_run
+from loopctl.cli.saved_run import SavedRun, build_model, load_run, read_run
 from loopctl.errors import UsageError, one_line
 
 # The endings of a file of each format, the first of them by default.
@@ -38,15 +38,24 @@ def export_model(folder: Path, kind: str, out: Path | None, weights: str | None)
     if kind == "onnx" and not onnx_is_there():
         raise UsageError("--format onnx needs more packages; pip install 'loopctl[onnx]'")
     run = load_run(folder, weights)
+    claim_output(out, False, "--out")
+    if kind == "torch" and not takes_numbers(run):
+        with atomic_write(out) as temporary:
+            write_weights(run.model, temporary, out.suffix.lower())
+            compare_weights(run.model, read_weights(folder, temporary, out.suffix.lower()), out)
+        return (f"{out}: the state dict of the model of {folder}, with the weights in {run.weights}\n"
+                "checked by loading it into a new model: every tensor is equal")
     if run.shape is None:
         raise UsageError(f"{folder}: the shape of an input is not known, as its samples are not pairs of a tensor and "
                          "a target; export the model in Python, from loopctl.load_run")
-    claim_output(out, False, "--out")
+    if not takes_numbers(run):
+        raise UsageError(f"--format {kind}: the model cannot be called with one tensor of {run.shape} floating-point "
+                         "numbers; export it in Python, from loopctl.load_run, or use --format torch")
     batches = [torch.randn(size, *run.shape, generator=torch.Generator().manual_seed(size)) for size in BATCH_SIZES]
     with torch.no_grad(), warnings.catch_warnings(action="ignore"), atomic_write(out) as temporary:
         if kind == "torch":
             write_weights(run.model, temporary, out.suffix.lower())
-            read = read_weights(folder, temporary, out.suffix.lower())
+            read: Model = read_weights(folder, temporary, out.suffix.lower())
         else:
             read = (write_exported if kind == "exported" else write_onnx)(run.model, batches[0], temporary)
         difference = compare(run.model, read, batches, out)
@@ -89,6 +98,25 @@ def compare(model: nn.Module, read: Model, batches: list[Tensor], out: Path) -> 
     return largest
 
 
+def takes_numbers(run: SavedRun) -> bool:
+    """Whether the model can be called with one tensor of random numbers, so that outputs can be compared."""
+    if run.shape is None:
+        return False
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return isinstance(run.model(torch.randn(2, *run.shape)), Tensor)
+    except Exception:           # a model may raise anything for inputs of another kind, such as tokens
+        return False
+
+
+def compare_weights(model: nn.Module, read: nn.Module, out: Path) -> None:
+    """Raise UsageError, which says that `out` was not kept, where a tensor of the model was not read as it was."""
+    found = read.state_dict()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and not torch.equal(torch.nan_to_num(tensor), torch.nan_to_num(found[name])):
+            raise UsageError(f"{out} was not kept: {name} was read with other values")
+
+
 def write_weights(model: nn.Module, file: Path, suffix: str) -> None:
     if suffix == ".safetensors":
         save_weights(model, file)
@@ -96,7 +124,7 @@ def write_weights(model: nn.Module, file: Path, suffix: str) -> None:
         torch.save(model.state_dict(), file)
 
 
-def read_weights(folder: Path, file: Path, suffix: str) -> Model:
+def read_weights(folder: Path, file: Path, suffix: str) -> nn.Module:
     """A new model of the run in `folder` with the weights in `file`."""
     config, described = read_run(folder)
     model = build_model(folder, config["model"], described).eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from loopctl.checkpoint.atomic_files import atomic_write, claim_output
+from loopctl.cli.data import split_parts
 from loopctl.cli.saved_run import SavedRun, load_run
 from loopctl.cli.specs import call_factory, resolve
 from loopctl.data.batch import to_device
 from loopctl.data.dataset import Data, check_workers
 from loopctl.errors import UsageError, harmless, one_line
+from loopctl.model.forward import named_inputs, predictions
 from loopctl.prepare import find_device
 
 Outputs = Iterator[tuple[list[str], Tensor]]            # of each batch: what each row is about, and the model's outputs
@@ -161,10 +163,7 @@ def own_batches(run: SavedRun, spec: str, batch_size: int, workers: int) -> Iter
     """
     name, factory, options = resolve("data", spec, lambda: (), lambda name: factory)
     data = call_factory(f"data {name}", factory, options, {"root": run.config.get("data_root"), "download": False})
-    if isinstance(data, Data):
-        data = data.valid
-    elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Dataset | DataLoader) for part in data):
-        data = data[1]
+    data = inputs_of(name, data)
     if isinstance(data, DataLoader):
         return data
     if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not hasattr(data, "__iter__")):
@@ -180,13 +179,27 @@ def own_batches(run: SavedRun, spec: str, batch_size: int, workers: int) -> Iter
     return (default_collate(batch) for batch in iter(lambda: list(islice(whole, batch_size)), []))
 
 
+def inputs_of(name: str, data: Any) -> Any:
+    """The data to predict for in what a function has returned; of training and validation data it is the latter."""
+    pair = isinstance(data, tuple | list) and len(data) == 2 and all(
+        isinstance(part, Dataset | DataLoader | dict) or part is None for part in data)
+    if not isinstance(data, Data | Mapping) and not pair:
+        return data
+    parts = data if isinstance(data, Data) else Data(*split_parts(name, data))
+    sets = parts.validation_sets
+    if len(sets) > 1:
+        raise UsageError(f"data {name} has several validation sets, {', '.join(sets)}; name a function that returns "
+                         "one of them")
+    return next(iter(sets.values()), parts.train)
+
+
 def of_classes(run: SavedRun) -> bool:
     """Whether the outputs are logits of classes: the loss was cross entropy."""
     return str(run.config.get("loss") or "cross_entropy").partition(":")[0].replace("_", "").lower() == "crossentropy"
 
 
 def input_of(batch: Any) -> Any:
-    """The model's input in a batch or a sample: its first part, or all of it if it has no parts."""
+    """The model's input in a batch or a sample: its first part, or all of it if it has no parts, or is a dict."""
     return batch[0] if isinstance(batch, tuple | list) and batch else batch
 
 
@@ -194,9 +207,11 @@ def call_model(run: SavedRun, inputs: Any, device: torch.device) -> Tensor:
     """The model's output for a batch, on the CPU. Raises UsageError where it is not a tensor."""
     try:
         with torch.no_grad():
-            output = run.model(to_device(inputs, device))
+            placed = to_device(inputs, device)
+            output = predictions(run.model(**named_inputs(run.model, placed)) if isinstance(placed, Mapping)
+                                 else run.model(placed))
     except Exception as error:
-        if isinstance(inputs, Tensor):
+        if isinstance(inputs, Tensor) and run.shape:
             error.add_note(f"the model was trained on inputs of shape {run.shape}, and this batch has "
                            f"{tuple(inputs.shape)}")
         raise

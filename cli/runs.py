@@ -91,7 +91,8 @@ def checkpoint_options(config: dict[str, Any], name: str) -> list[str]:
 
 def best(config: dict[str, Any], history: list[dict[str, float]]) -> tuple[str | None, float | None]:
     """The metric by which checkpoints are judged, and its best value."""
-    names = [*filter(None, checkpoint_options(config, "monitor")), "val_loss", "train_loss"]
+    losses = [name for row in history[:1] for name in row if name.startswith("val_") and name.endswith("_loss")]
+    names = [*filter(None, (*checkpoint_options(config, "monitor"), config.get("monitor"))), *losses, "train_loss"]
     metric = next((name for name in names if any(name in row for row in history)), None)
     values = [row[metric] for row in history if metric in row and charts.number(row[metric])] if metric else []
     if not values or metric is None:

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from loopctl.checkpoint.atomic_files import DamagedCheckpoint, read_checkpoint
+from loopctl.checkpoint.finding import check_layout, checkpoints_in, latest_first, restore_content
 from loopctl.checkpoint.sharded_tensors import check_sharded, load_sharded
-from loopctl.checkpoint.state import check_layout, checkpoints_in, latest_first, load_model, restore_content
+from loopctl.checkpoint.state import load_model
 from loopctl.checkpoint.weights_file import load_weights
 from loopctl.cli import data, models
 from loopctl.cli.compare import read_config

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from loopctl.composition.compose import blame_plugin, compose
 from loopctl.composition.option_types import python_numbers
@@ -101,10 +102,15 @@ def check(run: Run, metrics: Any) -> None:
         if not hasattr(data, "__iter__") or isinstance(data, Mapping | str | bytes):
             raise UsageError(f"{name} is a {type(data).__name__}, not an iterable of batches; "
                              "pass a DataLoader or a list")
+        if isinstance(data, list | tuple) and data and isinstance(data[0], DataLoader):
+            raise UsageError(f"{name} is a {type(data).__name__} of DataLoaders; pass one"
+                             + ", or several validation sets as a dict by name" * (name != "train"))
         if length_or_none(data) == 0:
             raise UsageError(f"{name} has no batches")
     if length_or_none(run.train) is None and run.steps_per_epoch is None:
         raise UsageError("train has no length, so the end of an epoch is unknown; pass steps_per_epoch=...")
+    if isinstance(run.loss_fn, type) and issubclass(run.loss_fn, nn.Module):
+        raise UsageError(f"loss_fn is the class {run.loss_fn.__name__}; pass an instance, {run.loss_fn.__name__}()")
     if run.loss_fn is not None and not callable(run.loss_fn):
         raise UsageError(f"loss_fn is {describe(run.loss_fn)}; pass a function of (output, target), such as "
                          "torch.nn.CrossEntropyLoss(), or None where the model returns its loss")
@@ -114,7 +120,8 @@ def check(run: Run, metrics: Any) -> None:
         if not callable(function):
             raise UsageError(f"forward is {describe(function)}; pass a function (model, batch) that returns loss, "
                              "outputs")
-    if named and not (isinstance(run.optimizer, Mapping) and run.forward and [*run.forward] == [*run.optimizer]):
+    optimizers = [*run.optimizer] if isinstance(run.optimizer, Mapping) else []
+    if named and "train" not in run.hook.replaced and not (run.forward and [*run.forward] == optimizers):
         raise UsageError("forward is a dict, of a loss for each optimizer; pass a dict of optimizers with the same "
                          "names, in the same order")
     run.carries_state = any(takes_state(function) for function in functions)

@@ -26,17 +26,10 @@ from loopctl.checkpoint.atomic_files import (
     save_checkpoint,
     save_weights,
 )
+from loopctl.checkpoint.finding import checkpoints_in, resume_candidates, resumes_own_folder, step_number
 from loopctl.checkpoint.folder_lock import CHECKPOINTS, FolderLock
 from loopctl.checkpoint.sharded_tensors import extract_sharded, save_sharded, sharded_files
-from loopctl.checkpoint.state import (
-    capture_state,
-    check_serializable,
-    checkpoints_in,
-    plain_content,
-    resume_candidates,
-    resumes_own_folder,
-    step_number,
-)
+from loopctl.checkpoint.state import capture_state, check_serializable, plain_content
 from loopctl.distributed.process_group import (
     StopConsensus,
     all_gather,

@@ -11,9 +11,10 @@ from loopctl.model.weight_averages import WeightAverage, alike, is_averaged, ler
 class Ema(WeightAverage):
     """Average the weights exponentially over the updates; evaluate and end with the average.
 
-    It is torch.optim.swa_utils.get_ema_multi_avg_fn; an average of the iterates is due to Polyak and Juditsky,
-    doi:10.1137/0330046. Training continues with the raw weights. BatchNorm statistics are averaged like the weights,
-    since the model's own belong to its raw weights; other buffers are the model's own, as they need not be means.
+    With warmup=false it is torch.optim.swa_utils.get_ema_multi_avg_fn; an average of the iterates is due to Polyak and
+    Juditsky, doi:10.1137/0330046. Training continues with the raw weights. BatchNorm statistics are averaged like the
+    weights, since the model's own belong to its raw weights; other buffers are the model's own, as they need not be
+    means.
 
     decay: the part of the average that each update keeps, 0 to 1
     warmup: keep less at first, (1 + n) / (10 + n) at the n-th update, so that the first weights are soon forgotten

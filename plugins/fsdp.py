@@ -74,12 +74,12 @@ class Fsdp(Parallel):
     @hookimpl
     def train_start(self, run: Run) -> None:
         super().train_start(run)
+        optimizer: Any          # not every version of torch has the attribute below in both classes
         for optimizer in each_optimizer(run.optimizer):
             if isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad):
                 for group in optimizer.param_groups:
                     group["fused"] = False
-                # Set by the optimizer if it is fused; not every version of torch has it in both classes.
-                optimizer._step_supports_amp_scaling = False
+                optimizer._step_supports_amp_scaling = False            # set by the optimizer if it is fused
 
     @hookimpl
     def epoch_start(self, run: Run) -> None:

@@ -30,7 +30,7 @@ ARROWS = {
     "trial_run": "errors rng metrics optim model data distributed composition checkpoint run loop",
     "testing": "errors rng hooks optim data composition checkpoint run loop",
     "plugins": "errors rng hooks report metrics optim model data distributed composition checkpoint run trial_run",
-    "cli": "errors rng hooks report metrics optim model data distributed composition checkpoint run prepare loop plugins",
+    "cli": "errors rng hooks report metrics optim model data distributed composition checkpoint run prepare loop evaluation plugins",
 }
 
 

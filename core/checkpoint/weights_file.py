@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from loopctl.checkpoint.atomic_files import DamagedCheckpoint, read_checkpoint
-from loopctl.checkpoint.state import describe_shape, find_candidates, restore_content
+from loopctl.checkpoint.finding import find_candidates, restore_content
+from loopctl.checkpoint.state import describe_shape
 from loopctl.errors import UsageError, names, one_line
 
 log = logging.getLogger("loopctl")

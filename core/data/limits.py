@@ -19,11 +19,13 @@ def limited(data: Any, limit: int | str) -> Any:
     DataLoader is copied, with a limited batch sampler. A percentage is rounded down, to at least one batch. Where
     several processes share the data, a number of batches counts for each of them.
 
-    data: a DataLoader, a list, or another iterable of batches that starts anew in each pass
+    data: a DataLoader, a list, or another iterable of batches that starts anew in each pass; or a dict of such by name
 
     Raises UsageError for another limit, and for a percentage of data whose length is unknown.
     """
     parse_limit(limit)
+    if isinstance(data, dict):
+        return {name: limited(part, limit) for name, part in data.items()}
     if isinstance(data, Iterator):
         raise UsageError(f"limited: the data is a {type(data).__name__}, which can be read once only; pass a "
                          "DataLoader or a list")

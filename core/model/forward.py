@@ -144,13 +144,18 @@ def call_model(run: Run, batch: Any) -> Any:
 
 def model_arguments(run: Run, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a dict that the model takes; without the target where `loss_fn` takes that."""
-    accepted = argument_names(getattr(run.model.forward, "__func__", run.model.forward))
-    target = None if run.loss_fn is None else target_name(batch)
-    found = {name: batch[name] for name in batch if name != target and (accepted is None or name in accepted)}
+    found = named_inputs(run.model, batch, None if run.loss_fn is None else target_name(batch))
     if not found:
+        accepted = argument_names(getattr(run.model.forward, "__func__", run.model.forward))
         takes = "" if accepted is None else f", and the model takes {names(sorted(accepted))}"
         raise UsageError(f"a batch has the entries {names(batch)}{takes}; name them alike, or pass forward=...")
     return found
+
+
+def named_inputs(model: nn.Module, batch: Mapping[str, Any], target: str | None = None) -> dict[str, Any]:
+    """The entries of a dict that are named as arguments of a model's `forward`, without the `target`."""
+    accepted = argument_names(getattr(model.forward, "__func__", model.forward))
+    return {name: batch[name] for name in batch if name != target and (accepted is None or name in accepted)}
 
 
 def can_be_called_with(function: Callable[..., Any], *arguments: Any) -> bool:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from loopctl import UsageError, fit
 from loopctl.checkpoint.atomic_files import CHECKSUM_MARK, DamagedCheckpoint, read_checkpoint, save_checkpoint
-from loopctl.checkpoint.state import COUNTERS, find_candidates, find_checkpoint
+from loopctl.checkpoint.finding import COUNTERS, find_candidates, find_checkpoint
 from loopctl.plugins.checkpoint import Checkpoint
 
 cross_entropy = nn.CrossEntropyLoss()

@@ -13,8 +13,8 @@ from torch import nn
 
 from loopctl import UsageError, fit
 from loopctl.checkpoint.atomic_files import DamagedCheckpoint, read_checkpoint, save_checkpoint
+from loopctl.checkpoint.finding import checkpoints_in, find_checkpoint
 from loopctl.checkpoint.sharded_tensors import MARK, check_sharded, load_sharded, sharded_files
-from loopctl.checkpoint.state import checkpoints_in, find_checkpoint
 
 LOSS, SGD = nn.CrossEntropyLoss(), partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from loopctl import Run, fit, hookimpl
 from loopctl.checkpoint.atomic_files import save_checkpoint, save_weights
-from loopctl.checkpoint.state import checkpoints_in, find_checkpoint
+from loopctl.checkpoint.finding import checkpoints_in, find_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs resource limits and mounts of Linux")
 cross_entropy = nn.CrossEntropyLoss()

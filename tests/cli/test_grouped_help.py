@@ -5,8 +5,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from loopctl.cli import SHARED_OPTIONS, main
+from loopctl.cli import main
 from loopctl.cli.grouped_help import GroupedCommand, GroupedOption
+from loopctl.cli.options import SHARED_OPTIONS
 
 TEN = ["--model", "--data", "--optimizer", "--lr", "--epochs", "--batch-size", "--plugin", "--device", "--out", "--resume"]
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset
 
 from loopctl import Run, UsageError, fit, hookimpl
-from loopctl.checkpoint.state import find_checkpoint
+from loopctl.checkpoint.finding import find_checkpoint
 from loopctl.data.limits import find_limit, limited, overfit
 from loopctl.data.sharding import shard_data
 

@@ -19,8 +19,8 @@ from torch import nn
 from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.checkpoint import atomic_files
 from loopctl.checkpoint.atomic_files import atomic_write, save_weights
+from loopctl.checkpoint.finding import checkpoints_in, find_checkpoint
 from loopctl.checkpoint.folder_lock import FolderLock, LostLock
-from loopctl.checkpoint.state import checkpoints_in, find_checkpoint
 from loopctl.cli import main
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs the signals and devices of Linux")

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.checkpoint.finding import find_checkpoint
 from loopctl.checkpoint.folder_lock import FolderLock
-from loopctl.checkpoint.state import find_checkpoint
 
 ROOT = Path(__file__).parents[2]
 LOSS = nn.CrossEntropyLoss()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from loopctl import Run, UsageError, fit, hookimpl
-from loopctl.checkpoint.state import find_checkpoint
+from loopctl.checkpoint.finding import find_checkpoint
 
 cross_entropy = nn.CrossEntropyLoss()
 adam = partial(torch.optim.Adam, lr=1e-2)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loopctl import Run, fit, hookimpl
-from loopctl.checkpoint.state import checkpoints_in, find_checkpoint, step_number
+from loopctl.checkpoint.finding import checkpoints_in, find_checkpoint, step_number
 
 LOSS = nn.CrossEntropyLoss()
 UNEVEN = [8, 8, 8, 4, 8, 8, 6]

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.checkpoint.atomic_files import save_checkpoint
-from loopctl.checkpoint.state import find_checkpoint
+from loopctl.checkpoint.finding import find_checkpoint
 from loopctl.optim.duration import parse_time
 from loopctl.plugins import checkpoint, max_time
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from loopctl import Run, UsageError, fit, hookimpl
-from loopctl.checkpoint.state import find_checkpoint
+from loopctl.checkpoint.finding import find_checkpoint
 from loopctl.cli import main
 
 cross_entropy = nn.CrossEntropyLoss()

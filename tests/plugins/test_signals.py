@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.checkpoint.atomic_files import ChecksumWriter
-from loopctl.checkpoint.state import find_checkpoint
+from loopctl.checkpoint.finding import find_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no such signals")
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
