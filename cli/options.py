@@ -45,6 +45,10 @@ def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
     if path is None:
         return None
     file = path / "run.toml" if param.name == "resume" else path
+    if param.name == "resume" and path.is_file():
+        raise click.UsageError(f"--resume {path} is a file; name the folder of the run, as in --resume runs/a")
+    if param.name == "resume" and not path.exists() and Path("runs", path, "run.toml").exists():
+        raise click.UsageError(f"--resume: there is no folder {path}; did you mean runs/{path}?")
     try:
         with file.open("rb") as stream:
             content = stream.read(2**20 + 1)

@@ -169,7 +169,7 @@ def make_folder(path: Path | None) -> tuple[Path, list[Path]]:
         made: list[Path] = []
         try:
             if folder is path and folder.exists() and not (folder.is_dir() and not files_in(folder)):
-                alternative = f", or use --resume {path}" if folder.is_dir() else ""
+                alternative = f", or use --resume {path}" if (folder / "run.toml").exists() else ""
                 raise UsageError(f"--out {path} exists and is not overwritten; choose another folder{alternative}")
             made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
             folder.mkdir(parents=True, exist_ok=folder is path)

@@ -126,8 +126,10 @@ def changed(config: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     """
     plugins, left_out = config.get("plugin"), config.get("without")
     names = [str(spec).partition(":")[0] for spec in (plugins if isinstance(plugins, list) else [])]
-    options = [f"{key}={value}" for key, value in sorted(config.items()) if key not in NOT_TOLD
-               and value not in (None, [], False) and str(value) != str(defaults.get(key))]
+    usual = {"metric": ["accuracy"], "loss": "cross_entropy"}       # where the data has classes
+    options = [f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
+               for key, value in sorted(config.items()) if key not in NOT_TOLD and value not in (None, [], False)
+               and str(value) != str(defaults.get(key)) and value != usual.get(key)]
     without = [f"without {name}" for name in (left_out if isinstance(left_out, list) else [])]
     return [*options, *(name for name in names if name not in DEFAULT_PLUGINS), *without]
 

@@ -125,5 +125,7 @@ def explain_loss_error(outputs: Any, target: Any, error: Exception) -> None:
         where = wrong[0] if len(wrong) == 1 else tuple(wrong)
         raise UsageError(f"{part} gave the class {target[tuple(wrong)].item()}, at index {where} of a batch, and the "
                          f"model has {outputs.shape[1]} outputs, for classes 0 to {outputs.shape[1] - 1}") from error
+    last = outputs.ndim == target.ndim + 1 > 2 and outputs.shape[:-1] == target.shape
     error.add_note(f"the loss function was given outputs of shape {tuple(outputs.shape)} and targets of shape "
-                   f"{tuple(target.shape)}")
+                   f"{tuple(target.shape)}"
+                   + "; if the last dimension is that of the classes, use output.transpose(1, -1)" * last)

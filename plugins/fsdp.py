@@ -74,11 +74,11 @@ class Fsdp(Parallel):
     @hookimpl
     def train_start(self, run: Run) -> None:
         super().train_start(run)
-        optimizer: Any          # not every version of torch has the attribute below in both classes
-        for optimizer in each_optimizer(run.optimizer):
-            if isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad):
-                for group in optimizer.param_groups:
+        for one in each_optimizer(run.optimizer):
+            if isinstance(one, torch.optim.SGD | torch.optim.Adagrad):
+                for group in one.param_groups:
                     group["fused"] = False
+                optimizer: Any = one        # not every version of torch has the attribute in both classes
                 optimizer._step_supports_amp_scaling = False            # set by the optimizer if it is fused
 
     @hookimpl

@@ -120,7 +120,7 @@ def make_bar(console: Any, live: bool) -> Any:
                 yield Constrain(renderable, max(1, console.width - 2))
 
     return Bar(
-        TextColumn("epoch {task.fields[epoch]}"), BarColumn(None),
+        TextColumn("epoch {task.fields[epoch]}"), *[BarColumn(None)] * (console.width >= 100),     # else no room for it
         TextColumn("step {task.completed:,}/{task.total:,} {task.fields[now]}", markup=False),
         TimeRemainingColumn(compact=True), TextColumn("left"),
         console=console, auto_refresh=False, disable=not live, transient=True)

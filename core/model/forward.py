@@ -107,7 +107,14 @@ def loss_of_batch(run: Run, batch: Any) -> Any:
     Raises UsageError where model and batch do not fit together, or where there is no loss.
     """
     if isinstance(batch, Mapping):
-        output = run.network(**model_arguments(run, batch))
+        arguments = model_arguments(run, batch)
+        try:
+            output = run.network(**arguments)
+        except Exception as error:
+            if left := sorted(map(str, batch.keys() - arguments.keys())):
+                error.add_note(f"the model was called with {names(arguments)}; of the batch, {names(left)} "
+                               f"{'are no arguments' if left[1:] else 'is no argument'} of its forward")
+            raise
     elif isinstance(batch, tuple | list) and len(batch) == 2:
         if not can_be_called_with(run.model.forward, *batch):
             raise UsageError(f"loss_fn is None, so the model is called with input and target and returns the loss, but "

@@ -130,3 +130,44 @@ def test_a_loss_class_and_a_list_of_loaders_are_refused_by_name():
     loaders = [DataLoader(batches, None)] * 2
     with pytest.raises(Exception, match="valid is a list of DataLoaders; pass one, or several validation sets as a dict by name"):
         fit(torch.nn.Linear(4, 1), torch.nn.MSELoss(), torch.optim.SGD, batches, loaders)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["run", "--resume", "own.py"], "--resume own.py is a file; name the folder of the run, as in --resume runs/a"),
+    (["run", "--resume", "a"], "--resume: there is no folder a; did you mean runs/a?"),
+    (["run", "--metric", "R2"], "no metric is called 'R2'; did you mean 'r2'?"),
+    (["run", "--data", "own.py:tokens", "--model", "own.py:Odd", "--loss", "cross_entropy"],
+     "the model was called with ids; of the batch, labels is no argument of its forward"),
+    (["run", "--data", "own.py:sequences", "--model", "own.py:Sequence", "--loss", "cross_entropy"],
+     "if the last dimension is that of the classes, use output.transpose(1, -1)"),
+])
+def test_a_mistake_is_answered_with_what_to_use(command, words, message):
+    with Path("own.py").open("a") as file:
+        file.write("""
+class Odd(Tokens):
+    def forward(self, ids, mask=None):
+        raise ValueError("odd")
+
+class Sequence(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 7)
+    def forward(self, ids):
+        return self.table(ids)
+
+def sequences():
+    ids = torch.arange(40).reshape(8, 5) % 7
+    return TensorDataset(ids, ids)
+""")
+    if words[-1] == "a":
+        command("run", *LINEAR, "--data", "own.py:numbers", "--name", "a")
+    assert message in command(*words, refused=True)
+
+
+def test_the_table_of_runs_shows_only_options_that_were_chosen(command):
+    command("run", "--model", "linear", "--epochs", "1", "--name", "plain", "--without", "progress")
+    command("run", "--model", "linear", "--epochs", "1", "--name", "other", "--without", "progress", "--metric", "top5", "--metric", "accuracy")
+    text = command("runs")
+    assert "metric=top5,accuracy" in text
+    assert "loss=" not in text
+    assert text.count("metric=") == 1

@@ -509,7 +509,7 @@ def case(command, *words):
          "checkpoint: checkpoint.2 writes to dir=checkpoints too; choose another dir in one of them"),
     case("run --out {tmp}/file/below", "--out {tmp}/file/below cannot be written", "choose another folder"),
     case("run --out {tmp}/file", "--out {tmp}/file exists and is not overwritten", "choose another folder"),
-    case("run --out {tmp}/full", "--out {tmp}/full exists and is not overwritten", "or use --resume {tmp}/full"),
+    case("run --out {tmp}/full", "--out {tmp}/full exists and is not overwritten", "choose another folder"),
     case("run --resume {tmp}/full", "--resume: there is no file {tmp}/full/run.toml"),
     case("run --resume {tmp}/begun --out elsewhere", "--resume with --out: a resumed run writes to its own folder; leave out --out"),
     # checks that need the whole composition
