@@ -10,8 +10,10 @@ class UsageError(ValueError):
 def nearest(word: object, known: Iterable[str], what: str = "known") -> str:
     """Return a hint for a wrong name: the nearest name in `known`, or, after the word `what`, a list of them."""
     known = sorted(known)
-    lower = {name.lower(): name for name in reversed(known)}        # whatever the case of the letters
-    close = [lower[name] for name in get_close_matches(str(word).lower(), lower, n=1)]
+    close = get_close_matches(str(word), known, n=1)
+    if not close:                       # then whatever the case of its letters
+        lower = {name.lower(): name for name in known}
+        close = [lower[name] for name in get_close_matches(str(word).lower(), lower, n=1)]
     listed = known if len(known) <= 20 else [*known[:10], f"and {len(known) - 10} more"]
     return f"did you mean {close[0]!r}?" if close else f"{what}: {', '.join(listed)}"
 

@@ -174,7 +174,7 @@ def test_every_loss_of_torch_that_compares_an_output_with_a_target_has_a_name():
 
 
 def test_the_names_are_completed_without_importing_torch():
-    code = "import sys; from loopctl.cli import loss_names; print(*loss_names()); assert 'torch' not in sys.modules"
+    code = "import sys; from loopctl.cli.options import loss_names; print(*loss_names()); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == losses.known_names()
 
 

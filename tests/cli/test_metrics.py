@@ -126,7 +126,7 @@ def test_top_takes_any_number_and_perplexity_its_dimension():
 
 
 def test_the_names_are_completed_without_importing_torch():
-    code = "import sys; from loopctl.cli import metric_names; print(*metric_names()); assert not {'torch', 'torchmetrics'} & {*sys.modules}"
+    code = "import sys; from loopctl.cli.options import metric_names; print(*metric_names()); assert not {'torch', 'torchmetrics'} & {*sys.modules}"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert names == metrics.known_names()
     import torchmetrics
