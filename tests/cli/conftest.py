@@ -7,7 +7,10 @@ import tarfile
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
+
+from loopctl.cli import main
 
 
 def random_pixels(count, *shape):
@@ -111,3 +114,15 @@ def imagenet(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(content)
     monkeypatch.setattr(imagenet, "ARCHIVE_META", {
         part: (name, hashlib.md5(files[name]).hexdigest()) for part, (name, _) in imagenet.ARCHIVE_META.items()})
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Run a command in a new folder. Return its output; with `refused` its error message."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words, refused=False):
+        result = CliRunner().invoke(main, list(words))
+        assert (result.exit_code != 0) == refused, result.output
+        return result.stderr if refused else result.stdout
+    return call

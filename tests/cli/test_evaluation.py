@@ -4,9 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-
-from loopctl.cli import main
 
 QUICK = ["--model", "mlp:width=8", "--epochs", "2", "--without", "progress", "--out", "a"]
 OWN = """
@@ -29,17 +26,9 @@ def model():
 """
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    """Run a command in a new folder. Return its output; with `refused` its error message."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def own_code(command):
     Path("own.py").write_text(OWN)
-
-    def call(*words, refused=False):
-        result = CliRunner().invoke(main, list(words))
-        assert (result.exit_code != 0) == refused, result.output
-        return result.stderr if refused else result.stdout
-    return call
 
 
 def last_row(folder="a"):

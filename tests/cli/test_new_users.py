@@ -3,10 +3,8 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from loopctl import fit
-from loopctl.cli import main
 
 OWN = """
 import torch
@@ -58,17 +56,9 @@ optimizers = {name: lambda groups: torch.optim.SGD(groups, lr=0.1) for name in f
 LINEAR = ["--model", "own.py:model", "--loss", "mse", "--epochs", "2", "--without", "progress"]
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    """Run a command in a new folder. Return its output; with `refused` its error message."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def own_code(command):
     Path("own.py").write_text(OWN)
-
-    def call(*words, refused=False):
-        result = CliRunner().invoke(main, list(words))
-        assert (result.exit_code != 0) == refused, result.output
-        return result.stderr if refused else result.stdout
-    return call
 
 
 @pytest.mark.parametrize("more", [["--limit-valid", "1"], ["--limit-valid", "50%"], ["--fast-dev-run"], ["--overfit", "1"]])
