@@ -170,9 +170,14 @@ class Ranks:
 
 
 def free_port():
-    """Return a free port below the range that the system assigns to connections, so that it stays free until it is used."""
+    """Return a free port that neither the system nor another worker of pytest-xdist takes before it is used.
+
+    The system assigns higher ports to connections; each worker has the ports whose remainder is its number.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)          # not from the generators that tests seed
+        port = random.SystemRandom().randrange(20_000 + worker, 32_000, workers)          # not from the generators that tests seed
         with contextlib.suppress(OSError), socket.socket() as taken:
             taken.bind(("127.0.0.1", port))
             return port
