@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopctl.data.batch import batches_to_device, loader_name, sample_count
+from loopctl.data.batch import batches_to_device, loader_name, sample_count, target_of
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 from loopctl.metrics.meters import Meters, metric_prefix
@@ -112,7 +112,7 @@ def evaluate_batch(run: Run, meters: Meters, batch: Any) -> None:
     run.log_target = None
     meters.loss.add(reported_loss(run, loss, weight), weight)
     if meters.functions:
-        meters.observe(run.outputs, batch, weight)
+        meters.observe(run.outputs, target_of(batch), weight)
 
 
 def explain_loss_error(outputs: Any, target: Any, error: Exception) -> None:

@@ -8,6 +8,7 @@ train                     everything below; wrap it to keep something open: a pr
   epoch_start             model.train() has just been called; put parts of the model back into eval mode here
     group_batches         -> lists of micro-batches, one list per step (replace)
     lr_scale              -> a factor of the learning rate; the factors of all plugins are multiplied
+    transform_batch       -> the micro-batch to train on; each plugin gets what the one before it returned
     batch_weight          -> the weight of a micro-batch in its step; by default its number of samples (replace)
     before_step           a step over the micro-batches in run.batches begins
     optimizer_step        -> loss; calls closure() (wrap or replace)
@@ -27,7 +28,8 @@ train                     everything below; wrap it to keep something open: a pr
 A plugin uses a hook in one of three ways. It observes: a method with `@hookimpl` is called at the hook. It wraps: a
 generator method with `@hookimpl(wrapper=True)` yields once, and the wrapped calls run at the `yield`; whatever must be
 undone is undone there. It replaces: at a hook marked (replace), the method runs in place of the default, and only one
-plugin per run may do so. A method declares, by name, only those arguments of the hook that it needs.
+plugin per run may do so. At `transform_batch` and `lr_scale` several plugins return a value: a batch for the next one,
+and a factor. A method declares, by name, only those arguments of the hook that it needs.
 """
 from __future__ import annotations
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
     from loopctl.run import Run
 
+CHAINED = {"transform_batch": "batch"}      # the hooks whose argument is what the plugin before returned
 hookspec = HookspecMarker("loopctl")
 hookimpl = HookimplMarker("loopctl")
 
@@ -97,6 +100,16 @@ def lr_scale(run: Run, initial_lr: float, group: dict[str, Any]) -> float | None
 
     The factors of all plugins are multiplied: `group["lr"] = initial_lr * product`. A wrapper gets the list of factors
     from its `yield` and returns the list to use. Called once per parameter group and step.
+    """
+
+
+@hookspec
+def transform_batch(run: Run, batch: Any) -> Any:
+    """Return the micro-batch to train on, on the device: mixed, resized, shortened. Not called in evaluation.
+
+    Each plugin gets what the one before it returned. Metrics compare the outputs with the targets of what is returned,
+    or with `run.metric_target` where a plugin sets it. A plugin that never changes the number of samples declares
+    `keeps_sample_count = True`; then each micro-batch may be read and transformed when its turn comes.
     """
 
 

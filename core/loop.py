@@ -22,7 +22,7 @@ from loopctl.checkpoint.sharded_tensors import full_tensor
 from loopctl.checkpoint.state import restore
 from loopctl.composition.compose import blame_plugin
 from loopctl.data.batch import batches_to_device
-from loopctl.data.micro_batches import MicroBatches
+from loopctl.data.micro_batches import MicroBatches, metric_target, transform_batches
 from loopctl.data.resumable_loader import open_loaders
 from loopctl.distributed.data_parallel import step_weight
 from loopctl.distributed.process_group import broadcast_from_rank0, restart_count
@@ -178,11 +178,15 @@ def run_step(run: Run, batches: Sequence[Any]) -> None:
     hook, run.batches, run.loss = run.hook, batches, None
     if hook.acting["lr_scale"]:
         apply_schedules(run)
-    weights: list[Any] = (batches.weights if type(batches) is MicroBatches
+    if hook.acting["transform_batch"]:
+        batches = run.batches = transform_batches(run)
+    weights: list[Any] = (batches.weights if isinstance(batches, MicroBatches)
                           else [hook.batch_weight(run=run, batch=batch) for batch in batches])
     run.weight, run.skipped = step_weight(run, weights), False
     run.log_target = whole_step = run.meters, run.weight
     hook.before_step(run=run)
+    if run.batches is not batches:
+        raise UsageError("a plugin replaced run.batches in before_step, when they are weighed; use transform_batch")
     if counts_nothing(run.weight):
         skip_step(run)
     else:
@@ -208,7 +212,7 @@ def compute_gradients(run: Run, weights: list[Any], carried: Any) -> Tensor:
         run.log_target = (meters, weight) if first_call else None
         losses.append(hook.micro_step(run=run, batch=batch, weight=share, last=last))
         if first_call and meters.functions and run.turn == run.last_turn:
-            meters.observe(run.outputs, batch, weight)
+            meters.observe(run.outputs, metric_target(run, batch), weight)
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     run.log_target = (meters, run.weight) if first_call else None
     if first_call:

@@ -83,6 +83,7 @@ class Run:
     weight: Any = 0                           # of the step; the mean over the processes. See `step_weight`
     loss: Tensor | None = None                # detached, on the device; None until it is known
     outputs: Any = None                       # of the last micro-batch's forward pass
+    metric_target: Any = None                 # what metrics compare with in place of a batch's own targets; by plugins
     skipped: bool = False                     # the step made no update; written by plugins
 
     untrained: list[nn.Parameter] = field(default_factory=list)    # with gradients that the optimizer does not hold

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from loopctl import Run, UsageError, hookimpl
 from loopctl.data.batch import map_nested
+from loopctl.data.micro_batches import TransformedBatches
 
 DEVICES = ("cuda",)                         # types of devices that have graphs
 # The hooks that are captured, or that affect what is captured. Their code does not run in a replayed step.
@@ -70,13 +71,14 @@ class Cudagraph:
         for group, rate in zip(run.optimizer.param_groups, self.rates, strict=True):
             if group["lr"] is not rate:     # set to a number by other code, or replaced by load_state_dict
                 group["lr"] = rate.fill_(group["lr"])
-        shapes = self.shapes(list(run.batches))     # map_nested descends into lists only
+        inputs = self.step_inputs(run.batches)
+        shapes = self.shapes(inputs)
         if self.graph is None and self.seen.get(shapes, 0) == self.warmup:
             self.capture(run, closure, shapes)
         if self.graph is None or shapes != self.captured:
             self.seen[shapes] = self.seen.get(shapes, 0) + 1
             return self.step_without_graph(run, closure)
-        map_nested(copy_into, self.batches, list(run.batches))
+        map_nested(copy_into, self.inputs, inputs)
         self.graph.replay()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
@@ -90,7 +92,12 @@ class Cudagraph:
         run.outputs, run.loss = self.outputs, self.loss.clone()
         return run.loss
 
-    def shapes(self, batches: Sequence[Any]) -> Any:
+    def step_inputs(self, batches: Sequence[Any]) -> list[list[Any]]:
+        """The micro-batches of a step, and the targets that metrics compare with where plugins set others."""
+        read = list(batches)                # map_nested descends into lists only
+        return [read, batches.targets if isinstance(batches, TransformedBatches) else []]
+
+    def shapes(self, batches: Any) -> Any:
         """What must match the captured batches: the shape and type of each tensor, and every other value."""
         leaves: list[Any] = []
         map_nested(lambda leaf: leaves.append((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf), batches)
@@ -109,8 +116,12 @@ class Cudagraph:
     def capture(self, run: Run, closure: Callable[[], Tensor], shapes: Any) -> None:
         """Capture the step, with copies of the batches as the graph's inputs. Capturing executes nothing."""
         batches, meters, metrics = run.batches, run.meters, dict(run.metrics)
-        self.batches = run.batches = map_nested(
-            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, list(batches))
+        self.inputs = map_nested(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.step_inputs(batches))
+        run.batches = self.inputs[0]
+        if isinstance(batches, TransformedBatches):
+            run.batches = TransformedBatches(run, batches.source, batches.weights)
+            run.batches.read, run.batches.targets = self.inputs
         run.meters = type(meters)(meters.functions, meters.prefix)      # collects the tensors that each replay fills
         run.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 # A plugin that implements one of these hooks affects training, unless it has `observer_only = True`. A plugin that
 # implements none of them and has no state is an observer too.
-TRAINING_HOOKS = ("setup", "param_groups", "wrap_model", "group_batches", "lr_scale", "batch_weight", "optimizer_step",
-                  "micro_step", "compute_loss", "backward", "after_backward", "grads_ready")
+TRAINING_HOOKS = ("setup", "param_groups", "wrap_model", "group_batches", "lr_scale", "transform_batch", "batch_weight",
+                  "optimizer_step", "micro_step", "compute_loss", "backward", "after_backward", "grads_ready")
 
 # Options of `loopctl run` that may change on resume.
 MAY_CHANGE_ON_RESUME = ("epochs", "max_steps", "eval_every", "workers", "device", "devices", "data_root", "download",

@@ -22,7 +22,7 @@ SPECS: dict[str, Any] = {name: spec for name, spec in vars(hooks).items() if has
 ARGUMENTS = {name: spec.__code__.co_varnames[:spec.__code__.co_argcount] for name, spec in SPECS.items()}
 
 # The boolean attributes of a plugin that the loop reads.
-FLAGS = ("observer_only", "rank_zero_only", "capturable")
+FLAGS = ("observer_only", "rank_zero_only", "capturable", "keeps_sample_count")
 
 
 class Hooks:
@@ -41,6 +41,7 @@ class Hooks:
         train_start = staticmethod(hooks.train_start)
         epoch_start = staticmethod(hooks.epoch_start)
         group_batches = staticmethod(hooks.group_batches)
+        transform_batch = staticmethod(hooks.transform_batch)
         batch_weight = staticmethod(hooks.batch_weight)
         before_step = staticmethod(hooks.before_step)
         optimizer_step = staticmethod(hooks.optimizer_step)
@@ -157,7 +158,8 @@ def compile_hook(hook: str, impls: list[Any], chosen: dict[str, Any]) -> Callabl
 
     A hook without implementations becomes a function that does nothing. A hook with a single implementation that takes
     every argument becomes that implementation. Other functions are generated, as `dataclasses` generates `__init__`.
-    Unlike in pluggy, a replacement that returns None has still replaced the hook.
+    Unlike in pluggy, a replacement that returns None has still replaced the hook, and at a hook in `hooks.CHAINED` each
+    plugin is called with what the one before it returned.
     """
     spec, arguments = SPECS[hook], ", ".join(ARGUMENTS[hook])
     first = spec.loopctl_spec["firstresult"]
@@ -170,21 +172,32 @@ def compile_hook(hook: str, impls: list[Any], chosen: dict[str, Any]) -> Callabl
         plain = plain[:1]
 
     calls = [f"f{i}({', '.join(impl.argnames)})" for i, impl in enumerate(plain)]
-    collects = not first and spec.__annotations__["return"] != "None"        # such as lr_scale
+    carried = hooks.CHAINED.get(hook)
+    collects = not first and not carried and spec.__annotations__["return"] != "None"        # such as lr_scale
     if first and calls:
         body = f"return {calls[0]}"
+    elif carried:
+        body = "".join(f"{carried} = returned({call}, f{i}); " for i, call in enumerate(calls)) + f"return {carried}"
     elif collects:
         body = f"return [value for value in ({''.join(call + ', ' for call in calls)}) if value is not None]"
     else:
         body = "; ".join(calls) or "pass"
-    if len(plain) == 1 and tuple(plain[0].argnames) == ARGUMENTS[hook] and not collects:
+    if len(plain) == 1 and tuple(plain[0].argnames) == ARGUMENTS[hook] and not collects and not carried:
         function = plain[0].function
     else:
-        scope = {f"f{i}": impl.function for i, impl in enumerate(plain)}
+        scope = {f"f{i}": impl.function for i, impl in enumerate(plain)} | {"returned": returned}
         function = define_function(f"def {hook}({arguments}): {body}", scope)
     for wrapper in reversed(wrappers):                     # the plugin given first is the outermost
         function = wrap_hook(hook, arguments, wrapper, function)
     return function
+
+
+def returned(value: Any, method: Any) -> Any:
+    """Return what a plugin returned for the next one. Raises UsageError where that is nothing."""
+    if value is None:
+        owner = plugin_name(type(method.__self__))
+        raise UsageError(f"{owner}: {method.__name__} returned None; return the batch, changed or not")
+    return value
 
 
 WRAPPED = """

@@ -1,4 +1,7 @@
-"""The micro-batches of a step: read in advance as a list, or each when it is its turn where their sizes are known."""
+"""The micro-batches of a step: read in advance as a list, or each when it is its turn where their sizes are known.
+
+Where plugins transform training batches, that happens when a micro-batch is read.
+"""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +17,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from loopctl.data.batch import chunked
+from loopctl.data.batch import chunked, target_of
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -42,10 +45,68 @@ class MicroBatches(Sequence[Any]):
             return [self[number] for number in range(len(self))[index]]
         number = range(len(self))[index]
         while len(self.read) <= number:
-            start = perf_counter()
-            self.read.append(next(self.batches))
-            self.seconds += perf_counter() - start
+            self.read.append(self.read_next())
         return self.read[number]
+
+    def read_next(self) -> Any:
+        start = perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.seconds += perf_counter() - start
+
+
+class TransformedBatches(MicroBatches):
+    """The micro-batches of one step as the plugins at `transform_batch` return them, each when it is asked for first.
+
+    targets: of each that was read, what metrics compare the outputs with; None for the batch's own targets
+    """
+
+    def __init__(self, run: Run, source: Sequence[Any], weights: list[Any]) -> None:
+        super().__init__(iter(source), weights)
+        self.run, self.source = run, source
+        self.targets: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read_next(self) -> Any:
+        batch = super().read_next()
+        self.run.metric_target = None
+        batch = self.run.hook.transform_batch(run=self.run, batch=batch)
+        self.targets.append(self.run.metric_target)
+        return batch
+
+
+def transform_batches(run: Run) -> TransformedBatches:
+    """Return the micro-batches in `run.batches` as plugins transform them.
+
+    Each is transformed when it is read, as in a loop written by hand, unless its weight is known only then.
+    """
+    source = run.batches
+    if not weighing_plugins(run):
+        weights = source.weights if isinstance(source, MicroBatches) else [
+            run.hook.batch_weight(run=run, batch=batch) for batch in source]
+        return TransformedBatches(run, source, weights)
+    run.batches = transformed = TransformedBatches(run, source, [])
+    transformed.weights = [run.hook.batch_weight(run=run, batch=batch) for batch in transformed]
+    return transformed
+
+
+def metric_target(run: Run, batch: Any) -> Any:
+    """What metrics compare the outputs for one micro-batch of the step with."""
+    if isinstance(run.batches, TransformedBatches):
+        for transformed, target in zip(run.batches.read, run.batches.targets, strict=True):
+            if transformed is batch and target is not None:
+                return target
+    return target_of(batch)
+
+
+def weighing_plugins(run: Run) -> list[str]:
+    """The plugins because of which a training batch may weigh something else than the number of samples read."""
+    return [*(name for name in run.hook.acting["batch_weight"] if run.hook.plugins[name] is not run.parallel),
+            *(name for name in run.hook.acting["transform_batch"]
+              if not getattr(run.hook.plugins[name], "keeps_sample_count", False))]
 
 
 def grouped(run: Run, batches: Iterable[Any], every: int) -> Iterator[Sequence[Any]]:
@@ -65,11 +126,10 @@ def grouped(run: Run, batches: Iterable[Any], every: int) -> Iterator[Sequence[A
 def known_sizes(run: Run, batches: Iterable[Any]) -> list[int] | None:
     """The number of samples of each batch of the epoch, where it is known without reading and is what a batch weighs.
 
-    None for data other than a plain DataLoader, and where a plugin weighs batches.
+    None for data other than a plain DataLoader, and where a plugin weighs batches or changes their number of samples.
     """
     loader = run.loaders.get("train")
-    weighing = [name for name in run.hook.acting["batch_weight"] if run.hook.plugins[name] is not run.parallel]
-    if loader is None or weighing or getattr(batches, "on_host", batches) is not loader:
+    if loader is None or weighing_plugins(run) or getattr(batches, "on_host", batches) is not loader:
         return None
     source: Any = loader.source
     collate = getattr(source, "collate_fn", None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, default_collate
 
 from loopctl.data.batch import length_or_none, loader_name
+from loopctl.data.micro_batches import weighing_plugins
 from loopctl.data.sharding import Shard, shard_data
 from loopctl.distributed.agreement import (
     describe_data,
@@ -139,10 +140,9 @@ class Parallel:
     def train_start(self, run: Run) -> None:
         # Whether every process knows how many samples all of them have in a step, without a collective: the Shard
         # counts them, if a batch weighs as many samples as it has indices.
-        weighing = [name for name in run.hook.acting["batch_weight"] if run.hook.plugins[name] is not self]
         collate = run.train.collate_fn if isinstance(run.train, DataLoader) else None
-        countable = not weighing and (collate in (None, default_collate)
-                                      or getattr(collate, "keeps_sample_count", False))
+        countable = not weighing_plugins(run) and (
+            collate in (None, default_collate) or getattr(collate, "keeps_sample_count", False))
         self.counts_known = countable and self.shards["train"] is not None
         # Data that the user sharded: with the same batch size and length everywhere, the counts are equal in each step.
         layout = None

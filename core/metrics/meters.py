@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loopctl.data.batch import target_of
 from loopctl.distributed.process_group import all_gather, all_reduce_sum
 from loopctl.errors import UsageError
 from loopctl.metrics.named import Sums
@@ -92,11 +91,10 @@ class Meters:
                 self.means[name] = Mean()
 
     @torch.no_grad()
-    def observe(self, outputs: Any, batch: Any, weight: Any) -> None:
+    def observe(self, outputs: Any, target: Any, weight: Any) -> None:
         """Update the metrics with the outputs of one micro-batch, unless its weight is 0."""
         if counts_nothing(weight):
             return
-        target = target_of(batch)
         for name, function in self.functions.items():
             try:
                 if name not in self.means:

@@ -54,8 +54,8 @@ EXAMPLES = {
 }
 
 # The hooks of a step. In these the host must not wait for the device.
-IN_STEPS = ("group_batches", "lr_scale", "batch_weight", "before_step", "optimizer_step", "micro_step", "compute_loss",
-            "backward", "after_backward", "grads_ready", "after_step", "safe_point")
+IN_STEPS = ("group_batches", "lr_scale", "transform_batch", "batch_weight", "before_step", "optimizer_step",
+            "micro_step", "compute_loss", "backward", "after_backward", "grads_ready", "after_step", "safe_point")
 
 
 @dataclass(eq=False)

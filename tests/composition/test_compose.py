@@ -344,4 +344,4 @@ def test_a_usage_error_raised_by_a_plugin_starts_with_its_name(net, batches, sgd
 
 def test_every_hook_takes_run_as_its_first_argument():
     assert all(arguments[0] == "run" for arguments in ARGUMENTS.values())
-    assert len(SPECS) == 22
+    assert len(SPECS) == 23

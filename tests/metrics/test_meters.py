@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from loopctl.data.batch import target_of
 from loopctl.metrics.meters import Mean, Meters
 
 
@@ -30,12 +31,12 @@ def test_half_precision_losses_are_summed_in_double():
 def test_metrics_get_the_target_of_a_batch_or_the_whole_batch(batch, target):
     seen = []
     meters = Meters({"m": lambda output, target: seen.append(target) or 1.0}, "train_")
-    meters.observe(None, batch, 1)
+    meters.observe(None, target_of(batch), 1)
     assert seen == [target]
 
 
 def test_a_metric_may_return_a_python_number():
     meters = Meters({"m": lambda output, target: 0.25}, "val_")
     meters.loss.add(1.0, 2)
-    meters.observe(None, (None, None), 2)
+    meters.observe(None, None, 2)
     assert {name: value.item() for name, value in meters.result().items()} == {"val_loss": 1.0, "val_m": 0.25}
