@@ -7,6 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from loopctl.checkpoint.state import parameter_names
 from loopctl.cli.train import prepare_run
 from loopctl.composition.compose import blame_plugin
@@ -83,8 +85,7 @@ def active_spans(steps: list[int], factors: list[dict[str, float]]) -> dict[str,
 def draw_image(run: Run, steps: list[int], rates: list[list[float]], spans: dict[str, tuple[int, int]],
                out: Path) -> None:
     """Draw the curve of every parameter group and, below, a bar for each schedule over the steps where it is active."""
-    per_epoch = run.plan()[0]
-    epochs = [step / per_epoch for step in [*steps, run.planned_steps]]
+    epochs = [run.planned.epochs(step) for step in [*steps, run.planned_steps]]
     groups = list(labelled_curves(run, rates))
     groups = [*groups[:12], *(("_", values) for _, values in groups[12:])]      # no legend for "_"
     legend = 0.2 * min(12, len(groups)) if len(groups) > 1 else 0.0
@@ -106,7 +107,8 @@ def draw_image(run: Run, steps: list[int], rates: list[list[float]], spans: dict
         axes.set(ylabel="learning rate", xlim=(0, epochs[-1]))
         axes.grid(color=plots.GREY, linewidth=0.4, linestyle=":")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        above = axes.secondary_xaxis("top", functions=(lambda x: x * per_epoch, lambda x: x / per_epoch))
+        above = axes.secondary_xaxis("top", functions=(
+            np.vectorize(run.planned.steps, otypes=[float]), np.vectorize(run.planned.epochs, otypes=[float])))
         above.set_xlabel("step")
         above.xaxis.get_major_locator().set_params(integer=True)
         (axes if bars is None else bars).set_xlabel("epoch")
@@ -116,8 +118,9 @@ def draw_image(run: Run, steps: list[int], rates: list[list[float]], spans: dict
             bars.tick_params(axis="y", length=0, labelsize=8)
             bars.invert_yaxis()
             for row, (first, last) in enumerate(spans.values()):
-                length = max(last - first, run.planned_steps / 200) / per_epoch         # wide enough to be visible
-                bars.barh(row, length, left=first / per_epoch, height=0.5, color=plots.GREY)
+                begin, end = run.planned.epochs(first), run.planned.epochs(last)
+                length = max(end - begin, epochs[-1] / 200)         # wide enough to be visible
+                bars.barh(row, length, left=begin, height=0.5, color=plots.GREY)
         if legend:
             figure.legend(loc="outside lower left", fontsize=8, handlelength=4)
 

@@ -49,9 +49,9 @@ class Counters:
         """Remember that the history has a row for the last step."""
         self.recorded = self.attempts
 
-    def set_steps_per_epoch(self, steps: int) -> None:
-        """Take back in `shift` what earlier epochs had more or fewer than `steps`. Call it before `finish_epoch`."""
-        self.shift = self.attempts - (self.epoch + 1) * steps
+    def take_back(self, planned: float) -> None:
+        """Take back in `shift` what the epochs so far had more or fewer than the `planned` steps."""
+        self.shift = self.attempts - int(planned)
 
     def discard_update(self) -> None:
         """Count an update that `finish_step` counted as made as one that was skipped."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice, takewhile
+from itertools import takewhile
 from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from loopctl.counters import Counters
 from loopctl.data.batch import length_or_none, loader_name
 from loopctl.errors import counted
 from loopctl.optim.duration import Duration, convert, parse_duration
+from loopctl.optim.plan import Plan, plan_epochs
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,8 @@ class Run:
     untrained: list[nn.Parameter] = field(default_factory=list)    # with gradients that the optimizer does not hold
     expected: list[str] = field(default_factory=list)        # metrics that the first step has to log; by Monitor
     counted_plan: tuple[int, int] | None = None      # where an epoch had another length than its data promised
-    _plan: tuple[int, int] | None = None
+    _plan: Plan | None = None
+    _planned_by_length: Plan | None = None
     _said: set[str] = field(default_factory=set)     # what was said already
 
     def __repr__(self) -> str:
@@ -156,7 +158,7 @@ class Run:
     @property
     def planned_steps(self) -> int:
         """How many steps the whole run has unless something stops it."""
-        return int(min(self.epochs * self.plan()[0] + self.counters.shift, self.max_steps))
+        return int(min(self.planned.steps(self.epochs) + self.counters.shift, self.max_steps))
 
     def position(self, by: str) -> int:
         """Where a schedule is: epochs completed (`by="epoch"`), or updates made and skipped (`by="step"`)."""
@@ -166,24 +168,35 @@ class Run:
         """`duration` in epochs or in steps: a plain number is in that unit already, `"5ep"`, `"500st"` and `"10%"` are
         converted, None is the whole run."""
         number, unit = parse_duration(duration)
-        return number if unit == by else convert(number, unit, by, self.plan()[0], self.planned_steps)
+        return number if unit == by else convert(number, unit, by, self.planned, self.planned_steps)
 
     def plan(self) -> tuple[int, int]:
-        """The steps and the micro-batches of one epoch, counted by grouping numbers in place of batches.
+        """The steps and the micro-batches of the current epoch, counted by grouping numbers in place of batches."""
+        return self.planned.epoch(self.counters.epoch)
+
+    @property
+    def planned(self) -> Plan:
+        """The steps and the micro-batches of all epochs.
 
         Where an epoch had another length than its data promised, the numbers are those of that epoch.
         """
-        return self.counted_plan or self.planned_by_length()
-
-    def planned_by_length(self) -> tuple[int, int]:
-        """The steps and the micro-batches of one epoch, as the length of the data promises them."""
         if self._plan is None:
-            length = length_or_none(self.train)
-            numbers = count() if length is None else iter(range(length))
-            groups = self.hook.group_batches(run=self, batches=numbers)
-            sizes = [len(group) for group in islice(groups, self.steps_per_epoch)]
-            self._plan = len(sizes), sum(sizes)
+            self._plan = self.planned_by_length()
         return self._plan
+
+    def planned_by_length(self) -> Plan:
+        """The steps and the micro-batches of all epochs, as the length of the data promises them."""
+        if self._planned_by_length is None:
+            self._planned_by_length = plan_epochs(self, length_or_none(self.train))
+        return self._planned_by_length
+
+    def plan_by_count(self, counted_plan: tuple[int, int]) -> None:
+        """Plan with the steps and the micro-batches that an epoch had, in place of what the data promises."""
+        self.counted_plan = counted_plan
+        if len(self.planned_by_length().per_epoch) > 1:         # the steps differ from epoch to epoch
+            self._plan = plan_epochs(self, counted_plan[1])
+        else:
+            self._plan = Plan((counted_plan,))
 
     def note_epoch_length(self) -> None:
         """Compare the epoch that ends with the data's length. If it differs, schedules count by the epoch's own."""
@@ -195,8 +208,8 @@ class Run:
         self.say_once("length", f"train gave {counted(found[1], 'batch')} in epoch {self.epoch + 1}, but its length is "
                                 f"{self.plan()[1]:,}; schedules count {counted(found[0], 'step')} per epoch from here "
                                 "on")
-        self.counted_plan = found
-        self.counters.set_steps_per_epoch(found[0])
+        self.plan_by_count(found)
+        self.counters.take_back(self.planned.steps(self.epoch + 1))
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Add `value` to a mean over the epoch, which is reported as `train_NAME`, or as `val_NAME` in an evaluation.

@@ -78,8 +78,8 @@ class Compile:
 
     def check_one_backward_per_step(self, run: Run) -> None:
         """Raise UsageError if a plugin makes several backward passes in a step."""
-        steps, micro_batches = run.plan()
-        grouping = replacing(run, "group_batches") if micro_batches > steps else []
+        several = any(micro_batches > steps for steps, micro_batches in run.planned.per_epoch)
+        grouping = replacing(run, "group_batches") if several else []
         if plugins := replacing(run, "micro_step") or grouping:
             raise UsageError(f"{self.mode or self.backend} uses CUDA graphs, in which a second backward pass of a step "
                              f"overwrites the gradients of the first, and {plugins[0]} makes several backward passes; "

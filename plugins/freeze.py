@@ -63,11 +63,11 @@ class Freeze:
     @hookimpl
     def train_start(self, run: Run) -> None:
         if not self.permanent:
-            per_epoch = run.plan()[0]
             first = run.duration(self.until or self.gradual, "epoch")
             later = run.duration(self.gradual, "epoch") if self.gradual else 0.0
             # Round up to a whole step, with a tolerance: 7 % of 100 steps are 7.000000000000001.
-            self.starts = [max(1, ceil((first + part * later) * per_epoch - 1e-6)) for part in range(len(self.parts))]
+            starts = [run.planned.steps(first + part * later) for part in range(len(self.parts))]
+            self.starts = [max(1, ceil(start - 1e-6)) for start in starts]
             if any(group["dampening"] for group in fused_momentum(run.optimizer)):
                 raise UsageError("torch's fused SGD with dampening cannot begin to train a parameter later; "
                                  "use sgd:fused=false")

@@ -60,7 +60,7 @@ class Swa(WeightAverage):
 
     @hookimpl
     def train_start(self, run: Run) -> None:
-        if self.first(run) * run.plan()[0] >= run.planned_steps:
+        if run.planned.steps(self.first(run)) >= run.planned_steps:
             raise UsageError(f"start={self.start} is not before the run's end, so nothing would be averaged")
         self.average: dict[str, Any] = {}       # empty until it starts
         self.count = 0
@@ -125,8 +125,8 @@ class Swa(WeightAverage):
 @contextmanager
 def at_epoch(run: Run, epoch: int) -> Iterator[None]:
     """Set the counters to the start of `epoch` for a while, so that schedules return their factors there."""
-    steps, micro_batches = run.plan()
-    with run.counters.temporarily(epoch=epoch, attempts=epoch * steps, seen=epoch * micro_batches):
+    attempts, seen = int(run.planned.steps(epoch)), run.planned.micro_batches(epoch)
+    with run.counters.temporarily(epoch=epoch, attempts=attempts, seen=seen):
         yield
 
 

@@ -61,7 +61,7 @@ def rebased_counters(run: Run, counters: dict[str, Any], consumed: int) -> dict[
     counters: those of the checkpoint
     consumed: batches of the current epoch that all processes together have consumed
     """
-    steps, batches = run.plan()
+    steps, batches = run.planned.epoch(counters["epoch"])
     done = counters["attempts"] - counters["began"][1]              # steps of the current epoch
     batch = 0                                                       # micro-batches of it, per process
     if consumed and run.steps_per_epoch:
@@ -71,8 +71,9 @@ def rebased_counters(run: Run, counters: dict[str, Any], consumed: int) -> dict[
         assert shard is not None
         remaining = shard.remaining(consumed)
         batch, done = batches - remaining, steps - -(-remaining * steps // batches)
-    began = counters["epoch"] * batches, counters["attempts"] - done
-    return {"seen": began[0] + batch, "began": began, "shift": began[1] - counters["epoch"] * steps}
+    began = run.planned.micro_batches(counters["epoch"]), counters["attempts"] - done
+    shift = began[1] - int(run.planned.steps(counters["epoch"]))
+    return {"seen": began[0] + batch, "began": began, "shift": shift}
 
 
 def merge_states(states: list[dict[str, Any]], function: Any) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def capture_state(run: Run) -> dict[str, Any]:
         "composition": training_plugins(run),
         "parameters": parameter_names(run),
         "data": identities(run),
-        "plan": list(run.planned_by_length()),
+        "plan": list(run.planned_by_length().epoch(0)),
         "counted_plan": list(run.counted_plan or ()),
         "max_steps": run.max_steps,
         "counters": run.counters.state_dict(),
@@ -107,7 +107,8 @@ def restore(run: Run) -> None:
         cut_short = saved["counters"]["step"] >= saved["max_steps"] and ended_within_epoch(saved)
         rank_state = state_of_this_rank(run, saved)
         run.counters.load_state_dict(saved["counters"])
-        run.counted_plan = tuple(saved["counted_plan"]) or None
+        if saved["counted_plan"]:
+            run.plan_by_count(tuple(saved["counted_plan"]))
         run.stop, run.metrics, run.history = saved["stop"], saved["metrics"], saved["history"]
         run.meters = Meters(run.metric_fns["train"], "train_")
         run.meters.load_state_dict(rank_state["meters"])
@@ -236,9 +237,10 @@ def compare(run: Run, saved: dict[str, Any]) -> list[str]:
     sets = saved["data"], identities(run)
     found += missing("there is {}", *([" ".join(["validation data", *name.split(".")[1:]]) for name in data
                                        if name != "train"] for data in sets))
-    if saved["plan"] != list(run.planned_by_length()) and len(saved["ranks"]) == run.world_size:
+    plan = run.planned_by_length().epoch(0)
+    if saved["plan"] != list(plan) and len(saved["ranks"]) == run.world_size:
         plans = [f"{counted(steps, 'step')} of {counted(batches, 'batch')}"
-                 for steps, batches in (saved["plan"], run.planned_by_length())]
+                 for steps, batches in (saved["plan"], plan)]
         found.append(f"{differs('an epoch has', *plans)}; keep data, batch size and accumulation")
     found += other_data(*sets)
     generators = len(rank0["random"]["generators"]), len(loader_generators(run.data_sets().values()))

@@ -22,7 +22,7 @@ SPECS: dict[str, Any] = {name: spec for name, spec in vars(hooks).items() if has
 ARGUMENTS = {name: spec.__code__.co_varnames[:spec.__code__.co_argcount] for name, spec in SPECS.items()}
 
 # The boolean attributes of a plugin that the loop reads.
-FLAGS = ("observer_only", "rank_zero_only", "capturable", "keeps_sample_count")
+FLAGS = ("observer_only", "rank_zero_only", "capturable", "keeps_sample_count", "grouping_changes")
 
 
 class Hooks:

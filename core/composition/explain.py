@@ -35,14 +35,20 @@ def hook_tree() -> list[str]:
 
 def describe_plan(run: Run) -> list[str]:
     """Return lines with the planned number of updates, batch sizes and learning rates of a prepared run."""
-    steps, micro_batches = run.plan()
+    plan = run.planned.per_epoch
+    steps, micro_batches = plan[0]
     size = getattr(run.train, "batch_size", None) or sample_count(next(iter(run.train)))
+    effective = [counted(size * -(-batches // updates) * run.world_size, "sample")
+                 for updates, batches in (plan[0], plan[-1])]
     curves = distinct_curves([rates for _, rates in lr_curve(run)])
     each = f", {micro_batches / steps:.3g} micro-batches each" if micro_batches != steps else ""
+    if plan[-1] != plan[0]:
+        last, of_last = plan[-1]
+        each += f", at the end of {last:,}, {of_last / last:.3g} micro-batches each"
     return [
         f"updates          {run.planned_steps:,}: {counted(run.epochs, 'epoch')} of {steps:,}{each}",
         *[f"processes        {run.world_size}, each with batches of {counted(size, 'sample')}"] * (run.world_size > 1),
-        f"effective batch  {counted(size * -(-micro_batches // steps) * run.world_size, 'sample')}",
+        f"effective batch  {', at the end '.join(dict.fromkeys(effective))}",
         *[f"{'' if number else 'learning rate':17}"
           f"{f'{describe_groups(run.optimizer, groups)}: ' * (len(curves) > 1)}"
           f"{lrs[0]:.3g} at the start, {max(lrs):.3g} at its peak, {lrs[-1]:.3g} at the end"

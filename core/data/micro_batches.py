@@ -4,7 +4,8 @@ Where plugins transform training batches, that happens when a micro-batch is rea
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count, islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from loopctl.data.batch import chunked, target_of
+from loopctl.data.batch import target_of
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -32,7 +33,7 @@ class MicroBatches(Sequence[Any]):
     numbers that the data draws are in the same order, and the batches to come take no memory.
     """
 
-    def __init__(self, batches: Iterator[Any], weights: list[int]) -> None:
+    def __init__(self, batches: Iterator[Any], weights: list[Any]) -> None:
         self.batches, self.weights = batches, weights
         self.read: list[Any] = []
         self.seconds = 0.0              # spent on reading
@@ -85,7 +86,7 @@ def transform_batches(run: Run) -> TransformedBatches:
     """
     source = run.batches
     if not weighing_plugins(run):
-        weights = source.weights if isinstance(source, MicroBatches) else [
+        weights: list[Any] = source.weights if isinstance(source, MicroBatches) else [
             run.hook.batch_weight(run=run, batch=batch) for batch in source]
         return TransformedBatches(run, source, weights)
     run.batches = transformed = TransformedBatches(run, source, [])
@@ -109,17 +110,23 @@ def weighing_plugins(run: Run) -> list[str]:
               if not getattr(run.hook.plugins[name], "keeps_sample_count", False))]
 
 
-def grouped(run: Run, batches: Iterable[Any], every: int) -> Iterator[Sequence[Any]]:
-    """Yield the micro-batches of each step, `every` of them; the last step may have fewer."""
-    sizes = known_sizes(run, batches)
+def grouped(run: Run, batches: Iterable[Any], every: Callable[[int], int]) -> Iterator[Sequence[Any]]:
+    """Yield the micro-batches of each step; the last step of an epoch may have fewer.
+
+    every: returns their number for a step of the run, which is numbered by updates made and skipped
+    """
+    sizes, iterator = known_sizes(run, batches), iter(batches)
+    steps, start = count(run.attempts), run.seen_in_epoch       # counted here: `prefetch` asks for a step in advance
     if sizes is None:
-        yield from chunked(batches, every)
+        while group := list(islice(iterator, every(next(steps)))):
+            yield group
         return
-    iterator = iter(batches)
-    for start in range(run.seen_in_epoch, len(sizes), every):
-        group = MicroBatches(iterator, sizes[start:start + every])
-        yield group
-        group[len(group) - 1]           # read, also if the step did not need it
+    while start < len(sizes):
+        end = start + every(next(steps))
+        known = MicroBatches(iterator, sizes[start:end])
+        yield known
+        known[len(known) - 1]           # read, also if the step did not need it
+        start = end
     next(iterator, None)                # the end: of a resumed epoch without a batch left, this is its only reading
 
 

@@ -2,9 +2,14 @@
 
 To add a unit of durations, add it to `UNITS`, to the examples and to `convert`.
 """
+from __future__ import annotations
+
 import re
 from functools import lru_cache
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
+
+if TYPE_CHECKING:
+    from loopctl.optim.plan import Plan
 
 Duration = Annotated[int | float | str, "duration"]     # annotated, so that options of this type are known and checked
 UNITS = {"": "", "ep": "epoch", "st": "step", "%": "%"}
@@ -33,11 +38,11 @@ def parse_duration(duration: Duration | None) -> tuple[float, str]:
     return number, unit
 
 
-def convert(number: float, unit: str, by: str, steps_per_epoch: int, planned_steps: int) -> float:
+def convert(number: float, unit: str, by: str, plan: Plan, planned_steps: int) -> float:
     """A duration in epochs (`by="epoch"`) or in steps (`by="step"`). A number without a unit is in that unit."""
-    in_steps = {"": 1 if by == "step" else steps_per_epoch, "step": 1, "epoch": steps_per_epoch}
-    steps = number * planned_steps / 100 if unit == "%" else number * in_steps[unit]
-    return steps if by == "step" else steps / steps_per_epoch
+    unit = unit or by
+    steps = number * planned_steps / 100 if unit == "%" else number if unit == "step" else plan.steps(number)
+    return steps if by == "step" else plan.epochs(steps)
 
 
 def parse_time(text: str) -> float:

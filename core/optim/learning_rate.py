@@ -151,9 +151,8 @@ def lr_curve(run: Run, points: int = 2000) -> Iterator[tuple[int, list[float]]]:
     for plugin in run.hook.plugins.values():
         if isinstance(plugin, Schedule):
             plugin.check(run)
-    per_epoch, micro_batches = run.plan()
     every = max(1, run.planned_steps // points)
     for step in sorted({*range(0, run.planned_steps, every), run.planned_steps - 1}):
-        seen = round(step / per_epoch * micro_batches)
-        with run.counters.temporarily(epoch=step // per_epoch, attempts=step, seen=seen):
+        epoch, seen = run.planned.position(step)
+        with run.counters.temporarily(epoch=epoch, attempts=step, seen=seen):
             yield step, checked_rates(run, step)
