@@ -46,7 +46,7 @@ def load_pretrained(label: str, model: nn.Module, path: str) -> None:
         file, own = find_weights(Path(path)), model.state_dict(keep_vars=True)
         tensors = {name: tensor for name, tensor in without_wrappers(read_weights(file), own).items()
                    if not name.startswith(AUXILIARY)}
-        name, _ = last_layer(label, model)
+        name, _ = require_last_layer(label, model)
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in tensors and key in own and tensors[key].shape[1:] == own[key].shape[1:]:
                 tensors[key] = tensors[key] if tensors[key].shape == own[key].shape else own[key].detach()
@@ -62,7 +62,7 @@ def replace_head(label: str, model: nn.Module, classes: int) -> None:
     """
     from torch import nn
 
-    name, layer = last_layer(label, model)
+    name, layer = require_last_layer(label, model)
     if layer.weight.shape[0] == classes:
         return
     bias = layer.bias is not None
@@ -72,15 +72,14 @@ def replace_head(label: str, model: nn.Module, classes: int) -> None:
             nn.Conv2d(layer.in_channels, classes, layer.kernel_size, bias=bias))        # type: ignore[arg-type]
 
 
-def last_layer(label: str, model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
-    """Return the layer of `model` that gives the logits, with its name: the last linear one, else the last convolution.
+def require_last_layer(label: str, model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
+    """Return the layer of `model` that gives the logits, with its name.
 
     Raises UsageError, which starts with `label`, where there is none.
     """
-    from torch import nn
+    from loopctl.model.layers import last_layer
 
-    for kind in (nn.Linear, nn.Conv2d):
-        if found := [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kind)]:
-            return found[-1]
+    if found := last_layer(model):
+        return found
     raise UsageError(f"{label}: it has no linear layer or convolution to replace by one for the classes of the data; "
                      "leave out weights")

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from loopctl.checkpoint.atomic_files import DamagedCheckpoint, atomic_write
 from loopctl.data.batch import map_nested
-from loopctl.errors import one_line
+from loopctl.errors import UsageError, one_line
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -55,6 +55,27 @@ def is_sharded(value: Any) -> bool:
 def full_tensor(tensor: Any) -> Any:
     """`tensor`, gathered from all processes if it is sharded: then all of them must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def local_rows(tensor: Any) -> torch.Tensor:
+    """`tensor`, or of a sharded one the rows that this process holds, which are a view. For use without gradients.
+
+    Raises UsageError if it is sharded along another dimension than the first, as `fully_shard` does not.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    if any(placement.is_shard() and not placement.is_shard(0) for placement in tensor.placements):
+        raise UsageError("a parameter is sharded along another dimension than its first, so no process has whole rows")
+    return tensor.to_local()
+
+
+def sum_over_shards(tensor: Any, value: torch.Tensor) -> torch.Tensor:
+    """The sum of `value` over the processes that hold the shards of `tensor`; `value` itself if it is not sharded."""
+    for dim, placement in enumerate(tensor.placements if is_sharded(tensor) else ()):
+        if placement.is_shard():
+            value = value.clone()
+            dist.all_reduce(value, group=tensor.device_mesh.get_group(dim))
+    return value
 
 
 def save_sharded(tensors: dict[str, Any], folder: Path) -> Future[dict[str, int]]:

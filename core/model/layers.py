@@ -30,6 +30,14 @@ def layers(model: nn.Module) -> list[list[nn.Parameter]]:
     return [*found[:-1], found[-1] + waiting] if found else [waiting]
 
 
+def last_layer(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d] | None:
+    """The layer of `model` that gives the logits, with its name: the last linear one, else the last convolution."""
+    for kind in (nn.Linear, nn.Conv2d):
+        if found := [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kind)]:
+            return found[-1]
+    return None
+
+
 def undivided_parts(module: nn.Module, in_stack: bool) -> Iterator[tuple[nn.Module | None, list[nn.Parameter]]]:
     """The submodules that are not divided further, with their parameters, in order. A divided module yields None with
     the parameters that it has outside of its submodules."""
