@@ -124,6 +124,8 @@ def compare_schedule(plugins, make, per="epoch", epochs=6, factory=sgd):
 # The rows
 
 
+@pytest.mark.compares(use="--optimizer sgd", technique="optimizers and their options",
+                      source="torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.Adam, torch.optim.AdamW", tolerance="to the bit")
 @pytest.mark.parametrize(("spec", "cls", "options"), [
     ("sgd:momentum=0.9,weight_decay=1e-4,nesterov=true", torch.optim.SGD, {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}),
     ("adagrad:lr_decay=0.01,weight_decay=1e-4,eps=1e-9", torch.optim.Adagrad, {"lr_decay": 0.01, "weight_decay": 1e-4, "eps": 1e-9}),
@@ -141,6 +143,8 @@ def test_row_01_optimizers_and_their_options(spec, cls, options):
     assert_same_steps(steps, expected)
 
 
+@pytest.mark.compares(use="--optimizer lbfgs", technique="several evaluations per update",
+                      source="torch.optim.LBFGS", tolerance="to the bit")
 def test_row_02_lbfgs():
     model, plain = network(), network()
     optimizer = torch.optim.LBFGS(plain.parameters(), lr=0.01, max_iter=20)
@@ -187,25 +191,35 @@ def test_row_03_your_own_optimizer_class():
     assert_same_steps(steps, expected)
 
 
+@pytest.mark.compares(use="step", technique="a factor at regular intervals",
+                      source="torch.optim.lr_scheduler.StepLR", tolerance="1e-12: torch computes each rate from the one before")
 @pytest.mark.parametrize("gamma", [0.5, 0.1])
 def test_row_04_step_lr_per_epoch(gamma):
     compare_schedule([f"step:step_size=2,gamma={gamma}"], partial(lr_scheduler.StepLR, step_size=2, gamma=gamma))
 
 
+@pytest.mark.compares(use="multistep", technique="a factor at milestones",
+                      source="torch.optim.lr_scheduler.MultiStepLR", tolerance="1e-12: torch computes each rate from the one before")
 def test_row_05_multistep_lr():
     compare_schedule(["multistep:milestones=2,3,5,gamma=0.1"], partial(lr_scheduler.MultiStepLR, milestones=[2, 3, 5], gamma=0.1))
 
 
+@pytest.mark.compares(use="exponential", technique="a factor at every epoch or step",
+                      source="torch.optim.lr_scheduler.ExponentialLR", tolerance="1e-12: torch computes each rate from the one before")
 def test_row_06_exponential_lr():
     compare_schedule(["exponential:gamma=0.9"], partial(lr_scheduler.ExponentialLR, gamma=0.9))
 
 
+@pytest.mark.compares(use="cosine", technique="cosine annealing, arXiv:1608.03983",
+                      source="torch.optim.lr_scheduler.CosineAnnealingLR", tolerance="1e-12: torch computes each rate from the one before")
 @pytest.mark.parametrize("t_max", [2, 6, 50])
 def test_row_07_cosine_falls_and_rises_again_after_t_max(t_max):
     compare_schedule([f"cosine:t_max={t_max},eta_min=0.001"],
                      partial(lr_scheduler.CosineAnnealingLR, T_max=t_max, eta_min=0.001))
 
 
+@pytest.mark.compares(use="cosine_restarts", technique="warm restarts, arXiv:1608.03983",
+                      source="torch.optim.lr_scheduler.CosineAnnealingWarmRestarts", tolerance="1e-12")
 def test_row_08_cosine_with_warm_restarts():
     compare_schedule(["cosine_restarts:t_0=2,t_mult=2"], partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=2, T_mult=2))
 
@@ -237,10 +251,14 @@ def halve(epoch):
     return 0.5**epoch
 
 
+@pytest.mark.compares(use="lambda", technique="a factor from a function",
+                      source="torch.optim.lr_scheduler.LambdaLR", tolerance="1e-12")
 def test_row_10_lambda_lr():
     compare_schedule([LambdaLr(halve)], partial(lr_scheduler.LambdaLR, lr_lambda=halve))
 
 
+@pytest.mark.compares(use="linear, polynomial", technique="a straight line, and a power of the rest of the run",
+                      source="torch.optim.lr_scheduler.LinearLR, torch.optim.lr_scheduler.PolynomialLR", tolerance="1e-12: torch computes each rate from the one before")
 @pytest.mark.parametrize(("spec", "make"), [
     ("linear:start_factor=0.5,end_factor=0.1,total_iters=4",
      partial(lr_scheduler.LinearLR, start_factor=0.5, end_factor=0.1, total_iters=4)),
@@ -271,11 +289,15 @@ class Trapezoid:
         self.optimizer.param_groups[0]["lr"] = lr
 
 
+@pytest.mark.compares(use="trapezoidal", technique="warmup, stable, decay",
+                      source="arXiv:1802.08770; the formula by hand", tolerance="1e-12")
 def test_row_12_trapezoidal():
     compare_schedule(["trapezoidal:base_lr=0.01,max_lr=0.2,step_size=10,anneal_start=25,by=step"],
                      partial(Trapezoid, base=0.01, top=0.2, step_size=10, anneal_start=25), per="step")
 
 
+@pytest.mark.compares(use="onecycle", technique="one cycle of rate and momentum, arXiv:1708.07120",
+                      source="torch.optim.lr_scheduler.OneCycleLR", tolerance="1e-12")
 @pytest.mark.parametrize(("spec", "options"), [
     ("", {}), (",pct_start=0.2,anneal_strategy=linear,div_factor=10,final_div_factor=100",
                {"pct_start": 0.2, "anneal_strategy": "linear", "div_factor": 10, "final_div_factor": 100}),
@@ -301,6 +323,8 @@ def test_row_13_one_cycle_per_batch_with_momentum(spec, options):
     assert momenta == pytest.approx(expected[:-1], rel=1e-12)
 
 
+@pytest.mark.compares(use="cyclic", technique="cycles of rate and momentum, arXiv:1506.01186",
+                      source="torch.optim.lr_scheduler.CyclicLR", tolerance="1e-12")
 @pytest.mark.parametrize("mode", ["triangular", "triangular2", "exp_range"])
 def test_row_14_cyclical_rates(mode):
     compare_schedule(
@@ -308,6 +332,8 @@ def test_row_14_cyclical_rates(mode):
         partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=5, step_size_down=8, mode=mode, gamma=0.99), per="step")
 
 
+@pytest.mark.compares(use="warmup", technique="a linear rise, times any other schedule",
+                      source="torch.optim.lr_scheduler.LinearLR, torch.optim.lr_scheduler.ChainedScheduler", tolerance="1e-12: torch computes each rate from the one before")
 def test_row_15_warmup_then_another_schedule():
     def make(optimizer):
         return lr_scheduler.ChainedScheduler([lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10),
@@ -425,6 +451,8 @@ def test_row_21_stochastic_weight_averaging():
     assert_same_weights(model, average.module, 1e-12)
 
 
+@pytest.mark.compares(use="early_stopping", technique="early stopping, with the best weights restored",
+                      source="the loop by hand", tolerance="to the bit")
 def test_row_22_early_stopping_restores_the_best_weights():
     model, plain = network(), network()
     best, waited, stopped = [math.inf, None], [0], []
@@ -524,6 +552,8 @@ def replicated(train):
     return run.model.state_dict()
 
 
+@pytest.mark.compares(use="ddp", technique="data-parallel training",
+                      source="torch.nn.parallel.DistributedDataParallel", tolerance="to the bit")
 def test_row_26_several_processes(ranks):
     expected, states = ranks(2, replicated_by_hand, TRAIN[:6]), ranks(2, replicated, TRAIN[:6])
     for expected_state, state in zip(expected, states, strict=True):

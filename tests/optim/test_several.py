@@ -76,6 +76,8 @@ def equal(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
+@pytest.mark.compares(use="fit(optimizer={...})", technique="a loss for each of several optimizers, in turn",
+                      source="the loop by hand", tolerance="to the bit")
 @pytest.mark.parametrize(("plugins", "arguments"), [
     ([], {}),
     (["accumulate:every=2"], {"every": 2}),
@@ -201,6 +203,8 @@ def pair_by_hand(epochs=2, every=1, max_norm=None):
     return model
 
 
+@pytest.mark.compares(use="fit(optimizer={...})", technique="several optimizers with one loss",
+                      source="the loop by hand", tolerance="to the bit")
 @pytest.mark.parametrize("names", [("body", "head"), ("body", "*"), ("/^body/", "head.*")])
 @pytest.mark.parametrize(("plugins", "arguments"), [
     ([], {}), (["accumulate:every=2", "clip:max_norm=0.1"], {"every": 2, "max_norm": 0.1}), (["nan_guard"], {})])

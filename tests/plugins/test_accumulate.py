@@ -20,6 +20,8 @@ def concatenated(batches, every):
     return [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
 
 
+@pytest.mark.compares(use="accumulate", technique="the update of one large batch, also of an uneven last group",
+                      source="the loop by hand", tolerance="1e-12: sums are in another order")
 @pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: factory.func.__name__)
 @pytest.mark.parametrize("every", [2, 3, 8, 50])
 def test_uneven_micro_batches_give_the_update_of_one_big_batch(plain, batches, clone, same, factory, every):
@@ -33,6 +35,8 @@ def test_uneven_micro_batches_give_the_update_of_one_big_batch(plain, batches, c
     assert run.history[-1]["train_loss"] == pytest.approx(reference_run.history[-1]["train_loss"], rel=1e-12)
 
 
+@pytest.mark.compares(use="accumulate", technique="gradient accumulation, each micro-batch weighted by its samples",
+                      source="the loop by hand", tolerance="to the bit")
 def test_equals_a_plain_loop_to_the_bit(net, batches, clone, same, sgd):
     other = clone(net)
     fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["accumulate:every=3"], seed=1)

@@ -32,6 +32,8 @@ def by_hand(model, optimizer, batches, epochs, dtype, max_norm=None, init_scale=
     return skipped
 
 
+@pytest.mark.compares(use="amp", technique="mixed precision with loss scaling, arXiv:1710.03740",
+                      source="torch.autocast, torch.amp.GradScaler", tolerance="to the bit")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("max_norm", [None, 0.1])
 def test_equals_the_amp_recipe_to_the_bit(net, batches, clone, same, sgd, dtype, max_norm):

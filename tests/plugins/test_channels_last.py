@@ -47,6 +47,8 @@ def by_hand(model, batches, epochs):
             optimizer.step()
 
 
+@pytest.mark.compares(use="channels_last", technique="the channels-last memory format",
+                      source="torch.channels_last", tolerance="to the bit")
 def test_equals_a_channels_last_loop_to_the_bit_and_a_plain_loop_except_for_rounding(conv, clone, same):
     hand, plain = clone(conv), clone(conv)
     run = fit(conv, cross_entropy, sgd, BATCHES, VALID, epochs=5, plugins=["channels_last"])

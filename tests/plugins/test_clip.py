@@ -8,6 +8,8 @@ from loopctl import fit
 cross_entropy = nn.CrossEntropyLoss()
 
 
+@pytest.mark.compares(use="clip", technique="gradient clipping by norm and by value",
+                      source="torch.nn.utils.clip_grad_norm_, torch.nn.utils.clip_grad_value_", tolerance="to the bit")
 @pytest.mark.parametrize(("spec", "clip"), [
     ("clip", lambda parameters: nn.utils.clip_grad_norm_(parameters, 1.0)),
     ("clip:max_norm=0.05", lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.05)),

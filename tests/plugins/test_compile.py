@@ -54,6 +54,8 @@ def deep_model():
     return nn.Sequential(nn.Linear(6, 16), nn.Sequential(*(Block(16) for _ in range(4))), nn.Linear(16, 3))
 
 
+@pytest.mark.compares(use="compile", technique="compiled forward and backward passes",
+                      source="torch.compile", tolerance="to the bit with backend=eager")
 @pytest.mark.parametrize("plugins", [
     [], ["amp:dtype=bfloat16"], ["amp:dtype=float16", "clip"], ["freeze:patterns=0,until=2ep"], ["accumulate:every=3"],
     ["ema:decay=0.9", "cosine:by=step", "clip"], ["sam"], ["split"], ["summary"], ["swa:start=50%"]], ids="+".join)

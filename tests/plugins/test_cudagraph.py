@@ -95,6 +95,8 @@ COMPOSITIONS = [
 ]
 
 
+@pytest.mark.compares(use="cudagraph", technique="a step replayed as a CUDA graph",
+                      source="the run without it", tolerance="to the bit")
 @pytest.mark.parametrize("plugins", COMPOSITIONS, ids=lambda plugins: ",".join(plugins))
 def test_equals_steps_without_a_graph_to_the_bit(net, batches, valid, clone, same, graphs, plugins):
     """With dropout, BatchNorm, momentum, a smaller last batch, metrics and a schedule."""

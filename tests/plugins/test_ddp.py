@@ -48,6 +48,8 @@ CASES = {
 }
 
 
+@pytest.mark.compares(use="ddp", technique="the weights of one process with the batches of all",
+                      source="the run of one process", tolerance="1e-10: sums are in another order")
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_the_weights_equal_those_of_one_process_with_the_same_global_batches(ranks, case, number):

@@ -62,6 +62,8 @@ def equal(one, other, but=()):
         assert name.endswith(but or "-") or torch.equal(value, other[name]), name
 
 
+@pytest.mark.compares(use="ema", technique="exponential moving average of the weights",
+                      source="torch.optim.swa_utils.AveragedModel", tolerance="to the bit")
 def test_bit_for_bit_the_recipe(net, batches, valid, clone, sgd):
     """Statistics of BatchNorm are averaged; torch averages and truncates their count too, here it stays the model's."""
     raw, watch = clone(net), Watch()

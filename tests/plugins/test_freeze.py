@@ -54,6 +54,8 @@ class Recorder:
         self.rates.append([group["lr"] for group in run.optimizer.param_groups])
 
 
+@pytest.mark.compares(use="freeze", technique="freezing, with frozen modules in evaluation mode",
+                      source="the loop by hand", tolerance="to the bit")
 @optimizers
 @pytest.mark.parametrize("specs", [
     ["patterns=0.*,1.*"], ["patterns=[01].*"], [r"patterns=/^[01]\./"], ["patterns=0,1"], ["patterns=[01]"], ["keep=4.*"],
@@ -68,6 +70,8 @@ def test_freezing_for_the_whole_run_equals_a_plain_loop(net, batches, valid, clo
     assert [name for name, parameter in net.named_parameters() if parameter.requires_grad] == ["4.weight", "4.bias"]
 
 
+@pytest.mark.compares(use="freeze:gradual", technique="gradual unfreezing, arXiv:1801.06146",
+                      source="torch.optim.Optimizer.add_param_group", tolerance="to the bit")
 @optimizers
 @pytest.mark.parametrize(("specs", "starts"), [
     (["patterns=0,1,until=2"], {"0": 16, "1": 16}),

@@ -68,6 +68,8 @@ GROUPS = {
 }
 
 
+@pytest.mark.compares(use="layerwise_lr", technique="learning rates by layer, layer-wise decay as in arXiv:2106.08254",
+                      source="parameter groups by hand", tolerance="to the bit")
 @pytest.mark.parametrize("optimizer", [sgd, adamw], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("options", GROUPS)
 def test_equals_groups_written_by_hand_to_the_bit(net, batches, clone, same, optimizer, options):
@@ -220,6 +222,8 @@ UNDECAYED |= {"norms,biases,embeddings,tokens": set().union(*UNDECAYED.values())
 UNDECAYED |= {"norms,biases": UNDECAYED["norms"] | UNDECAYED["biases"]}
 
 
+@pytest.mark.compares(use="layerwise_lr:no_decay", technique="no weight decay for norms, biases, embeddings, tokens",
+                      source="parameter groups by hand", tolerance="to the bit")
 @pytest.mark.parametrize("kinds", UNDECAYED)
 @pytest.mark.parametrize("optimizer", [sgd, adamw], ids=["sgd", "adamw"])
 def test_exclusion_from_weight_decay_equals_groups_written_by_hand_to_the_bit(kinds, optimizer, clone, same):
@@ -237,6 +241,8 @@ def test_exclusion_from_weight_decay_equals_groups_written_by_hand_to_the_bit(ki
     assert {name for names, _, decay in found if decay == 0 for name in names} == undecayed
 
 
+@pytest.mark.compares(use="layerwise_lr:weight_decays", technique="weight decays by pattern",
+                      source="parameter groups by hand", tolerance="to the bit")
 def test_weight_decays_by_pattern_equal_groups_written_by_hand_to_the_bit(net, batches, clone, same):
     """A pattern comes before no_decay, x is a factor of the optimizer's own, and rates divide the groups further."""
     other = clone(net)

@@ -67,6 +67,8 @@ def by_hand(model, optimizer, batches, rates, beta, diverge, every=1, max_norm=N
     return losses
 
 
+@pytest.mark.compares(use="lr_finder", technique="learning-rate range test",
+                      source="arXiv:1506.01186, section 3.3", tolerance="1e-6: rates are powers of a rounded number")
 @pytest.mark.parametrize(("every", "max_norm", "start", "end", "diverges"), [(1, None, 1e-4, 100, True), (3, 0.1, 1e-5, 1, False)])
 def test_rates_and_losses_equal_those_of_a_plain_range_test(net, batches, clone, sgd, every, max_norm, start, end, diverges):
     other = clone(net)

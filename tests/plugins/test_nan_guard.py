@@ -172,6 +172,8 @@ def ahead(monkeypatch):
     monkeypatch.setattr(NanGuard, "send_verdict", sent)
 
 
+@pytest.mark.compares(use="nan_guard", technique="a step with a loss or gradient that is not finite is left out",
+                      source="the loop by hand", tolerance="to the bit")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("factory", [sgd, adam, adamw, partial(torch.optim.RMSprop, momentum=0.9)], ids=lambda factory: factory.func.__name__)
 def test_bit_for_bit_the_loop_that_leaves_bad_steps_out(net, batches, clone, same, factory, value):
@@ -563,6 +565,8 @@ def back_by_hand(model, optimizer, batches, epochs, loss_fn):
         saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
 
 
+@pytest.mark.compares(use="nan_guard:action=rollback", technique="back to a checkpoint, and over the batches, as in arXiv:2204.02311",
+                      source="the loop by hand", tolerance="to the bit")
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("factory", [sgd, adam], ids=lambda factory: factory.func.__name__)
 def test_rollback_bit_for_bit(net, batches, clone, same, tmp_path, order, factory):

@@ -74,6 +74,8 @@ OPTIONS = [dict(zip(("mode", "threshold_mode", "cooldown", "min_lr", "patience")
            for values in product(("min", "max"), ("rel", "abs"), (0, 4), (0.0, [0.002, 1e-4]), (0, 3))]
 
 
+@pytest.mark.compares(use="plateau", technique="a lower rate when a metric stops improving",
+                      source="torch.optim.lr_scheduler.ReduceLROnPlateau", tolerance="1e-12")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_rates_equal_those_of_torch(options):
     for seed, more in enumerate([{"factor": 0.5}, {"factor": 0.9, "eps": 1e-3, "threshold": 0.0}, {"threshold": 0.05, "factor": 0.8}]):

@@ -64,6 +64,8 @@ def loader(workers, **more):
     return DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=workers, **more)
 
 
+@pytest.mark.compares(use="prefetch", technique="batches copied to the device in advance",
+                      source="the run without it", tolerance="to the bit")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("plugins", [["prefetch", "accumulate:every=3"], ["accumulate:every=3", "prefetch", "cosine:by=step"]])
 def test_the_run_equals_one_without_the_plugin(net, clone, same, calls, workers, plugins):

@@ -68,6 +68,8 @@ def single(batches):
     return [[batch] for batch in batches]
 
 
+@pytest.mark.compares(use="sam", technique="sharpness-aware minimization, ASAM",
+                      source="arXiv:2010.01412, arXiv:2102.11600; github.com/davda54/sam", tolerance="to the bit")
 @pytest.mark.parametrize("factory", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), adam], ids=["sgd", "adam"])
 @pytest.mark.parametrize("options", [{}, {"rho": 0.5}, {"rho": 0.5, "adaptive": True}], ids=str)
 def test_equals_davda54_sam_to_the_bit(net, batches, clone, same, factory, options):

@@ -43,6 +43,8 @@ def accuracy(output, target):
     return (output.argmax(1) == target).float().mean()
 
 
+@pytest.mark.compares(use="split", technique="the gradient of a batch from its parts",
+                      source="the run without it", tolerance="1e-12: sums are in another order")
 @pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: factory.func.__name__)
 @pytest.mark.parametrize("into", [2, 3, 5, 100])
 def test_parts_give_the_gradient_of_the_whole_batch(plain, batches, clone, same, factory, into):

@@ -306,6 +306,8 @@ def conv_net():
                          nn.ConvTranspose2d(8, 6, 4, stride=3, padding=1, output_padding=1, groups=2), nn.PReLU(6))
 
 
+@pytest.mark.compares(use="summary", technique="multiply-adds of each layer",
+                      source="torch.utils.flop_counter.FlopCounterMode", tolerance="to the bit")
 @pytest.mark.parametrize(("model", "inputs"), [
     (lambda: nn.Sequential(nn.Linear(7, 16), nn.ReLU(), nn.LayerNorm(16), nn.Linear(16, 3)), [(5, 7)]),
     (lambda: nn.Linear(7, 3), [(7,)]),

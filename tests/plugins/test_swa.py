@@ -86,6 +86,8 @@ def equal(one, other, tolerance=0.0):
         torch.testing.assert_close(value, other[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.compares(use="swa", technique="stochastic weight averaging, BatchNorm statistics of the average",
+                      source="arXiv:1803.05407; torch.optim.swa_utils.AveragedModel, torch.optim.swa_utils.update_bn", tolerance="to the bit")
 def test_bit_for_bit_the_recipe(net, clone, valid):
     """Dropout and shuffled data: the pass for BatchNorm sees other random numbers than training, as by hand."""
     raw, watch, swa = clone(net), Watch(), Swa("50%")
@@ -102,6 +104,8 @@ def test_bit_for_bit_the_recipe(net, clone, valid):
     assert run.history[-1]["val_loss"] == pytest.approx(sum(loss * size for loss, size in losses) / 13, rel=1e-7)
 
 
+@pytest.mark.compares(use="swa:swa_lr", technique="the learning rate while averaging",
+                      source="torch.optim.swa_utils.SWALR", tolerance="1e-12: torch computes each rate from the one before")
 @pytest.mark.parametrize(("strategy", "epochs"), [("cos", 3), ("linear", 3), ("cos", 10), ("linear", 1)])
 def test_with_a_rate_of_its_own(net, batches, clone, sgd, strategy, epochs):
     """1e-12 in float64: torch computes each rate from the one before and gathers rounding; ours is the closed form."""

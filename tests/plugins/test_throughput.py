@@ -126,6 +126,8 @@ def test_data_wait_of_a_data_set_that_sleeps(plain, batches, sgd):
     assert 0.3 < row["data_wait"] < 1
 
 
+@pytest.mark.compares(use="throughput:peak", technique="operations of a sample, for the utilization of arXiv:2204.02311",
+                      source="the formula by hand", tolerance="to the bit")
 def test_flops_of_a_sample_are_counted_in_the_first_step(plain, batches, sgd, clock):
     plain[0].requires_grad_(False)                                  # so only the last weight has a gradient
     plugin = Throughput(peak=1)

@@ -93,6 +93,8 @@ FACTORIES = [("epoch", sequential, {"gamma": 0.7}), ("step", chained, {})]
 IDS = [f"{cls.__name__}-{by}" for by, cls, _ in CASES + FACTORIES]
 
 
+@pytest.mark.compares(use="torch_scheduler", technique="any scheduler of torch",
+                      source="torch.optim.lr_scheduler.LRScheduler", tolerance="1e-12")
 @pytest.mark.parametrize(("by", "cls", "given"), CASES + FACTORIES, ids=IDS)
 def test_rates_equal_those_of_the_scheduler_in_a_plain_loop(net, batches, clone, by, cls, given):
     recorder, optimizer = Recorder(), two_groups(net)
