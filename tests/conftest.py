@@ -72,10 +72,25 @@ def make_batches(sizes, seed=0):
     return [(torch.randn(size, 6, generator=generator), torch.randint(0, 3, (size,), generator=generator)) for size in sizes]
 
 
+IMAGES = ("cutmix", "progressive_resizing")         # the plugins that need images
+
+
+def pool_images(module, arguments):
+    """A forward pre-hook with which a network of 6 inputs takes images of 6 channels too."""
+    return (arguments[0].mean((2, 3)),) if arguments[0].ndim == 4 else None
+
+
+def as_images(batches):
+    """Batches of images of 6 channels and 8 x 8 pixels, from batches of 6 inputs."""
+    pattern = torch.linspace(0.5, 1.5, 64).view(8, 8)
+    return [(input[..., None, None] * pattern, target) for input, target in batches]
+
+
 # Options for the built-ins that require some, or that have an effect in a short run only with other options than the default.
 EXAMPLES = checks.EXAMPLES | {
     "accumulate": "every=3", "amp": "dtype=float16", "clip": "max_norm=0.1", "early_stopping": "patience=1,min_delta=9,restore_best=true",
     "ema": "decay=0.9", "freeze": "patterns=0,until=1ep", "layerwise_lr": "decay=0.5,no_decay=true", "lr_finder": "num_steps=5", "max_time": "limit=1h",
+    "mixup": "prob=0.7", "progressive_resizing": "delay_fraction=0.2", "selective_backprop": "start=0.1,keep=0.7",
     "plateau": "patience=0", "profile": "start=1,steps=2", "tensorboard": "every_steps=2", "throughput": "peak=1", "warmup": "length=50%",
 }
 

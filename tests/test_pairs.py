@@ -5,15 +5,22 @@ import pytest
 from torch import nn
 
 from loopctl import UsageError, available, fit
+from tests.conftest import IMAGES, as_images, pool_images
 
 NAMES = sorted({*available()} - {"cudagraph"})        # cudagraph needs a GPU; its test file combines it with the others
 REFUSED = {("cyclic", "onecycle"): "cycles the momentum too", ("amp", "sam"): "one gradient computation per step",
            ("ddp", "fsdp"): "choose one", ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support", ("fsdp", "lr_finder"): "cannot be copied"}
 ORDERED = {("agc", "clip"),         # the order matters: each measures the gradient that the other has left
-           ("ema", "swa")}          # the averaged weights of the last one are evaluated and kept
+           ("ema", "swa"),          # the averaged weights of the last one are evaluated and kept
+           # each changes the batch that the other has left
+           *combinations(["cutmix", "progressive_resizing", "selective_backprop"], 2), ("mixup", "progressive_resizing"), ("mixup", "selective_backprop")}
 
 
 def train(net, batches, valid, sgd, plugins, out):
+    plugins = [*plugins]
+    if any(plugin.partition(":")[0] in IMAGES for plugin in plugins):
+        net.register_forward_pre_hook(pool_images)
+        batches, valid = as_images(batches), as_images(valid)
     batches = [*batches[:7], tuple(part[:6] for part in batches[6])]      # an even last batch: `split` must not give BatchNorm a single sample
     return fit(net, nn.CrossEntropyLoss(), sgd, batches, valid, epochs=2, plugins=plugins, seed=1, out=out)
 

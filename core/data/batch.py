@@ -132,6 +132,11 @@ def sample_count(batch: Any) -> int:
     return 1 if first is None or first.ndim == 0 else first.shape[0]
 
 
+def is_image_batch(value: Any) -> bool:
+    """Whether a value is a batch of images: a floating-point tensor of shape (N, C, H, W)."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 4
+
+
 def iter_tensors(batch: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors of a batch, in order."""
     if isinstance(batch, torch.Tensor):

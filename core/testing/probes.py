@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import wraps
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -45,11 +46,19 @@ class Tripwire:
             raise PlantedError("planted by a check")
 
     def guard(self, function: Callable[..., Any], model: nn.Module, training: bool) -> Callable[..., Any]:
-        """Return `function`, which first calls `touch` if `model.training` equals `training`."""
-        def guarded(*arguments: Any) -> Any:
+        """Return `function`, which first calls `touch` if `model.training` equals `training`. A module stays itself."""
+        def touch_if_due(*_: Any) -> None:
             if model.training == training:
                 self.touch()
-            return function(*arguments)
+
+        @wraps(function)
+        def guarded(*arguments: Any, **options: Any) -> Any:
+            touch_if_due()
+            return function(*arguments, **options)
+
+        if isinstance(function, nn.Module):         # a plugin may look at its attributes, such as `reduction`
+            function.register_forward_pre_hook(touch_if_due)
+            return function
         return guarded
 
 

@@ -6,10 +6,25 @@ import pytest
 from loopctl import available
 from loopctl.testing import plugin_checks
 from loopctl.testing.checks import CHECKS
+from loopctl.testing.tiny import default_arguments
+from tests.conftest import as_images, pool_images
 
 NAMES = sorted({*available()} - {"cudagraph"})      # it needs a GPU
+
+
+def images():
+    """Arguments of a tiny run on images."""
+    arguments = default_arguments()
+    arguments["model"].register_forward_pre_hook(pool_images)
+    return {"model": arguments["model"], **{part: as_images(arguments[part]) for part in ("train", "valid")}}
+
+
 ARGUMENTS = {
     "amp": {"skip": {"never_waits": "autocast does not support the meta device, and GradScaler synchronizes with float16"}},
+    "cutmix": {"draws_random": True, **images()},
+    "mixup": {"draws_random": True},
+    "progressive_resizing": images(),
+    "selective_backprop": {"draws_random": True},
     "checkpoint": {"skip": {"resumes": "it resumes from its own files, which test_checkpoint.py tests"}},
     "nan_guard": {"waits": True},       # on a CPU; on a GPU it does not, see test_nan_guard.py
     "sam": {"draws_random": True},      # it computes gradients twice per step, with new dropout masks
