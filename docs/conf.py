@@ -45,6 +45,7 @@ EXAMPLES = {
     "ema": "--plugin ema:decay=0.999",
     "freeze": "--plugin freeze:patterns=0.*,until=2ep",
     "fsdp": "--devices 0,1 --plugin fsdp",
+    "label_smoothing": "--plugin label_smoothing:smoothing=0.1",
     "layerwise_lr": "--lr 0.01 --plugin layerwise_lr:decay=0.75,no_decay=true",
     "lr_finder": "--plugin lr_finder:only=true",
     "nan_guard": "--plugin nan_guard:action=skip",

@@ -45,11 +45,18 @@ class Tripwire:
             raise PlantedError("planted by a check")
 
     def guard(self, function: Callable[..., Any], model: nn.Module, training: bool) -> Callable[..., Any]:
-        """Return `function`, which first calls `touch` if `model.training` equals `training`."""
-        def guarded(*arguments: Any) -> Any:
+        """Return `function`, which first calls `touch` if `model.training` equals `training`. A module stays one."""
+        def touch_if_due(*arguments: Any) -> None:
             if model.training == training:
                 self.touch()
+
+        def guarded(*arguments: Any) -> Any:
+            touch_if_due()
             return function(*arguments)
+
+        if isinstance(function, nn.Module):
+            function.register_forward_pre_hook(touch_if_due)
+            return function
         return guarded
 
 
