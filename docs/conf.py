@@ -40,6 +40,7 @@ EXAMPLES = {
     "clip": "--plugin clip:max_norm=1",
     "compile": "--plugin compile:mode=max-autotune",
     "ddp": "--devices 0,1 --plugin ddp:sync_batchnorm=true",
+    "distill": "--model cnn:width=8 --plugin distill:teacher=runs/teacher,temperature=4,alpha=0.9",
     "early_stopping": "--plugin early_stopping:monitor=val_accuracy,patience=5,restore_best=true",
     "max_time": "--plugin max_time:limit=2h",
     "ema": "--plugin ema:decay=0.999",

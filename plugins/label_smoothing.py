@@ -26,7 +26,7 @@ class LabelSmoothing:
 
     smoothing: float = 0.1
     capturable: ClassVar[bool] = True
-    topic = "targets and inputs"
+    topic = "losses and targets"
 
     def __post_init__(self) -> None:
         if not 0 < self.smoothing <= 1:
