@@ -52,6 +52,7 @@ EXAMPLES = {
     "nan_guard": "--plugin nan_guard:action=skip",
     "plateau": "--plugin plateau:factor=0.5,patience=3",
     "profile": "--max-steps 40 --plugin profile:start=10",
+    "prune": "--epochs 20 --plugin prune:amount=0.8,start=2ep,until=15ep",
     "sam": "--plugin sam:rho=0.05",
     "split": "--batch-size 256 --plugin split:into=4",
 }

@@ -14,7 +14,7 @@ from loopctl import Run, UsageError, hookimpl
 
 @dataclass(eq=False)
 class LabelSmoothing:
-    """Smooth the labels of the cross entropy in training; validation is measured with the labels as they are.
+    """Smooth the labels of the cross entropy in training, and not in validation.
 
     Same as torch.nn.CrossEntropyLoss(label_smoothing=...), from arXiv:1512.00567, section 7. Each target is mixed with
     the uniform distribution over the classes, also one that is a distribution itself, as from mixup. Weights of classes
