@@ -10,6 +10,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 import loopctl
 from loopctl import Run, UsageError, hookimpl
+from loopctl.data.batch import sample_count
 from loopctl.model.features import FeaturePairs, described
 from loopctl.model.forward import outputs_of
 from loopctl.report.terminal import one_line
@@ -32,7 +33,8 @@ class Distill:
     teacher: folder of a run, whose best weights are used, or the teacher as package.module:name or file.py:name, a
         module or a function that returns one; from Python the module itself, which is then put into evaluation mode
     temperature: divides the outputs, above 0; the larger, the more the smaller probabilities count
-    alpha: the share of the teacher in the loss, 0 to 1; with 1, the targets of the data have no effect
+    alpha: the share of the teacher's outputs in the loss, 0 to 1; with 1, the targets of the data have no effect, and
+        with 0 only features count
     dim: the dimension of the outputs that has the classes; -1 for language models, whose outputs have them last
     features: modules of the model, by name or glob, with those of the teacher whose outputs theirs should equal, such
         as layer3=layer3 or blocks.?=blocks.1?, which are paired in order
@@ -88,27 +90,31 @@ class Distill:
                 return loss
             with torch.no_grad():
                 target = outputs_of(run, self.module, batch)
-            return self.distilled(run, loss, run.outputs, target)
+            scale = sample_count(batch) if run.reduction == "sum" else 1
+            if self.alpha:
+                loss = self.alpha * self.distance(run, run.outputs, target) + (1 - self.alpha) * loss
+            if self.features:
+                error = self.pairs.error()
+                run.log("features", error)
+                loss = loss + self.feature_weight * (scale * error)
+            return loss
         finally:
             self.pairs.clear()
 
-    def distilled(self, run: Run, loss: Tensor, own: Any, target: Any) -> Tensor:
-        """The loss with the parts of the teacher, whose outputs are `target`; `own` are those of the model."""
+    def distance(self, run: Run, own: Any, target: Any) -> Tensor:
+        """The part of the loss that is the distance of the outputs `own` of the model from those of the teacher."""
         if not isinstance(own, Tensor) or getattr(target, "shape", None) != own.shape:
             raise UsageError(f"the teacher gives {described(target)} for a batch, and the model {described(own)}; both "
                              "have to give a tensor, with the same classes")
-        logs = [log_softmax(outputs / self.temperature, self.dim) for outputs in (own, target)]
+        if self.dim not in range(-own.ndim, own.ndim) or own.shape[self.dim] == 1:
+            raise UsageError(f"the outputs are {described(own)}, without classes in dimension {self.dim}; choose "
+                             "another dim, or features with alpha=0")
+        logs, wanted = (log_softmax(outputs / self.temperature, self.dim) for outputs in (own, target))
         # For outputs (N, C) it is reduction="batchmean"; for others, such as (N, C, H, W), the mean over all positions.
         count = own.numel() // own.shape[self.dim]
-        distance = self.temperature ** 2 * (kl_div(*logs, reduction="sum", log_target=True) / count)
+        distance = self.temperature ** 2 * (kl_div(logs, wanted, reduction="sum", log_target=True) / count)
         run.log("distill", distance)
-        scale = count if run.reduction == "sum" else 1
-        loss = self.alpha * (scale * distance) + (1 - self.alpha) * loss
-        if self.features:
-            error = self.pairs.error()
-            run.log("features", error)
-            loss = loss + self.feature_weight * (scale * error)
-        return loss
+        return count * distance if run.reduction == "sum" else distance
 
 
 def load_teacher(teacher: Any) -> nn.Module:

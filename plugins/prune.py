@@ -66,7 +66,7 @@ class Prune:
             raise UsageError(f"until={self.until} is not before the run's end, so the amount would not be reached; "
                              "choose an earlier one, such as 75%")
         parameters = dict(run.model.named_parameters())
-        self.weights = [parameters[name] for name in self.names]
+        self.weights: list[Tensor] = [parameters[name] for name in self.names]
         if any(hasattr(weight, "full_tensor") for weight in self.weights):
             raise UsageError("the weights are sharded, so the smallest are not known; use ddp in place of fsdp")
         self.masks = [torch.ones_like(weight, requires_grad=False) for weight in self.weights]
@@ -139,7 +139,8 @@ class Prune:
 
 def chosen_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
     """The names of the parameters that patterns match, or of the weights of linear and convolutional layers."""
-    chosen = {parameter for matched in matching_parameters(model, patterns).values() for parameter in matched}
+    matched = matching_parameters(model, patterns).values()
+    chosen: set[Tensor] = {parameter for parameters in matched for parameter in parameters}
     if not patterns:
         chosen = {module.weight for module in model.modules() if isinstance(module, nn.Linear | _ConvNd)}
     names = [name for name, parameter in model.named_parameters() if parameter in chosen]

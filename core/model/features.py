@@ -48,7 +48,7 @@ class FeaturePairs:
         errors = []
         for number, name in enumerate(self.names):
             own, target = (found.get(number) for found in self.found)
-            if not isinstance(own, Tensor) or getattr(target, "shape", None) != own.shape:
+            if not isinstance(own, Tensor) or not isinstance(target, Tensor) or own.shape != target.shape:
                 raise UsageError(f"features: {name} gives {described(own)} in the model and {described(target)} in the "
                                  "teacher; name modules that are called, and give tensors of the same shape")
             errors.append(mse_loss(own, target))

@@ -64,7 +64,8 @@ def test_equals_the_formula_in_a_plain_loop_to_the_bit(net, batches, valid, sgd,
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not any(module.training for module in teacher.modules())
     # Tolerance 1e-6: the plain loop adds the values in float64.
-    assert run.history[-1]["train_distill"] == pytest.approx(logged, rel=1e-6)
+    assert run.history[-1].get("train_distill", logged) == pytest.approx(logged, rel=1e-6)
+    assert ("train_distill" in run.history[-1]) == (options.get("alpha") != 0)
     assert ("train_features" in run.history[-1]) == bool(indices)
     assert not any(name.startswith("val_") and name != "val_loss" for name in run.history[-1])
     other.eval()
@@ -232,6 +233,7 @@ def not_a_model():
 @pytest.mark.parametrize(("options", "message"), [
     ({"teacher": "nowhere"}, "distill: there is no folder .*nowhere; name the folder of a run"),
     ({"teacher": WIDE}, r"distill: the teacher gives a tensor of shape \(8, 5\) for a batch, and the model a tensor of shape \(8, 3\); both"),
+    ({"teacher": nn.Sequential(nn.Linear(6, 3)), "dim": 2}, r"distill: the outputs are a tensor of shape \(8, 3\), without classes in dimension 2; choose"),
     ({"teacher": not_a_model}, "distill: teacher is a str, not a torch.nn.Module; name one"),
     ({"teacher": nn.Linear}, "distill: teacher: Linear cannot be called without arguments"),
     ({"teacher": WIDE, "temperature": 0.0}, "temperature is above 0, not 0"),
