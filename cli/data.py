@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
-from loopctl.cli.specs import at_least_one, at_most, call_factory, resolve
+from loopctl.cli.specs import Augment, Policy, at_least_one, at_most, call_factory, resolve
 from loopctl.composition.options import Option
 from loopctl.data import on_device
 from loopctl.data.batch import length_or_none
@@ -135,12 +135,30 @@ def digits(channels: int = 1) -> Data:
                 preprocessing=Preprocessing("L", 8, 8, (0.3053,) * channels, (0.3761,) * channels))
 
 
-def transforms(mean: Any, std: Any, first: Any = (), channels: int = 0) -> Any:
-    """Return `first`, then conversion to a normalised tensor. `channels` > 1 repeats a grey image in each channel."""
+def transforms(mean: Any, std: Any, first: Any = (), channels: int = 0, erase: float = 0.0) -> Any:
+    """Return `first`, then conversion to a normalised tensor. `channels` > 1 repeats a grey image in each channel.
+
+    erase: the probability with which a part of the normalised image is erased
+    """
     from torchvision.transforms import v2
 
-    grey = [v2.Grayscale(channels)] if channels > 1 else []
-    return v2.Compose([*grey, *first, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    grey, last = [v2.Grayscale(channels)] if channels > 1 else [], [v2.RandomErasing(erase)] if erase else []
+    return v2.Compose([*grey, *first, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std),
+                       *last])
+
+
+def policy(augment: Any) -> list[Any]:
+    """torchvision's transform that `augment` names, with its own settings, in a list; empty where it names none."""
+    from torchvision.transforms import v2
+
+    classes = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment, "augmix": v2.AugMix}
+    return [classes[augment]()] if augment in classes else []
+
+
+def check_erase(label: str, erase: float) -> None:
+    """Raise UsageError where `erase` is no probability; `label` begins the message."""
+    if not 0 <= erase <= 1:
+        raise UsageError(f"{label}: erase is a probability, from 0 to 1, not {erase:g}")
 
 
 def preprocessing(valid: Any, mode: Any, size: int, resize: int | None = None) -> Preprocessing:
@@ -160,7 +178,7 @@ def from_torchvision(name: str, cls: Any, root: str, download: bool, train: Any,
             raise UsageError(f"data {name} could not be downloaded to {root}: {one_line(error)}") from error
         raise UsageError(f"data {name} is missing or incomplete in {Path(root).absolute()}; "
                          "pass --download to get it, or --data-root DIR") from error
-    return Data(sets[0], sets[1], len(sets[0].classes), shape, pictures=True,
+    return Data(sets[0], sets[1], len(sets[0].classes), shape, pictures=train is valid,
                 preprocessing=preprocessing(valid, mode, shape[-1]))
 
 
@@ -170,80 +188,108 @@ def check_channels(label: str, channels: int) -> None:
         raise UsageError(f"{label}: channels is 1 or 3, not {channels}")
 
 
-def mnist(root: str, download: bool, channels: int = 1) -> Data:
+def mnist(root: str, download: bool, channels: int = 1, augment: Policy = "none", erase: float = 0.0) -> Data:
     """60,000 and 10,000 images of handwritten digits, 28x28 pixels.
 
     channels: 1, or 3 for a model of colour images: the grey image is repeated
+    augment: torchvision's TrivialAugmentWide, RandAugment or AugMix for the training images
+    erase: the probability with which RandomErasing erases a part of a training image
     """
     from torchvision.datasets import MNIST
 
-    check_channels("data mnist", channels)
-    plain = transforms([0.1307] * channels, [0.3081] * channels, channels=channels)
-    return from_torchvision("mnist", MNIST, root, download, plain, plain, "L", (channels, 28, 28))
+    return grey("mnist", MNIST, root, download, channels, augment, erase, 0.1307, 0.3081)
 
 
-def fashionmnist(root: str, download: bool, channels: int = 1) -> Data:
+def fashionmnist(root: str, download: bool, channels: int = 1, augment: Policy = "none", erase: float = 0.0) -> Data:
     """60,000 and 10,000 images of clothes, 28x28 pixels.
 
     channels: 1, or 3 for a model of colour images: the grey image is repeated
+    augment: torchvision's TrivialAugmentWide, RandAugment or AugMix for the training images
+    erase: the probability with which RandomErasing erases a part of a training image
     """
     from torchvision.datasets import FashionMNIST
 
-    check_channels("data fashionmnist", channels)
-    plain = transforms([0.2860] * channels, [0.3530] * channels, channels=channels)
-    return from_torchvision("fashionmnist", FashionMNIST, root, download, plain, plain, "L", (channels, 28, 28))
+    return grey("fashionmnist", FashionMNIST, root, download, channels, augment, erase, 0.2860, 0.3530)
 
 
-def cifar10(root: str, download: bool, augment: bool = True) -> Data:
+def grey(name: str, cls: Any, root: str, download: bool, channels: int, augment: Any, erase: float, mean: float,
+         std: float) -> Data:
+    """MNIST or Fashion-MNIST."""
+    check_channels(f"data {name}", channels)
+    check_erase(f"data {name}", erase)
+    values = [mean] * channels, [std] * channels
+    plain = train = transforms(*values, channels=channels)
+    if (first := policy(augment)) or erase:
+        train = transforms(*values, first, channels, erase)
+    return from_torchvision(name, cls, root, download, train, plain, "L", (channels, 28, 28))
+
+
+def cifar10(root: str, download: bool, augment: Augment = True, erase: float = 0.0) -> Data:
     """50,000 and 10,000 colour images of 32x32 pixels in 10 classes; the training set is augmented.
 
-    augment: random crops of the image padded by 4 pixels, mirrored at random; false for the image itself
+    augment: random crops of the image padded by 4 pixels, mirrored at random; false or none for the image itself;
+        trivial, rand and augmix crop and mirror, then do as torchvision's TrivialAugmentWide, RandAugment and AugMix
+    erase: the probability with which RandomErasing erases a part of a training image
     """
     from torchvision.datasets import CIFAR10
 
-    return cifar("cifar10", CIFAR10, root, download, augment, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    return cifar("cifar10", CIFAR10, root, download, augment, erase, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
-def cifar100(root: str, download: bool, augment: bool = True) -> Data:
+def cifar100(root: str, download: bool, augment: Augment = True, erase: float = 0.0) -> Data:
     """50,000 and 10,000 colour images of 32x32 pixels in 100 classes; the training set is augmented.
 
-    augment: random crops of the image padded by 4 pixels, mirrored at random; false for the image itself
+    augment: random crops of the image padded by 4 pixels, mirrored at random; false or none for the image itself;
+        trivial, rand and augmix crop and mirror, then do as torchvision's TrivialAugmentWide, RandAugment and AugMix
+    erase: the probability with which RandomErasing erases a part of a training image
     """
     from torchvision.datasets import CIFAR100
 
-    return cifar("cifar100", CIFAR100, root, download, augment, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+    return cifar("cifar100", CIFAR100, root, download, augment, erase, (0.5071, 0.4865, 0.4409),
+                 (0.2673, 0.2564, 0.2762))
 
 
-def cifar(name: str, cls: Any, root: str, download: bool, augment: bool, mean: Any, std: Any) -> Data:
+def cifar(name: str, cls: Any, root: str, download: bool, augment: Any, erase: float, mean: Any, std: Any) -> Data:
     """CIFAR-10 or CIFAR-100; augmentation is a random crop of the image padded by 4 pixels, mirrored at random."""
     from torchvision.transforms import v2
 
-    crops, plain = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()], transforms(mean, std)
-    augmented = transforms(mean, std, crops) if augment else plain
-    dataset = from_torchvision(name, cls, root, download, augmented, plain, "RGB", (3, 32, 32))
-    if not augment:
+    check_erase(f"data {name}", erase)
+    crops = [] if is_off(augment) else [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+    plain = train = transforms(mean, std)
+    if crops or erase:
+        train = transforms(mean, std, [*crops, *policy(augment)], erase=erase)
+    dataset = from_torchvision(name, cls, root, download, train, plain, "RGB", (3, 32, 32))
+    if augment is not True or erase:
         return dataset
     unaugmented: Any = copy(dataset.train)
     unaugmented.transform = plain
     black = plain(torch.zeros(3, 1, 1, dtype=torch.uint8))
-    return replace(dataset, unaugmented=unaugmented, augment=on_device.CropAndMirror(4, black))
+    return replace(dataset, pictures=True, unaugmented=unaugmented, augment=on_device.CropAndMirror(4, black))
 
 
-def imagenet(root: str, size: int = 224, augment: bool = True) -> Data:
+def is_off(augment: Any) -> bool:
+    """Whether the option `augment` says that images are used as they are."""
+    return augment in (False, "none")
+
+
+def imagenet(root: str, size: int = 224, augment: Augment = True, erase: float = 0.0) -> Data:
     """ImageNet 2012, 1,000 classes, from its original archives in `root`; the transforms are those of `imagefolder`.
 
     size: height and width of the images in pixels
-    augment: random crops, mirrored at random; false for the centre
+    augment: random crops, mirrored at random; false or none for the centre; trivial, rand and augmix crop and mirror,
+        then do as torchvision's TrivialAugmentWide, RandAugment and AugMix
+    erase: the probability with which RandomErasing erases a part of a training image
     """
     from torchvision.datasets import ImageNet
 
     from loopctl.cli.image_folder import load_image
 
     check_image_size("data imagenet", size=size)
+    check_erase("data imagenet", erase)
     try:
-        sets = [ImageNet(root, split=split, transform=photo_transforms(size, augment and split == "train"),
-                         loader=load_image)
-                for split in ("train", "val")]
+        sets = [ImageNet(root, split=split, transform=transform, loader=load_image)
+                for split, transform in (("train", photo_transforms(size, augment, erase)),
+                                         ("val", photo_transforms(size)))]
     except (RuntimeError, OSError) as error:
         raise UsageError(f"data imagenet is missing or incomplete in {Path(root).absolute()}; put "
                          "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, "
@@ -252,27 +298,30 @@ def imagenet(root: str, size: int = 224, augment: bool = True) -> Data:
                 preprocessing=preprocessing(sets[1].transform, "RGB", size, shorter_side(size)))
 
 
-def imagefolder(root: str, size: int = 224, augment: bool = True, valid: str = "val") -> Data:
+def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str = "val", erase: float = 0.0) -> Data:
     """Image files in `root`/train/CLASS and `root`/val/CLASS. Names that start with a dot are left out.
 
     A training image is a random crop, mirrored at random. A validation image is the centre, after the shorter side is
     resized to 256 pixels (for size=224). augment=false uses the centre for both.
 
     size: height and width of the images in pixels
-    augment: random crops, mirrored at random; false for the centre
+    augment: random crops, mirrored at random; false or none for the centre; trivial, rand and augmix crop and mirror,
+        then do as torchvision's TrivialAugmentWide, RandAugment and AugMix
     valid: name of the folder of the validation images, such as test for --test imagefolder:valid=test
+    erase: the probability with which RandomErasing erases a part of a training image
     """
     from loopctl.cli.image_folder import IMG_EXTENSIONS, VisibleImageFolder
 
     check_image_size("data imagefolder", size=size)
+    check_erase("data imagefolder", erase)
     folders = [Path(root, split).absolute() for split in ("train", valid)]
     advice = f"put images in train/CLASS and {one_line(valid)}/CLASS of --data-root DIR"
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"data imagefolder: there is no folder {folder}; {advice}")
     try:
-        sets = [VisibleImageFolder(str(folder), photo_transforms(size, augment and folder.name == "train"))
-                for folder in folders]
+        sets = [VisibleImageFolder(str(folder), transform) for folder, transform in
+                zip(folders, (photo_transforms(size, augment, erase), photo_transforms(size)), strict=True)]
     except FileNotFoundError as error:         # no class, or a class without images
         raise UsageError(f"data imagefolder: {one_line(error).rstrip('. ')}; {advice}, with names that end in "
                          f"{', '.join(IMG_EXTENSIONS)}") from error
@@ -301,13 +350,13 @@ def check_image_size(label: str, channels: int = 3, **side: int) -> None:
         check_memory(f"{label}: a network on images of {name}={value}", needed, "use a smaller one")
 
 
-def photo_transforms(size: int, augment: bool) -> Any:
+def photo_transforms(size: int, augment: Any = False, erase: float = 0.0) -> Any:
     """The usual transforms of ImageNet: random crops and mirroring with `augment`, otherwise the centre."""
     from torchvision.transforms import v2
 
-    random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *policy(augment)]
     centre = [v2.Resize(shorter_side(size)), v2.CenterCrop(size)]
-    return transforms((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), random if augment else centre)
+    return transforms((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), centre if is_off(augment) else random, erase=erase)
 
 
 def shorter_side(size: int) -> int:
@@ -315,21 +364,29 @@ def shorter_side(size: int) -> int:
     return size * 256 // 224
 
 
-def fake(size: int = 1000, image: int = 32, classes: int = 10, channels: int = 3) -> Data:
+def fake(size: int = 1000, image: int = 32, classes: int = 10, channels: int = 3, augment: Policy = "none",
+         erase: float = 0.0) -> Data:
     """Random images with random classes, for experiments; the validation set is a fifth as large.
 
     size: number of training images
     image: height and width of the images in pixels
     classes: number of classes
     channels: number of channels
+    augment: torchvision's TrivialAugmentWide, RandAugment or AugMix for the training images
+    erase: the probability with which RandomErasing erases a part of a training image
     """
     from torchvision.datasets import FakeData
 
     at_least_one("data fake", size=size, classes=classes)
     at_most("data fake", 10_000_000, size=size, classes=classes)
     check_image_size("data fake", channels, image=image)
-    shape, to_tensor = (channels, image, image), transforms([0.5] * channels, [0.5] * channels)
-    train = FakeData(size, shape, classes, to_tensor)
+    check_erase("data fake", erase)
+    first = policy(augment)
+    if first:
+        check_channels(f"data fake: augment={augment}", channels)
+    shape, values = (channels, image, image), ([0.5] * channels, [0.5] * channels)
+    to_tensor = transforms(*values)
+    train = FakeData(size, shape, classes, transforms(*values, first, erase=erase))
     return Data(train, FakeData(max(1, size // 5), shape, classes, to_tensor, random_offset=size), classes, shape,
                 preprocessing=preprocessing(to_tensor, "L" if channels == 1 else "RGB", image))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loopctl.composition.discovery import load, split_head
 from loopctl.composition.options import Option, option_type, parse_options
@@ -23,6 +23,9 @@ DEFAULT_PLUGINS = ("csv", "checkpoint", "progress")        # `run` adds these, e
 # Types of options by the text of an argument's annotation, because annotations may be strings.
 TYPES: dict[str, Any] = {inspect.formatannotation(hint): hint
                          for kind in (int, float, bool, str) for hint in (kind, kind | None)}
+Policy = Literal["trivial", "rand", "augmix", "none"]           # of augmentation
+Augment = bool | Policy
+TYPES |= {"Policy": Policy, "Augment": Augment}
 
 
 def resolve(kind: str, spec: str, known: Callable[[], Iterable[str]], get: Callable[[str], Callable[..., Any]],
@@ -79,7 +82,8 @@ def parse_arguments(label: str, factory: Callable[..., Any], text: str, more: di
     for name, value in values.items():
         default = known[name].default
         is_flag = isinstance(default, bool)
-        if isinstance(value, str if is_flag else str | bool) and isinstance(default, int | float):
+        untyped = known[name].type is Any
+        if untyped and isinstance(value, str if is_flag else str | bool) and isinstance(default, int | float):
             raise UsageError(f"{label}: {name} takes {'true|false' if is_flag else 'a number'}, not {value!r}")
         if isinstance(default, tuple) and not isinstance(value, tuple):
             example = ",".join(map(str, default))

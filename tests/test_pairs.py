@@ -8,12 +8,23 @@ from loopctl import UsageError, available, fit
 from tests.conftest import IMAGES, as_images, pool_images
 
 NAMES = sorted({*available()} - {"cudagraph"})        # cudagraph needs a GPU; its test file combines it with the others
-REFUSED = {("cyclic", "onecycle"): "cycles the momentum too", ("amp", "sam"): "one gradient computation per step",
-           ("ddp", "fsdp"): "choose one", ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support", ("fsdp", "lr_finder"): "cannot be copied"}
-ORDERED = {("agc", "clip"),         # the order matters: each measures the gradient that the other has left
-           ("ema", "swa"),          # the averaged weights of the last one are evaluated and kept
-           # each changes the batch that the other has left
-           *combinations(["cutmix", "progressive_resizing", "selective_backprop"], 2), ("mixup", "progressive_resizing"), ("mixup", "selective_backprop")}
+REFUSED = {
+    ("amp", "sam"): "one gradient computation per step",
+    ("cyclic", "onecycle"): "cycles the momentum too",
+    ("ddp", "fsdp"): "choose one",
+    ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support",
+    ("fsdp", "lr_finder"): "cannot be copied",
+    ("fsdp", "prune"): "the weights are sharded",
+}
+# The order of a pair matters:
+ORDERED = {
+    ("agc", "clip"),                # each measures the gradient that the other has left
+    ("ema", "swa"),                 # the averaged weights of the last one are evaluated and kept
+    # Each changes the batch that the other has left.
+    *combinations(["cutmix", "progressive_resizing", "selective_backprop"], 2),
+    ("mixup", "progressive_resizing"),
+    ("mixup", "selective_backprop"),
+}
 
 
 def train(net, batches, valid, sgd, plugins, out):

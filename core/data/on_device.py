@@ -126,8 +126,8 @@ def sample_batches(found: Any, part: Any) -> Iterator[Any]:
     for batch in DataLoader(part, 256, generator=torch.Generator(), collate_fn=part.collate):
         if host_rng_state() != before:
             raise UsageError(f"data {found.name}: its samples come out differently at every reading, and "
-                             "on_device=true reads them once; pass augment=false where that is an option, or leave "
-                             "out on_device")
+                             "on_device=true reads them once; pass augment=false and no erase where those are options, "
+                             "or leave out on_device")
         yield batch
 
 

@@ -149,6 +149,18 @@ def call_model(run: Run, batch: Any) -> Any:
     return run.model(*batch) if own_loss else run.model(batch[0])
 
 
+def outputs_of(run: Run, model: nn.Module, batch: Any) -> Any:
+    """What another model gives for a batch in place of the run's own, as metrics get it."""
+    if run.forward is not None:
+        result = run.forward(model, batch)
+        return result[1] if isinstance(result, tuple | list) else None
+    if isinstance(batch, Mapping):
+        return predictions(model(**named_inputs(model, batch, target_name(batch))))
+    if run.loss_fn is None and "compute_loss" not in run.hook.replaced:         # the model returns its loss
+        return own_loss(model(*batch))[1]
+    return predictions(model(batch[0]))
+
+
 def model_arguments(run: Run, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a dict that the model takes; without the target where `loss_fn` takes that."""
     found = named_inputs(run.model, batch, None if run.loss_fn is None else target_name(batch))

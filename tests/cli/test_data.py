@@ -315,7 +315,7 @@ def test_the_error_for_missing_data_names_the_folder_and_the_download_option(nam
 @pytest.mark.parametrize(("spec", "words"), [
     ("digits:channels=0", "data digits: channels is at least 1, not 0"),
     ("mnist:channels=1.5", "data mnist: channels takes a whole number, not '1.5'"),
-    ("cifar10:augment=perhaps", r"data cifar10: augment takes true\|false, not 'perhaps'"),
+    ("cifar10:augment=perhaps", r"data cifar10: augment takes true\|false or trivial\|rand\|augmix\|none, not 'perhaps'"),
     ("fake:classes=0", "data fake: classes is at least 1, not 0"),
     ("imagefolder:size=0", "data imagefolder: size is at least 1, not 0"),
 ])

@@ -41,7 +41,8 @@ RIGHT = {"whole number": COUNT, "number": NUMBER, "true|false": st.sampled_from(
 MORE = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 # Values of the required options, with which the other options of the plugin can be tried.
 REQUIRED = {"t_0": "1", "base_lr": "0.01", "max_lr": "0.1", "gamma": "0.9", "lr_lambda": "math:cos", "milestones": "1",
-            "step_size": "1", "limit": "1h", "cls": "torch.optim.lr_scheduler:ExponentialLR"}
+            "step_size": "1", "limit": "1h", "cls": "torch.optim.lr_scheduler:ExponentialLR",
+            "amount": "0.5", "teacher": "loopctl.testing.tiny:tiny_model"}
 
 
 def either(*strategies):

@@ -334,7 +334,7 @@ def case(command, *words):
     case("run --optimizer sgd:momentm=1", "optimizer sgd: no option 'momentm'", "did you mean 'momentum'?"),
     case("run --model cnn:width=wide", "model cnn: width takes a whole number, not 'wide'"),
     case("run --data digits:channels=three", "data digits: channels takes a whole number, not 'three'"),
-    case("run --data cifar10:augment=maybe", "data cifar10: augment takes true|false, not 'maybe'"),
+    case("run --data cifar10:augment=maybe", "data cifar10: augment takes true|false or trivial|rand|augmix|none, not 'maybe'"),
     case("run --optimizer sgd:momentum=much", "optimizer sgd: momentum takes a number, not 'much'"),
     case("run --optimizer adamw:betas=0.9", "optimizer adamw: betas takes 2 values, as in betas=0.9,0.999, not 0.9"),
     case("run --model cnn:width=0", "model cnn: width is at least 1, not 0"),
