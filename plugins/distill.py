@@ -48,7 +48,7 @@ class Distill:
     features: dict[str, str] = field(default_factory=dict)
     feature_weight: float = 1.0
     capturable: ClassVar[bool] = True
-    topic = "losses and targets"
+    topic = "data and losses"
 
     def __post_init__(self) -> None:
         if isinstance(self.teacher, str):

@@ -26,7 +26,7 @@ class LabelSmoothing:
 
     smoothing: float = 0.1
     capturable: ClassVar[bool] = True
-    topic = "losses and targets"
+    topic = "data and losses"
 
     def __post_init__(self) -> None:
         if not 0 < self.smoothing <= 1:

@@ -31,7 +31,7 @@ class ProgressiveResizing:
     mode: Literal["resize", "crop"] = "resize"
 
     keeps_sample_count: ClassVar[bool] = True
-    topic = "data"
+    topic = "data and losses"
 
     def __post_init__(self) -> None:
         if not 0 < self.initial_scale <= 1:

@@ -34,7 +34,7 @@ class SelectiveBackprop:
     end: float = 0.9
     keep: float = 0.5
     interrupt: int = 2
-    topic = "data"
+    topic = "data and losses"
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:

@@ -36,7 +36,7 @@ class Mixing:
     num_classes: int | None = None
 
     keeps_sample_count: ClassVar[bool] = True
-    topic = "data"
+    topic = "data and losses"
 
     def __post_init__(self) -> None:
         if not self.alpha > 0:
