@@ -1,27 +1,22 @@
 """Logs for TensorBoard."""
-import logging
 import re
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from loopctl import Run, UsageError, hookimpl
 from loopctl.checkpoint.atomic_files import claim_output
 from loopctl.checkpoint.state import run_config
-from loopctl.metrics.host_copy import HostCopy
+from loopctl.metrics.step_values import StepLogger, step_loss
 from loopctl.optim.learning_rate import group_names
-
-log = logging.getLogger("loopctl")
 
 
 @dataclass(eq=False)
-class Tensorboard:
+class Tensorboard(StepLogger):
     """Write metrics, learning rates and the configuration for TensorBoard.
 
     It is torch.utils.tensorboard; `tensorboard --logdir runs` shows it. All metrics are written at every evaluation;
@@ -46,14 +41,6 @@ class Tensorboard:
         if self.every_steps < 1:
             raise ValueError(f"every_steps is at least 1, not {self.every_steps}")
         self.writers: dict[str, Any] = {}                           # by folder: train, valid, and . for all else
-        self.coming: deque[tuple[int, str, HostCopy]] = deque()     # values that may not have arrived yet
-        self.saved: Any = None
-        self.refused = False            # the disk refused to write; the run continues without charts
-
-    @hookimpl(wrapper=True)
-    def train(self) -> Generator[None, None, None]:
-        with ExitStack() as self.closing:           # ends here, also after an exception
-            return (yield)
 
     @hookimpl
     def train_start(self, run: Run) -> None:
@@ -70,13 +57,7 @@ class Tensorboard:
             if other is not self and isinstance(other, Tensorboard) and other.dir == self.dir:
                 raise UsageError(f"{name} writes to dir={self.dir} too; choose another dir in one of them")
 
-    @hookimpl
-    def epoch_start(self, run: Run) -> None:
-        if not self.writers and not self.refused:   # only now is it known where the run resumes
-            self.saved = run.last_checkpoint
-            self.attempt(self.open, run)
-
-    def open(self, run: Run) -> None:
+    def begin(self, run: Run) -> None:
         # What the last step wrote stays. What an evaluation after it wrote stays only if the checkpoint was saved after
         # that evaluation, else it is evaluated again. So the two are in different folders.
         first = run.attempts + (run.counters.evaluated == run.attempts)
@@ -84,44 +65,29 @@ class Tensorboard:
             if name != "valid" or run.valid is not None:
                 folder = self.folder / name
                 self.writers[name] = self.writer(str(folder), purge_step=purge if run.resume else None)
-        self.closing.callback(self.attempt, self.close)
         config = run.config or run_config(run)
         rows = "".join(f"| {key} | {str(value).replace('|', '&#124;')} |\n" for key, value in config.items())
         acting = "".join(f"    {hook:16}{', '.join(who)}\n" for hook, who in run.hook.acting.items() if who)
         self.writers["."].add_text("configuration", f"| option | value |\n|---|---|\n{rows}", run.attempts)
         self.writers["."].add_text("composition", acting or "no plugin", run.attempts)
 
-    @hookimpl
-    def after_step(self, run: Run) -> None:
-        if run.attempts % self.every_steps == 0 or run.attempts == 1:
-            for tag, group in zip(rate_tags(run.optimizer), run.optimizer.param_groups, strict=True):
-                self.send(run, tag, group["lr"])
-            if run.loss is not None:
-                self.send(run, "step_loss", run.loss)
-            self.write_arrived()
-        if run.last_checkpoint is not self.saved:   # everything before a checkpoint is in the file
-            self.saved = run.last_checkpoint
-            self.attempt(self.flush)
+    def values(self, run: Run) -> dict[str, Any]:
+        groups = run.optimizer.param_groups
+        rates = {tag: group["lr"] for tag, group in zip(rate_tags(run.optimizer), groups, strict=True)}
+        return rates | step_loss(run, "step_loss")
 
-    @hookimpl
-    def after_evaluate(self, run: Run) -> None:
-        self.write_arrived(wait=True)
-        self.attempt(self.write_metrics, run)
+    def write_values(self, step: int, values: dict[str, Any]) -> None:
+        for tag, value in values.items():
+            self.write(".", tag, value, step)
+
+    def log_values(self, step: int, values: Mapping[str, float]) -> None:
+        """Write values that another plugin has measured in a step."""
+        if self.writers:
+            self.attempt(self.write_values, step, values)
 
     @hookimpl
     def train_end(self, run: Run) -> None:
         self.attempt(self.write_hyperparameters, run)
-
-    def send(self, run: Run, tag: str, value: Any) -> None:
-        """Write a value of the step when it has arrived on the host."""
-        if not isinstance(value, Tensor):
-            value = torch.tensor(float(value), dtype=torch.float64)
-        self.coming.append((run.attempts, tag, HostCopy(value)))
-
-    def write_arrived(self, wait: bool = False) -> None:
-        while self.coming and (wait or self.coming[0][2].arrived):
-            step, tag, copy = self.coming.popleft()
-            self.attempt(self.write, ".", tag, float(copy.wait()), step)
 
     def write(self, where: str, tag: str, value: float, step: int) -> None:
         self.writers[where].add_scalar(tag, value, step)
@@ -148,24 +114,17 @@ class Tensorboard:
         for name, value in final.items():
             self.writers["."].add_scalar(name, value, run.attempts)
 
-    def attempt(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Write, unless the disk has refused before; if it refuses now, warn once, and the run continues."""
-        if self.refused:
-            return
-        try:
-            write(*arguments)
-        except OSError as error:
-            self.refused = True
-            log.warning("tensorboard: %s cannot be written (%s); nothing more is", self.folder, error.strerror or error)
-
     def flush(self) -> None:
         for writer in self.writers.values():
             writer.flush()
 
-    def close(self) -> None:
+    def end(self, run: Run, error: BaseException | None) -> None:
         for writer in self.writers.values():
             writer.close()
         self.writers = {}
+
+    def target(self) -> Path:
+        return self.folder
 
 
 def rate_tags(optimizer: torch.optim.Optimizer) -> list[str]:

@@ -101,14 +101,14 @@ def test_values_on_another_device_wait_for_the_evaluation(net, batches, sgd, tmp
 
         @hookimpl
         def after_step(self, run: Run):
-            plugin.coming.appendleft((run.attempts, "late", HostCopy(torch.empty((), device="meta"))))
-            Late.seen.append([entry[1] for entry in plugin.coming])
+            plugin.steps.coming.appendleft((run.attempts, {"late": HostCopy(torch.empty((), device="meta"))}))
+            Late.seen.append([name for _, values in plugin.steps.coming for name in values])
 
         @hookimpl(wrapper=True)
         def evaluate(self, run: Run):
-            for entry in [*plugin.coming]:
-                if entry[2].value.is_meta:
-                    plugin.coming.remove(entry)
+            for entry in [*plugin.steps.coming]:
+                if "late" in entry[1]:
+                    plugin.steps.coming.remove(entry)
             return (yield)
 
     fit(net, cross_entropy, lambda groups: torch.optim.SGD(groups, lr=torch.tensor(0.1)), batches[:3], plugins=[plugin, Late()], out=tmp_path)
@@ -241,7 +241,7 @@ def test_a_disk_that_refuses_stops_nothing(net, batches, sgd, tmp_path, caplog):
     assert run.epoch == 2
     assert caplog.messages == [f"tensorboard: {tmp_path / 'tensorboard'} cannot be written (No space left on device); nothing more is"]
     plugin.refused = False
-    plugin.close()
+    plugin.end(run, None)
 
 
 def refused(message, plugins, net, batches, sgd, tmp_path):
