@@ -39,6 +39,7 @@ EXAMPLES = {
     "checkpoint": "--plugin checkpoint:every_minutes=10,monitor=val_accuracy",
     "clip": "--plugin clip:max_norm=1",
     "compile": "--plugin compile:mode=max-autotune",
+    "confusion": "--plugin confusion --plugin report",
     "ddp": "--devices 0,1 --plugin ddp:sync_batchnorm=true",
     "early_stopping": "--plugin early_stopping:monitor=val_accuracy,patience=5,restore_best=true",
     "max_time": "--plugin max_time:limit=2h",
@@ -47,11 +48,15 @@ EXAMPLES = {
     "fsdp": "--devices 0,1 --plugin fsdp",
     "layerwise_lr": "--lr 0.01 --plugin layerwise_lr:decay=0.75,no_decay=true",
     "lr_finder": "--plugin lr_finder:only=true",
+    "csv": "--plugin csv:every_steps=50",
+    "mlflow": "--plugin mlflow:experiment=digits",
     "nan_guard": "--plugin nan_guard:action=skip",
+    "norms": "--plugin norms:every_steps=20 --plugin report",
     "plateau": "--plugin plateau:factor=0.5,patience=3",
     "profile": "--max-steps 40 --plugin profile:start=10",
     "sam": "--plugin sam:rho=0.05",
     "split": "--batch-size 256 --plugin split:into=4",
+    "wandb": "--plugin wandb:project=digits",
 }
 # The arguments of the commands of gallery.md, without those that only draw, by the name of the picture.
 DRAWN = {Path(arguments[-1]).stem: arguments[1:-2] for arguments in gallery.commands()}

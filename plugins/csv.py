@@ -80,7 +80,7 @@ class Csv(StepLogger):
     def values(self, run: Run) -> dict[str, Any]:
         return {"epoch": run.epochs_done, **step_loss(run), **step_rates(run.optimizer)}
 
-    def write_values(self, step: int, values: dict[str, Any]) -> None:
+    def write_values(self, run: Run, step: int, values: dict[str, Any]) -> None:
         self.step_file.add([{"step": step, **values}])
 
     def target(self) -> Path:

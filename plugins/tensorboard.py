@@ -76,14 +76,15 @@ class Tensorboard(StepLogger):
         rates = {tag: group["lr"] for tag, group in zip(rate_tags(run.optimizer), groups, strict=True)}
         return rates | step_loss(run, "step_loss")
 
-    def write_values(self, step: int, values: dict[str, Any]) -> None:
+    def write_values(self, run: Run, step: int, values: Mapping[str, Any]) -> None:
         for tag, value in values.items():
             self.write(".", tag, value, step)
 
-    def log_values(self, step: int, values: Mapping[str, float]) -> None:
+    def log_values(self, run: Run, step: int, values: Mapping[str, float]) -> None:
         """Write values that another plugin has measured in a step."""
         if self.writers:
-            self.attempt(self.write_values, step, values)
+            tags = {re.sub(r"[^\w./-]", "_", name): value for name, value in values.items()}
+            self.attempt(self.write_values, run, step, tags)
 
     @hookimpl
     def train_end(self, run: Run) -> None:

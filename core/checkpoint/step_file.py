@@ -76,8 +76,7 @@ class StepFile:
                 self.write_anew(self.unwritten)
             elif columns.keys() <= self.columns.keys():
                 with self.file.open("r+b") as file:
-                    file.truncate(self.size)                # a row that a full disk has cut is written again
-                    file.seek(self.size)
+                    file.seek(self.size)                    # before a row that a full disk has cut
                     file.write(self.encoded(self.unwritten))
                     self.size = file.tell()
             else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from loopctl.errors import UsageError, one_line
 from loopctl.hooks import hookimpl
 from loopctl.metrics.host_copy import HostCopy
 from loopctl.metrics.weights import reported_loss
@@ -71,34 +72,39 @@ class StepLogger:
         finally:
             if self.begun:
                 with suppress(RuntimeError):        # of a device that an error has made unusable
-                    self.write_arrived(wait=not failure)
-                self.attempt(self.end, run, failure)
+                    self.write_arrived(run, wait=not failure)
+                if not self.refused:
+                    self.attempt(self.end, run, failure)
+                else:
+                    with suppress(*self.failures):          # what fails was said; but nothing may be left open
+                        self.end(run, failure)
 
     @hookimpl
     def epoch_start(self, run: Run) -> None:
         if not self.begun:              # only now is it known where the run resumes
-            self.begun, self.saved = True, run.last_checkpoint
+            self.saved = run.last_checkpoint
             self.attempt(self.begin, run)
+            self.begun = True
 
     @hookimpl
     def after_step(self, run: Run) -> None:
         if self.steps.due(run.attempts):
             self.steps.send(run.attempts, self.values(run))
-            self.write_arrived()
+            self.write_arrived(run)
         if run.last_checkpoint is not self.saved:       # everything before a checkpoint is written
             self.saved = run.last_checkpoint
-            self.write_arrived()
+            self.write_arrived(run)
             self.attempt(self.flush)
 
     @hookimpl
     def after_evaluate(self, run: Run) -> None:
-        self.write_arrived(wait=True)
+        self.write_arrived(run, wait=True)
         self.attempt(self.write_metrics, run)
 
-    def write_arrived(self, wait: bool = False) -> None:
+    def write_arrived(self, run: Run, wait: bool = False) -> None:
         """Write the steps whose values are on the host; with `wait` all of them."""
         for step, values in self.steps.arrived(wait):
-            self.attempt(self.write_values, step, values)
+            self.attempt(self.write_values, run, step, values)
 
     def attempt(self, write: Callable[..., None], *arguments: Any) -> None:
         """Call `write`. Where it fails, warn, and write nothing more."""
@@ -106,9 +112,11 @@ class StepLogger:
             return
         try:
             write(*arguments)
+        except UsageError:
+            raise
         except self.failures as error:
             self.refused = True
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or one_line(error)
             log.warning("%s: %s cannot be written (%s); nothing more is", type(self).__name__.lower(), self.target(),
                         reason)
 
@@ -116,7 +124,7 @@ class StepLogger:
         """What is logged of the step that ends, by name: numbers and tensors."""
         raise NotImplementedError
 
-    def write_values(self, step: int, values: dict[str, Any]) -> None:
+    def write_values(self, run: Run, step: int, values: Any) -> None:
         """Write what `values` returned in step number `step`."""
         raise NotImplementedError
 
@@ -144,7 +152,7 @@ def step_loss(run: Run, name: str = "loss") -> dict[str, Tensor]:
 
 
 def give_to_loggers(run: Run, step: int, values: Mapping[str, float]) -> None:
-    """Give values of a step, by name, to every plugin with a method `log_values(step, values)`, such as tensorboard."""
+    """Give values of a step, by name, to every plugin that has a method `log_values(run, step, values)`."""
     for plugin in run.hook.plugins.values():
         if hasattr(plugin, "log_values"):
-            plugin.log_values(step, values)
+            plugin.log_values(run, step, values)
