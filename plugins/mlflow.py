@@ -11,9 +11,9 @@ from loopctl import Run, UsageError, hookimpl
 from loopctl.checkpoint.atomic_files import save_weights
 from loopctl.checkpoint.sharded_tensors import is_sharded
 from loopctl.checkpoint.state import run_config
-from loopctl.errors import one_line
 from loopctl.metrics.step_values import StepLogger, step_loss
 from loopctl.optim.learning_rate import step_rates
+from loopctl.report.terminal import one_line
 
 LONGEST = 6000          # characters of a parameter's value, which MLflow refuses beyond
 

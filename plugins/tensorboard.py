@@ -1,17 +1,20 @@
 """Logs for TensorBoard."""
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from loopctl import Run, UsageError, hookimpl
 from loopctl.checkpoint.atomic_files import claim_output
 from loopctl.checkpoint.state import run_config
-from loopctl.metrics.step_values import StepLogger, step_loss
+from loopctl.metrics.histograms import bin_edges, histogram
+from loopctl.metrics.step_values import StepLogger, StepValues, step_loss
+from loopctl.model.ownership import named_parameters
 from loopctl.optim.learning_rate import group_names
 
 
@@ -30,16 +33,23 @@ class Tensorboard(StepLogger):
 
     dir: the folder, relative to the run's
     every_steps: how often to write the loss and the learning rates of a step
+    histogram_steps: how often to write histograms of each weight after the step, and of its gradient before other
+        plugins change it; never if left out
     """
 
     dir: str = "tensorboard"
     every_steps: int = 50
+    histogram_steps: int | None = None
     rank_zero_only: ClassVar[bool] = True
+    observer_only: ClassVar[bool] = True
     topic = "logging and reports"
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"every_steps is at least 1, not {self.every_steps}")
+        for name in ("every_steps", "histogram_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
+        if self.histogram_steps is None:
+            self.grads_ready = None         # type: ignore[assignment, method-assign]
         self.writers: dict[str, Any] = {}                           # by folder: train, valid, and . for all else
 
     @hookimpl
@@ -58,6 +68,8 @@ class Tensorboard(StepLogger):
                 raise UsageError(f"{name} writes to dir={self.dir} too; choose another dir in one of them")
 
     def begin(self, run: Run) -> None:
+        self.histograms = StepValues(self.histogram_steps or 1)
+        self.gradients: dict[str, Tensor] = {}          # histograms of this step's
         # What the last step wrote stays. What an evaluation after it wrote stays only if the checkpoint was saved after
         # that evaluation, else it is evaluated again. So the two are in different folders.
         first = run.attempts + (run.counters.evaluated == run.attempts)
@@ -70,6 +82,35 @@ class Tensorboard(StepLogger):
         acting = "".join(f"    {hook:16}{', '.join(who)}\n" for hook, who in run.hook.acting.items() if who)
         self.writers["."].add_text("configuration", f"| option | value |\n|---|---|\n{rows}", run.attempts)
         self.writers["."].add_text("composition", acting or "no plugin", run.attempts)
+
+    @hookimpl(wrapper=True)
+    def grads_ready(self, run: Run) -> Generator[None, None, None]:
+        if self.histogram_due(run.attempts + 1):
+            self.gradients |= {f"gradients/{name}": histogram(parameter.grad)
+                               for name, parameter in named_parameters(run).items() if parameter.grad is not None}
+        yield
+
+    @hookimpl
+    def after_step(self, run: Run) -> None:
+        if self.histogram_due(run.attempts):
+            weights = {f"weights/{name}": histogram(parameter) for name, parameter in named_parameters(run).items()}
+            self.histograms.send(run.attempts, weights | self.gradients)
+            self.gradients = {}
+        super().after_step(run)
+
+    def histogram_due(self, attempts: int) -> bool:
+        return self.histogram_steps is not None and self.histograms.due(attempts)
+
+    def write_arrived(self, run: Run, wait: bool = False) -> None:
+        super().write_arrived(run, wait)
+        for step, found in self.histograms.arrived(wait) if self.histogram_steps else ():
+            self.attempt(self.write_histograms, step, found)
+
+    def write_histograms(self, step: int, found: dict[str, Any]) -> None:
+        for tag, (low, high, total, squares, *counts) in found.items():
+            if low <= high:                 # some value is finite
+                self.writers["."].add_histogram_raw(
+                    tag, low, high, sum(counts), total, squares, bin_edges(low, high), counts, step)
 
     def values(self, run: Run) -> dict[str, Any]:
         groups = run.optimizer.param_groups

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 from loopctl import Run, UsageError, hookimpl
 from loopctl.checkpoint.atomic_files import claim_output
 from loopctl.checkpoint.state import run_config
-from loopctl.errors import one_line
 from loopctl.metrics.step_values import StepLogger, step_loss
 from loopctl.optim.learning_rate import step_rates
+from loopctl.report.terminal import one_line
 
 
 @dataclass(eq=False)

@@ -41,8 +41,8 @@ def scores_and_classes(output: Any, target: Any) -> tuple[Tensor, Tensor]:
     if output.shape == target.shape or target.is_floating_point():
         raise UsageError("the targets are no numbers of classes, which a confusion matrix needs; leave confusion out")
     if scores.shape[1] > MAX_CLASSES:
-        raise UsageError(f"the model has {scores.shape[1]:,} outputs, and a matrix of more than {MAX_CLASSES:,} classes "
-                         "is not kept; leave confusion out")
+        raise UsageError(f"the model has {scores.shape[1]:,} outputs, and a matrix of more than {MAX_CLASSES:,} "
+                         "classes is not kept; leave confusion out")
     return scores, classes
 
 

@@ -22,7 +22,7 @@ cross_entropy = nn.CrossEntropyLoss()
 
 def read(folder):
     """All that is in the events of one folder, as TensorBoard has it."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "histograms": 0})
     events.Reload()
     return events
 
@@ -81,6 +81,38 @@ def test_losses_and_rates_of_steps(net, batches, sgd, tmp_path):
     for group in range(len(watch.rates[0])):
         assert points(steps_of, f"lr/group_layer_{2 - group}") == [(step, single(watch.rates[step - 1][group])) for step in steps]
     assert not (tmp_path / "tensorboard" / "valid").exists()
+
+
+def test_histograms_of_weights_and_gradients(net, batches, sgd, tmp_path):
+    """A gradient is that before clipping; a weight that after the step."""
+    class Look:
+        seen = {}
+
+        @hookimpl
+        def after_step(self, run: Run):
+            self.seen[run.attempts] = run.model[0].weight.detach().clone()
+
+    fit(net, cross_entropy, sgd, batches, plugins=["clip:max_norm=1e-3", "tensorboard:histogram_steps=4", Look()], out=tmp_path)
+    events = read(tmp_path / "tensorboard")
+    names = [name for name, _ in net.named_parameters()]
+    assert events.Tags()["histograms"] == [f"{kind}/{name}" for kind in ("weights", "gradients") for name in names]
+    found = events.Histograms("weights/0.weight")
+    assert [event.step for event in found] == [1, 4, 8]
+    for event in found:
+        weight = Look.seen[event.step]
+        value = event.histogram_value
+        assert (value.min, value.max, value.num) == (weight.min().item(), weight.max().item(), weight.numel())
+        assert sum(value.bucket) == weight.numel()
+    assert max(abs(event.histogram_value.max) for event in events.Histograms("gradients/4.weight")) > 1e-3
+
+
+def test_histograms_continue_after_a_resume(net, batches, sgd, tmp_path):
+    plugins = ["checkpoint:every_steps=5", "tensorboard:histogram_steps=3"]
+    with pytest.raises(KeyboardInterrupt):
+        fit(net, cross_entropy, sgd, batches, plugins=[*plugins, Kill(7)], out=tmp_path)
+    time.sleep(1.01 - time.time() % 1)
+    fit(net, cross_entropy, sgd, batches, plugins=plugins, out=tmp_path, resume=tmp_path)
+    assert [event.step for event in read(tmp_path / "tensorboard").Histograms("gradients/0.weight")] == [1, 3, 6]
 
 
 def test_evaluations_within_an_epoch(net, batches, valid, sgd, tmp_path):
