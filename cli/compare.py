@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loopctl.composition.quoting import unquote
+from loopctl.composition.quoting import split, unquote
 from loopctl.errors import UsageError, one_line
 from loopctl.report import charts, html
 
@@ -90,7 +90,8 @@ def read_config(file: Path) -> dict[str, Any]:
 def log_path(config: dict[str, Any]) -> str:
     """The path, within the run's folder, that its csv plugin writes to."""
     specs = config.get("plugin")
-    paths = [str(spec)[9:] for spec in (specs if isinstance(specs, list) else []) if str(spec).startswith("csv:path=")]
+    texts = [str(spec)[4:] for spec in (specs if isinstance(specs, list) else []) if str(spec).startswith("csv:")]
+    paths = [option[5:] for text in texts for option in split(text) if option.startswith("path=")]
     try:
         return unquote(paths[0]) if paths else "metrics.csv"
     except ValueError:

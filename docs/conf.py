@@ -39,6 +39,7 @@ EXAMPLES = {
     "checkpoint": "--plugin checkpoint:every_minutes=10,monitor=val_accuracy",
     "clip": "--plugin clip:max_norm=1",
     "compile": "--plugin compile:mode=max-autotune",
+    "confusion": "--plugin confusion --plugin report",
     "ddp": "--devices 0,1 --plugin ddp:sync_batchnorm=true",
     "distill": "--model cnn:width=8 --plugin distill:teacher=runs/teacher,temperature=4,alpha=0.9",
     "early_stopping": "--plugin early_stopping:monitor=val_accuracy,patience=5,restore_best=true",
@@ -53,12 +54,16 @@ EXAMPLES = {
     "label_smoothing": "--plugin label_smoothing:smoothing=0.1",
     "layerwise_lr": "--lr 0.01 --plugin layerwise_lr:decay=0.75,no_decay=true",
     "lr_finder": "--plugin lr_finder:only=true",
+    "csv": "--plugin csv:every_steps=50",
+    "mlflow": "--plugin mlflow:experiment=digits",
     "nan_guard": "--plugin nan_guard:action=skip",
+    "norms": "--plugin norms:every_steps=20 --plugin report",
     "plateau": "--plugin plateau:factor=0.5,patience=3",
     "profile": "--max-steps 40 --plugin profile:start=10",
     "prune": "--epochs 20 --plugin prune:amount=0.8,start=2ep,until=15ep",
     "sam": "--plugin sam:rho=0.05",
     "split": "--batch-size 256 --plugin split:into=4",
+    "wandb": "--plugin wandb:project=digits",
 }
 # The arguments of the commands of gallery.md, without those that only draw, by the name of the picture.
 DRAWN = {Path(arguments[-1]).stem: arguments[1:-2] for arguments in gallery.commands()}

@@ -29,7 +29,8 @@ class Report:
 
     The page is one file that opens in any browser without a network. It is also written after an error or Ctrl-C, if
     an epoch was completed. The layers are recorded in the first step, as by `summary`, so the run is the same as
-    without it; only torch.compile compiles once more, for the second step.
+    without it; only torch.compile compiles once more, for the second step. Plugins that have a method
+    `report_sections(run)`, such as `norms` and `confusion`, add sections of their own.
 
     path: the file, relative to the run's folder; it must not exist yet, unless the run is resumed and wrote it itself
     """
@@ -102,6 +103,9 @@ class Report:
         if found := charts.curves(run.history):
             drawn = "".join(charts.figure(key, name, lines) for key, (name, lines) in enumerate(found.items()))
             parts.append(html.section("Curves", f'<div class="charts">{drawn}</div>'))
+        for plugin in run.hook.plugins.values():
+            if hasattr(plugin, "report_sections"):
+                parts += plugin.report_sections(run)
         parts += [
             f'<div class="columns">{html.section("Configuration", html.table([], settings(asked)))}'
             f'{html.section("Environment", html.table([], environment(run)))}</div>',

@@ -1,11 +1,9 @@
 """Logs for TensorBoard."""
-import logging
 import re
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,14 +12,14 @@ from torch import Tensor
 from loopctl import Run, UsageError, hookimpl
 from loopctl.checkpoint.atomic_files import claim_output
 from loopctl.checkpoint.state import run_config
-from loopctl.metrics.host_copy import HostCopy
+from loopctl.metrics.histograms import bin_edges, histogram
+from loopctl.metrics.step_values import StepLogger, StepValues, step_loss
+from loopctl.model.ownership import named_parameters
 from loopctl.optim.learning_rate import group_names
-
-log = logging.getLogger("loopctl")
 
 
 @dataclass(eq=False)
-class Tensorboard:
+class Tensorboard(StepLogger):
     """Write metrics, learning rates and the configuration for TensorBoard.
 
     It is torch.utils.tensorboard; `tensorboard --logdir runs` shows it. All metrics are written at every evaluation;
@@ -35,25 +33,24 @@ class Tensorboard:
 
     dir: the folder, relative to the run's
     every_steps: how often to write the loss and the learning rates of a step
+    histogram_steps: how often to write histograms of each weight after the step, and of its gradient before other
+        plugins change it; never if left out
     """
 
     dir: str = "tensorboard"
     every_steps: int = 50
+    histogram_steps: int | None = None
     rank_zero_only: ClassVar[bool] = True
+    observer_only: ClassVar[bool] = True
     topic = "logging and reports"
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"every_steps is at least 1, not {self.every_steps}")
+        for name in ("every_steps", "histogram_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
+        if self.histogram_steps is None:
+            self.grads_ready = None         # type: ignore[assignment, method-assign]
         self.writers: dict[str, Any] = {}                           # by folder: train, valid, and . for all else
-        self.coming: deque[tuple[int, str, HostCopy]] = deque()     # values that may not have arrived yet
-        self.saved: Any = None
-        self.refused = False            # the disk refused to write; the run continues without charts
-
-    @hookimpl(wrapper=True)
-    def train(self) -> Generator[None, None, None]:
-        with ExitStack() as self.closing:           # ends here, also after an exception
-            return (yield)
 
     @hookimpl
     def train_start(self, run: Run) -> None:
@@ -70,13 +67,9 @@ class Tensorboard:
             if other is not self and isinstance(other, Tensorboard) and other.dir == self.dir:
                 raise UsageError(f"{name} writes to dir={self.dir} too; choose another dir in one of them")
 
-    @hookimpl
-    def epoch_start(self, run: Run) -> None:
-        if not self.writers and not self.refused:   # only now is it known where the run resumes
-            self.saved = run.last_checkpoint
-            self.attempt(self.open, run)
-
-    def open(self, run: Run) -> None:
+    def begin(self, run: Run) -> None:
+        self.histograms = StepValues(self.histogram_steps or 1)
+        self.gradients: dict[str, Tensor] = {}          # histograms of this step's
         # What the last step wrote stays. What an evaluation after it wrote stays only if the checkpoint was saved after
         # that evaluation, else it is evaluated again. So the two are in different folders.
         first = run.attempts + (run.counters.evaluated == run.attempts)
@@ -84,44 +77,59 @@ class Tensorboard:
             if name != "valid" or run.valid is not None:
                 folder = self.folder / name
                 self.writers[name] = self.writer(str(folder), purge_step=purge if run.resume else None)
-        self.closing.callback(self.attempt, self.close)
         config = run.config or run_config(run)
         rows = "".join(f"| {key} | {str(value).replace('|', '&#124;')} |\n" for key, value in config.items())
         acting = "".join(f"    {hook:16}{', '.join(who)}\n" for hook, who in run.hook.acting.items() if who)
         self.writers["."].add_text("configuration", f"| option | value |\n|---|---|\n{rows}", run.attempts)
         self.writers["."].add_text("composition", acting or "no plugin", run.attempts)
 
-    @hookimpl
-    def after_step(self, run: Run) -> None:
-        if run.attempts % self.every_steps == 0 or run.attempts == 1:
-            for tag, group in zip(rate_tags(run.optimizer), run.optimizer.param_groups, strict=True):
-                self.send(run, tag, group["lr"])
-            if run.loss is not None:
-                self.send(run, "step_loss", run.loss)
-            self.write_arrived()
-        if run.last_checkpoint is not self.saved:   # everything before a checkpoint is in the file
-            self.saved = run.last_checkpoint
-            self.attempt(self.flush)
+    @hookimpl(wrapper=True)
+    def grads_ready(self, run: Run) -> Generator[None, None, None]:
+        if self.histogram_due(run.attempts + 1):
+            self.gradients |= {f"gradients/{name}": histogram(parameter.grad)
+                               for name, parameter in named_parameters(run).items() if parameter.grad is not None}
+        yield
 
     @hookimpl
-    def after_evaluate(self, run: Run) -> None:
-        self.write_arrived(wait=True)
-        self.attempt(self.write_metrics, run)
+    def after_step(self, run: Run) -> None:
+        if self.histogram_due(run.attempts):
+            weights = {f"weights/{name}": histogram(parameter) for name, parameter in named_parameters(run).items()}
+            self.histograms.send(run.attempts, weights | self.gradients)
+            self.gradients = {}
+        super().after_step(run)
+
+    def histogram_due(self, attempts: int) -> bool:
+        return self.histogram_steps is not None and self.histograms.due(attempts)
+
+    def write_arrived(self, run: Run, wait: bool = False) -> None:
+        super().write_arrived(run, wait)
+        for step, found in self.histograms.arrived(wait) if self.histogram_steps else ():
+            self.attempt(self.write_histograms, step, found)
+
+    def write_histograms(self, step: int, found: dict[str, Any]) -> None:
+        for tag, (low, high, total, squares, *counts) in found.items():
+            if low <= high:                 # some value is finite
+                self.writers["."].add_histogram_raw(
+                    tag, low, high, sum(counts), total, squares, bin_edges(low, high), counts, step)
+
+    def values(self, run: Run) -> dict[str, Any]:
+        groups = run.optimizer.param_groups
+        rates = {tag: group["lr"] for tag, group in zip(rate_tags(run.optimizer), groups, strict=True)}
+        return rates | step_loss(run, "step_loss")
+
+    def write_values(self, run: Run, step: int, values: Mapping[str, Any]) -> None:
+        for tag, value in values.items():
+            self.write(".", tag, value, step)
+
+    def log_values(self, run: Run, step: int, values: Mapping[str, float]) -> None:
+        """Write values that another plugin has measured in a step."""
+        if self.writers:
+            tags = {re.sub(r"[^\w./-]", "_", name): value for name, value in values.items()}
+            self.attempt(self.write_values, run, step, tags)
 
     @hookimpl
     def train_end(self, run: Run) -> None:
         self.attempt(self.write_hyperparameters, run)
-
-    def send(self, run: Run, tag: str, value: Any) -> None:
-        """Write a value of the step when it has arrived on the host."""
-        if not isinstance(value, Tensor):
-            value = torch.tensor(float(value), dtype=torch.float64)
-        self.coming.append((run.attempts, tag, HostCopy(value)))
-
-    def write_arrived(self, wait: bool = False) -> None:
-        while self.coming and (wait or self.coming[0][2].arrived):
-            step, tag, copy = self.coming.popleft()
-            self.attempt(self.write, ".", tag, float(copy.wait()), step)
 
     def write(self, where: str, tag: str, value: float, step: int) -> None:
         self.writers[where].add_scalar(tag, value, step)
@@ -148,24 +156,17 @@ class Tensorboard:
         for name, value in final.items():
             self.writers["."].add_scalar(name, value, run.attempts)
 
-    def attempt(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Write, unless the disk has refused before; if it refuses now, warn once, and the run continues."""
-        if self.refused:
-            return
-        try:
-            write(*arguments)
-        except OSError as error:
-            self.refused = True
-            log.warning("tensorboard: %s cannot be written (%s); nothing more is", self.folder, error.strerror or error)
-
     def flush(self) -> None:
         for writer in self.writers.values():
             writer.flush()
 
-    def close(self) -> None:
+    def end(self, run: Run, error: BaseException | None) -> None:
         for writer in self.writers.values():
             writer.close()
         self.writers = {}
+
+    def target(self) -> Path:
+        return self.folder
 
 
 def rate_tags(optimizer: torch.optim.Optimizer) -> list[str]:

@@ -88,17 +88,43 @@ def as_images(batches):
 
 # Options for the built-ins that require some, or that have an effect in a short run only with other options than the default.
 EXAMPLES = checks.EXAMPLES | {
-    "accumulate": "every=3", "amp": "dtype=float16", "clip": "max_norm=0.1", "early_stopping": "patience=1,min_delta=9,restore_best=true",
-    "ema": "decay=0.9", "freeze": "patterns=0,until=1ep", "layerwise_lr": "decay=0.5,no_decay=true", "lr_finder": "num_steps=5", "max_time": "limit=1h",
-    "mixup": "prob=0.7", "progressive_resizing": "delay_fraction=0.2", "selective_backprop": "start=0.1,keep=0.7",
-    "plateau": "patience=0", "profile": "start=1,steps=2", "tensorboard": "every_steps=2", "throughput": "peak=1", "warmup": "length=50%",
+    "accumulate": "every=3",
+    "amp": "dtype=float16",
+    "clip": "max_norm=0.1",
+    "csv": "every_steps=2",
+    "early_stopping": "patience=1,min_delta=9,restore_best=true",
+    "ema": "decay=0.9",
+    "freeze": "patterns=0,until=1ep",
+    "layerwise_lr": "decay=0.5,no_decay=true",
+    "lr_finder": "num_steps=5",
+    "max_time": "limit=1h",
+    "mixup": "prob=0.7",
+    "norms": "every_steps=2",
+    "plateau": "patience=0",
+    "profile": "start=1,steps=2",
+    "progressive_resizing": "delay_fraction=0.2",
+    "selective_backprop": "start=0.1,keep=0.7",
+    "tensorboard": "every_steps=2,histogram_steps=3",
+    "throughput": "peak=1",
+    "warmup": "length=50%",
 }
 
 
+# The library that a built-in needs and that may not be installed; its tests are skipped then.
+LIBRARIES = {"mlflow": "mlflow", "wandb": "wandb"}
+
+
 @pytest.fixture
-def example():
+def example(tmp_path, monkeypatch):
     """Return the command-line text of a built-in, by its name, with options from EXAMPLES."""
-    return lambda name: f"{name}:{EXAMPLES[name]}" if name in EXAMPLES else name
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+
+    def spec(name):
+        if name in LIBRARIES:
+            pytest.importorskip(LIBRARIES[name])
+        return f"{name}:{EXAMPLES[name]}" if name in EXAMPLES else name
+    return spec
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ ARROWS = {
     "optim": "errors hooks",
     "data": "errors rng",
     "distributed": "errors rng hooks optim data model",
-    "metrics": "errors distributed data",
+    "metrics": "errors hooks distributed data",
     "model": "errors hooks data",
     "report": "errors metrics",
     "composition": "errors hooks optim data distributed",

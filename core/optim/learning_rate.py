@@ -97,6 +97,14 @@ def recorded_rates(optimizer: Optimizer) -> dict[str, float]:
     return {"lr": rates[0]} | {f"lr_{name}": rate for name, rate in named}
 
 
+def step_rates(optimizer: Optimizer) -> dict[str, float | Tensor]:
+    """The rates of a step for logs, as they are, which waits for no device: `lr` of the first parameter group, and of
+    several groups `lr_NAME` of each."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    named = zip(group_names(optimizer), rates, strict=True) if len(rates) > 1 else ()
+    return {"lr": rates[0]} | {f"lr_{name}": rate for name, rate in named}
+
+
 def check_momentum_cycling(run: Run, plugin: Any) -> list[float]:
     """Return the momentum of each parameter group, or the first of its betas.
 

@@ -97,8 +97,8 @@ def shown(value: Any) -> str:
 # Charts
 
 
-def figure(key: int, metric: str, lines: list[Line]) -> str:
-    """Return a chart with its legend and a table of its values, as HTML. `key` is a number unique on the page."""
+def figure(key: int | str, metric: str, lines: list[Line]) -> str:
+    """Return a chart with its legend and a table of its values, as HTML. `key` is unique on the page."""
     title, unit = titled(metric)
     legend = "".join(entry(index, line.name) for index, line in enumerate(lines) if line.name)
     lines = [Line(line.name, thinned(line.points)) for line in lines]
@@ -126,7 +126,7 @@ def titled(metric: str) -> tuple[str, str]:
     return title, UNITS.get(metric, title)
 
 
-def svg(key: int, title: str, unit: str, lines: list[Line], epochs: list[float], rows: list[list[str]]) -> str:
+def svg(key: int | str, title: str, unit: str, lines: list[Line], epochs: list[float], rows: list[list[str]]) -> str:
     """Return the drawing as SVG. `rows` has the text shown at each epoch: the epoch, then the value of each line."""
     across, x_ticks = over_epochs(epochs[0], epochs[-1])
     up, y_ticks = over_values([y for line in lines for _, y in line.drawn])

@@ -51,6 +51,12 @@ figure thead th { background: var(--box) }
 tbody th { font-weight: 500 } .wide td { overflow-wrap: anywhere; min-width: 8rem }
 .numbers th:first-child { overflow-wrap: anywhere; min-width: 8rem }
 .numbers :is(th, td):not(:first-child) { text-align: right; white-space: nowrap }
+.confusion td { padding: .1rem .2rem } .confusion td span { display: block; padding: .15rem .45rem; border-radius: 3px;
+  background: color-mix(in srgb, var(--c) calc(var(--part) * 65%), transparent) }
+.confusion .right { --c: var(--c0) } .confusion .wrong { --c: var(--c1) }
+.mistakes { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)) }
+.mistakes img { display: block; width: 8rem; margin: 0 auto .5rem; image-rendering: pixelated }
+.mistakes figcaption { display: block; font-size: .85rem } .mistakes b { display: block }
 .results td { min-width: 5.5rem } .results tbody th { min-width: 7rem; overflow-wrap: anywhere }
 .layers :is(th, td):nth-child(n+4):nth-child(-n+6) { text-align: right; white-space: nowrap }
 .layers tbody :is(th, td), .wide td { white-space: pre-wrap } .layers tbody th { white-space: pre }
@@ -86,7 +92,8 @@ for (const plot of document.querySelectorAll(".plot")) {
 }
 """
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"       # the page may load nothing
+# The page may load nothing; pictures are in it.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def page(title: str, subtitle: str, body: Iterable[str]) -> str:

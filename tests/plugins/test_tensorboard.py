@@ -22,7 +22,7 @@ cross_entropy = nn.CrossEntropyLoss()
 
 def read(folder):
     """All that is in the events of one folder, as TensorBoard has it."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "histograms": 0})
     events.Reload()
     return events
 
@@ -83,6 +83,38 @@ def test_losses_and_rates_of_steps(net, batches, sgd, tmp_path):
     assert not (tmp_path / "tensorboard" / "valid").exists()
 
 
+def test_histograms_of_weights_and_gradients(net, batches, sgd, tmp_path):
+    """A gradient is that before clipping; a weight that after the step."""
+    class Look:
+        seen = {}
+
+        @hookimpl
+        def after_step(self, run: Run):
+            self.seen[run.attempts] = run.model[0].weight.detach().clone()
+
+    fit(net, cross_entropy, sgd, batches, plugins=["clip:max_norm=1e-3", "tensorboard:histogram_steps=4", Look()], out=tmp_path)
+    events = read(tmp_path / "tensorboard")
+    names = [name for name, _ in net.named_parameters()]
+    assert events.Tags()["histograms"] == [f"{kind}/{name}" for kind in ("weights", "gradients") for name in names]
+    found = events.Histograms("weights/0.weight")
+    assert [event.step for event in found] == [1, 4, 8]
+    for event in found:
+        weight = Look.seen[event.step]
+        value = event.histogram_value
+        assert (value.min, value.max, value.num) == (weight.min().item(), weight.max().item(), weight.numel())
+        assert sum(value.bucket) == weight.numel()
+    assert max(abs(event.histogram_value.max) for event in events.Histograms("gradients/4.weight")) > 1e-3
+
+
+def test_histograms_continue_after_a_resume(net, batches, sgd, tmp_path):
+    plugins = ["checkpoint:every_steps=5", "tensorboard:histogram_steps=3"]
+    with pytest.raises(KeyboardInterrupt):
+        fit(net, cross_entropy, sgd, batches, plugins=[*plugins, Kill(7)], out=tmp_path)
+    time.sleep(1.01 - time.time() % 1)
+    fit(net, cross_entropy, sgd, batches, plugins=plugins, out=tmp_path, resume=tmp_path)
+    assert [event.step for event in read(tmp_path / "tensorboard").Histograms("gradients/0.weight")] == [1, 3, 6]
+
+
 def test_evaluations_within_an_epoch(net, batches, valid, sgd, tmp_path):
     fit(net, cross_entropy, sgd, batches, valid, eval_every=3, plugins=["tensorboard"], out=tmp_path)
     assert [step for step, _ in points(tmp_path / "tensorboard" / "valid", "loss")] == [3, 6, 8]
@@ -101,14 +133,14 @@ def test_values_on_another_device_wait_for_the_evaluation(net, batches, sgd, tmp
 
         @hookimpl
         def after_step(self, run: Run):
-            plugin.coming.appendleft((run.attempts, "late", HostCopy(torch.empty((), device="meta"))))
-            Late.seen.append([entry[1] for entry in plugin.coming])
+            plugin.steps.coming.appendleft((run.attempts, {"late": HostCopy(torch.empty((), device="meta"))}))
+            Late.seen.append([name for _, values in plugin.steps.coming for name in values])
 
         @hookimpl(wrapper=True)
         def evaluate(self, run: Run):
-            for entry in [*plugin.coming]:
-                if entry[2].value.is_meta:
-                    plugin.coming.remove(entry)
+            for entry in [*plugin.steps.coming]:
+                if "late" in entry[1]:
+                    plugin.steps.coming.remove(entry)
             return (yield)
 
     fit(net, cross_entropy, lambda groups: torch.optim.SGD(groups, lr=torch.tensor(0.1)), batches[:3], plugins=[plugin, Late()], out=tmp_path)
@@ -241,7 +273,7 @@ def test_a_disk_that_refuses_stops_nothing(net, batches, sgd, tmp_path, caplog):
     assert run.epoch == 2
     assert caplog.messages == [f"tensorboard: {tmp_path / 'tensorboard'} cannot be written (No space left on device); nothing more is"]
     plugin.refused = False
-    plugin.close()
+    plugin.end(run, None)
 
 
 def refused(message, plugins, net, batches, sgd, tmp_path):
