@@ -15,7 +15,7 @@ class Csv:
     """Write a row per epoch to a CSV file: losses, metrics and the learning rate.
 
     Where parameter groups have different learning rates, each has a column: lr_ and the group's name, or its number; lr
-    is that of the first group.
+    is that of the first group. Other numbers that a schedule moves, such as weight_decay, have columns too.
 
     path: CSV file, relative to the run's folder; it must not exist yet
     """

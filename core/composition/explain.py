@@ -9,6 +9,7 @@ from loopctl.composition.compose import SPECS, compose
 from loopctl.data.batch import sample_count
 from loopctl.errors import counted
 from loopctl.optim.learning_rate import describe_groups, distinct_curves, lr_curve
+from loopctl.optim.schedule import scheduled_numbers
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -37,7 +38,12 @@ def describe_plan(run: Run) -> list[str]:
     """Return lines with the planned number of updates, batch sizes and learning rates of a prepared run."""
     steps, micro_batches = run.plan()
     size = getattr(run.train, "batch_size", None) or sample_count(next(iter(run.train)))
-    curves = distinct_curves([rates for _, rates in lr_curve(run)])
+    rates, numbers = [], []
+    for _, values in lr_curve(run):
+        rates.append(values)
+        numbers.append([(number.name, number.value(run)) for number in scheduled_numbers(run)])
+    curves = distinct_curves(rates)
+    others = {(values[0][0], tuple(value for _, value in values)) for values in zip(*numbers, strict=True)}
     each = f", {micro_batches / steps:.3g} micro-batches each" if micro_batches != steps else ""
     return [
         f"updates          {run.planned_steps:,}: {counted(run.epochs, 'epoch')} of {steps:,}{each}",
@@ -47,4 +53,6 @@ def describe_plan(run: Run) -> list[str]:
           f"{f'{describe_groups(run.optimizer, groups)}: ' * (len(curves) > 1)}"
           f"{lrs[0]:.3g} at the start, {max(lrs):.3g} at its peak, {lrs[-1]:.3g} at the end"
           for number, (lrs, groups) in enumerate(curves.items())],
+        *[f"{name:17}{values[0]:.3g} at the start, {max(values):.3g} at its peak, {values[-1]:.3g} at the end"
+          for name, values in sorted(others)],
     ]

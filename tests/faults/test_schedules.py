@@ -397,23 +397,23 @@ def test_explain_knows_where_a_schedule_starts():
     assert "learning rate    0 at the start, 0.1 at its peak, 3.05e-05 at the end" in explain(run=run)
 
 
-@pytest.mark.fault(row="I", given="Cosine(10) and OneCycle(0.1, 50), with options by position", right="the options they always were; start, until, count_from and optimizer by name alone")
+@pytest.mark.fault(row="I", given="Cosine(10) and OneCycle(0.1, 50), with options by position", right="the options they always were; start, until, count_from, optimizer and option by name alone")
 def test_options_by_position_are_what_they_were():
     assert (Cosine(10).t_max, Onecycle(0.1, 50).total_steps, load("constant")(0.5, 3, "step").by) == (10, 50, "step")
     for name in available():
         if "count_from" in plugin_options(load(name)):
             kinds = {name: parameter.kind for name, parameter in inspect.signature(load(name)).parameters.items()}
             keywords = [name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY]
-            assert keywords == [*kinds][-4:] == ["start", "until", "count_from", "optimizer"]
+            assert keywords == [*kinds][-5:] == ["start", "until", "count_from", "optimizer", "option"]
 
 
-@pytest.mark.fault(row="I", given="the options of every schedule", right="help for start, until, count_from and optimizer, and for each of its own")
+@pytest.mark.fault(row="I", given="the options of every schedule", right="help for start, until, count_from, optimizer and option, and for each of its own")
 def test_every_schedule_has_the_options_with_help():
     schedules = [name for name in available() if hasattr(load(name), "lr_scale") and name not in ("plateau", "swa")]
     assert len(schedules) == 15
     for name in schedules:
         options = plugin_options(load(name))
-        assert [*options][-4:] == ["start", "until", "count_from", "optimizer"]
+        assert [*options][-5:] == ["start", "until", "count_from", "optimizer", "option"]
         assert all(option.help for option in options.values())
         assert options["until"].help == "duration from the start of the run after which the schedule has no effect any more"
 
