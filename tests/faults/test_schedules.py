@@ -84,7 +84,8 @@ HUGGING_FACE = {
     '`lr_scheduler_type="polynomial"`': lambda part: (1 - part) ** 2,
     '`lr_scheduler_type="cosine_with_restarts"`': lambda part: 0.5 * (1 + cos(pi * ((3 * part) % 1))),
     '`lr_scheduler_type="cosine_with_min_lr"`': lambda part: 0.5 * (1 + cos(pi * part)) * (1 - 0.01) + 0.01,
-    '`lr_scheduler_type="warmup_stable_decay"`': lambda part: 1 if part < 70 / 90 else 0.5 * (1 + cos(pi * (part * 90 - 70) / 20)),
+    '`lr_scheduler_type="warmup_stable_decay"`, `num_decay_steps=20`, `decay_type="1-sqrt"`': lambda part: 1 - sqrt(max(0, part * 90 - 70) / 20),
+    '`lr_scheduler_type="warmup_stable_decay"`, `num_decay_steps=20`, `warmup_ratio=0.1`': lambda part: 1 if part < 70 / 90 else 0.5 * (1 + cos(pi * (part * 90 - 70) / 20)),
 }
 
 
@@ -100,11 +101,10 @@ def test_schedules_of_the_hugging_face_trainer(there):
     assert_equal(curve(*on_the_page(there)), [LR * risen(n, 10, HUGGING_FACE[there]) for n in range(STEPS)])
 
 
-@pytest.mark.fault(row="I", given="lr_scheduler_type=inverse_sqrt with warmup_steps=10, by a function and start=10st", right="the square root of 10 over the step")
+@pytest.mark.fault(row="I", given="lr_scheduler_type=inverse_sqrt with warmup_steps=10, as the page translates it", right="the square root of 10 over the step")
 def test_the_inverse_square_root_of_the_hugging_face_trainer():
-    plugin = load("lambda")(lambda n: (1 + n / 10) ** -0.5, by="step", start="10st")
     expected = [n / 10 if n < 10 else 1 / sqrt(n / 10) for n in range(STEPS)]
-    assert_equal(curve("warmup:length=10st,start_factor=0", plugin), [LR * factor for factor in expected])
+    assert_equal(curve(*on_the_page('`lr_scheduler_type="inverse_sqrt"`')), [LR * factor for factor in expected])
 
 
 @pytest.mark.fault(row="I", given="CosineAnnealingWithWarmupScheduler and its like, as the page translates them", right="the formulas of Composer")
@@ -410,7 +410,7 @@ def test_options_by_position_are_what_they_were():
 @pytest.mark.fault(row="I", given="the options of every schedule", right="help for start, until, count_from, optimizer and option, and for each of its own")
 def test_every_schedule_has_the_options_with_help():
     schedules = [name for name in available() if hasattr(load(name), "lr_scale") and name not in ("plateau", "swa")]
-    assert len(schedules) == 15
+    assert len(schedules) == 16
     for name in schedules:
         options = plugin_options(load(name))
         assert [*options][-5:] == ["start", "until", "count_from", "optimizer", "option"]

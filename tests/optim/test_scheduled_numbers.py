@@ -82,7 +82,7 @@ def test_a_schedule_of_the_momentum_equals_a_plain_loop(same, optimizer, set_mom
 
 SHAPES = ["constant", "cosine", "cosine_restarts:t_0=1", "exponential:gamma=0.9", "linear", "multistep:milestones=1", "polynomial", "step:step_size=1",
           "cyclic:base_lr=0.01,max_lr=0.2,step_size_up=3,cycle_momentum=false", "onecycle:max_lr=0.3,cycle_momentum=false", "lambda:lr_lambda=math:exp",
-          "multiplicative:lr_lambda=math:cos", "trapezoidal:max_lr=0.4,step_size=3", "warmup:length=8,start=2st",
+          "multiplicative:lr_lambda=math:cos", "trapezoidal:max_lr=0.4,step_size=3", "inverse_sqrt:start=2", "warmup:length=8,start=2st",
           "torch_scheduler:cls=torch.optim.lr_scheduler:CosineAnnealingWarmRestarts,T_0=3"]
 
 
