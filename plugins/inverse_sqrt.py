@@ -12,8 +12,8 @@ class InverseSqrt(Schedule):
     """Lower the learning rate with the inverse square root of the steps that are done.
 
     From Attention Is All You Need, arXiv:1706.03762. The rise at the start is the plugin warmup: with
-    warmup:length=4000,start_factor=0 and inverse_sqrt:start=4000 the rate is that of fairseq's inverse_sqrt, which counts
-    from 0; the paper counts from 1. With timescale too it is that of transformers' get_inverse_sqrt_schedule.
+    warmup:length=4000,start_factor=0 and inverse_sqrt:start=4000 the rate is that of fairseq's inverse_sqrt, which
+    counts from 0; the paper counts from 1. With timescale it is that of transformers' get_inverse_sqrt_schedule.
 
     timescale: duration from the schedule's start in which the rate falls to 0.71, the square root of a half; the
         schedule's start if left out, so that the rate is that at the start times the square root of start / steps
