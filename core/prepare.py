@@ -26,14 +26,17 @@ from loopctl.model.forward import takes_state, unwrapped_network
 from loopctl.model.ownership import describe_untrained, modules_of, named_parameters, owns_any, untrained_parameters
 from loopctl.model.parameter_matching import matching_parameters
 from loopctl.optim.fast_step import without_dynamo_wrappers
+from loopctl.optim.group_numbers import initial_key
+from loopctl.optim.learning_rate import scheduled_values
 from loopctl.optim.several import Optimizers, each_optimizer
 from loopctl.rng import seed_everything
 from loopctl.run import Run
 
 log = logging.getLogger("loopctl")
 
-# The learning rates that an earlier run has left in an optimizer's groups, so that a user's change is recognised.
-LEFT_RATES: WeakKeyDictionary[torch.optim.Optimizer, list[float]] = WeakKeyDictionary()
+# The learning rates, and other numbers that were scheduled, that an earlier run has left in an optimizer's groups, so
+# that a user's change is recognised.
+LEFT_NUMBERS: WeakKeyDictionary[torch.optim.Optimizer, list[dict[str, float]]] = WeakKeyDictionary()
 
 
 def build_run(
@@ -231,12 +234,12 @@ def place_metrics(run: Run, metrics: dict[str, Any]) -> None:
 
 @contextmanager
 def rates_remembered(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Remember, at the end of the block, the learning rates that the run leaves in an optimizer, for the next run."""
+    """Remember, at the end of the block, the rates and other numbers that the run leaves in an optimizer."""
     try:
         yield
     finally:
         for one in each_optimizer(optimizer):
-            LEFT_RATES[one] = [float(group["lr"]) for group in one.param_groups]
+            LEFT_NUMBERS[one] = [scheduled_values(group) for group in one.param_groups]
 
 
 def own_copy(function: Any, device: torch.device) -> Any:
@@ -304,13 +307,14 @@ def make_optimizers(run: Run) -> Optimizers:
 
 
 def check_ready_made(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Raise UsageError if an optimizer trains nothing of the run. Notice a rate that was set since its last run."""
+    """Raise UsageError if an optimizer trains nothing of the run. Notice numbers that were set since its last run."""
     if not owns_any(run, optimizer) and "optimizer_step" not in run.hook.replaced:
         raise UsageError("the optimizer holds no parameter of the model, so nothing would be trained; make it from "
                          "model.parameters()")
-    for group, left in zip(optimizer.param_groups, LEFT_RATES.pop(optimizer, []), strict=False):
-        if float(group["lr"]) != left:
-            group.pop("initial_lr", None)       # the user has set another rate since
+    for group, left in zip(optimizer.param_groups, LEFT_NUMBERS.pop(optimizer, []), strict=False):
+        for name, value in scheduled_values(group).items():
+            if value != left.get(name):
+                del group[initial_key(name)]        # the user has set another value since
 
 
 def call_factory(factory: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ class Csv(StepLogger):
     """Write a row per epoch to a CSV file: losses, metrics and the learning rate.
 
     Where parameter groups have different learning rates, each has a column: lr_ and the group's name, or its number; lr
-    is that of the first group.
+    is that of the first group. Other numbers that a schedule moves, such as weight_decay, have columns too.
 
     With every_steps, the loss and the learning rates of every N-th step, and of the first one, are written to a second
     file. Its step counts updates made and skipped, as the names of checkpoints do; its epoch is a fraction, such as

@@ -48,8 +48,9 @@ class Cyclic(Schedule):
         for name in ("base_momentum", "max_momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is 0 to 1, not {getattr(self, name)}")
+        if self.option != "lr" and self.cycle_momentum:
+            raise ValueError(f"option={self.option}: the momentum would be cycled too; pass cycle_momentum=false")
         if not self.cycle_momentum:
-            self.before_step = None         # type: ignore[assignment, method-assign]
             super().__post_init__()
 
     def scale(self, run: Run, position: int, initial_lr: float, group: dict[str, Any]) -> float:
@@ -64,6 +65,9 @@ class Cyclic(Schedule):
 
     @hookimpl
     def before_step(self, run: Run) -> None:
+        if not self.cycle_momentum:
+            super().before_step(run)
+            return
         position = self.position(run)
         if position is None:
             set_momentum(run, *self.own_momentum)

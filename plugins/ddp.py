@@ -90,6 +90,13 @@ class Ddp(Parallel):
     @hookimpl
     def epoch_start(self, run: Run) -> None:
         super().epoch_start(run)
+        self.follow_freezing(run)
+
+    def check_later_freezing(self, run: Run) -> None:
+        if run.network is not self.network and self.network is not None and not self.find_unused_parameters:
+            raise UsageError("part of the model is frozen for a while; pass find_unused_parameters=true")
+
+    def follow_freezing(self, run: Run) -> None:
         if self.network is None:
             return
         now = trainable(run.model)
@@ -98,8 +105,7 @@ class Ddp(Parallel):
                              "would not be reduced; freeze it in train_start")
         unused = self.find_unused_parameters or now != self.trained or bool(run.turns)
         if unused != self.unused:
-            if run.network is not self.network:
-                raise UsageError("part of the model is frozen for a while; pass find_unused_parameters=true")
+            self.check_later_freezing(run)
             self.replicate(run, self.trained, unused)
 
     @hookimpl(wrapper=True)

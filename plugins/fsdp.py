@@ -85,8 +85,11 @@ class Fsdp(Parallel):
     def epoch_start(self, run: Run) -> None:
         super().epoch_start(run)
         if trainable(run.model) != self.trained:
-            raise UsageError("part of the model is frozen for a while, which fully_shard does not support; freeze it "
-                             "for the whole run, or use ddp")
+            self.check_later_freezing(run)
+
+    def check_later_freezing(self, run: Run) -> None:
+        raise UsageError("part of the model is frozen for a while, which fully_shard does not support; freeze it "
+                         "for the whole run, or use ddp")
 
     def set_up_processes(self, run: Run) -> None:
         super().set_up_processes(run)

@@ -50,8 +50,9 @@ class Onecycle(Schedule):
         for name in ("div_factor", "final_div_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is above 0, not {getattr(self, name)}")
+        if self.option != "lr" and self.cycle_momentum:
+            raise ValueError(f"option={self.option}: the momentum would be cycled too; pass cycle_momentum=false")
         if not self.cycle_momentum:
-            self.before_step = None         # type: ignore[assignment, method-assign]
             super().__post_init__()
 
     def scale(self, run: Run, position: int, initial_lr: float, group: dict[str, Any]) -> float:
@@ -67,6 +68,9 @@ class Onecycle(Schedule):
 
     @hookimpl
     def before_step(self, run: Run) -> None:
+        if not self.cycle_momentum:
+            super().before_step(run)
+            return
         position = self.position(run)
         if position is None:
             set_momentum(run, *self.own_momentum)

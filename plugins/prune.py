@@ -58,7 +58,7 @@ class Prune:
     def train_start(self, run: Run) -> None:
         # Round up to a whole step, with a tolerance: 7 % of 100 steps are 7.000000000000001.
         self.first, self.last, self.interval = (
-            ceil(run.duration(length, "epoch") * run.plan()[0] - 1e-6) if length is not None else 0
+            ceil(run.planned.steps(run.duration(length, "epoch")) - 1e-6) if length is not None else 0
             for length in (self.start, self.until, self.every))
         if self.last < self.first:
             raise UsageError(f"until={self.until} is before start={self.start}; choose a later one")

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from loopctl import Run, UsageError, hookimpl
+from loopctl import Run, UsageError
+from loopctl.optim.group_numbers import initial_key
 from loopctl.optim.schedule import Schedule
 
 
@@ -34,16 +35,16 @@ class TorchScheduler(Schedule):
         self.name = getattr(self.cls, "__name__", self.cls)
         self.done = 0                               # calls of the scheduler's step()
         self.stand_in: Any = None                  # the stand-in
+        super().__post_init__()
 
-    @hookimpl
-    def train_start(self, run: Run) -> None:
-        super().train_start(run)
+    def check(self, run: Run) -> None:
+        super().check(run)
         self.begin(run)
 
     def scale(self, run: Run, position: int, initial_lr: float, group: dict[str, Any]) -> float:
         index = [id(param_group) for param_group in run.optimizer.param_groups].index(id(group))
         if (self.stand_in is None or position < self.done
-                or self.stand_in.param_groups[index]["begins_at"] != group["initial_lr"]):
+                or self.stand_in.param_groups[index]["begins_at"] != initial_value(group, self.option)):
             self.begin(run)         # a scheduler cannot step back, nor start from another initial rate
         while self.done < position:
             try:
@@ -55,7 +56,7 @@ class TorchScheduler(Schedule):
 
     def begin(self, run: Run) -> None:
         """Create the scheduler on a new stand-in optimizer."""
-        self.done, self.stand_in = 0, StandIn(run.optimizer)
+        self.done, self.stand_in = 0, StandIn(run.optimizer, self.option)
         try:
             self.scheduler = self.cls(self.stand_in, **self.options)
         except Exception as error:                  # a class may raise anything for wrong options
@@ -77,13 +78,23 @@ class TorchScheduler(Schedule):
         self.scheduler.load_state_dict(state["scheduler"])
 
 
-class StandIn(torch.optim.Optimizer):
-    """An optimizer with the parameter groups and initial learning rates of another one, and dummy parameters."""
+def initial_value(group: dict[str, Any], option: str) -> float:
+    """The initial value of a number of a parameter group; of a group that does not have it, its learning rate."""
+    return group.get(initial_key(option), group["initial_lr"])
 
-    def __init__(self, real: torch.optim.Optimizer) -> None:
-        groups = [{**group, "params": [torch.zeros(1)], "lr": group["initial_lr"]} for group in real.param_groups]
-        for group in groups:
-            group["begins_at"] = group.pop("initial_lr")    # an existing "initial_lr" is taken for another scheduler's
+
+class StandIn(torch.optim.Optimizer):
+    """An optimizer with the parameter groups of another one, and dummy parameters.
+
+    option: the number of those groups whose initial values are the learning rates
+    """
+
+    def __init__(self, real: torch.optim.Optimizer, option: str) -> None:
+        groups = []
+        for group in real.param_groups:
+            initial = initial_value(group, option)
+            groups.append({**group, "params": [torch.zeros(1)], "lr": initial, "begins_at": initial})
+            del groups[-1]["initial_lr"]            # it is taken for another scheduler's
         super().__init__(groups, {"momentum": 0.0, **real.defaults})
 
     def step(self, closure: Any = None) -> None:    # type: ignore[override]

@@ -31,8 +31,9 @@ class Warmup(Schedule):
         last = max(0, int(run.duration(None, self.unit)) - 1 - self.origin(self.window(run)[0]))
         reached = self.scale(run, last, 1.0, {})
         if self.duration(run, self.length) > last + 1:
-            run.say_once("warmup", f"warmup: length={self.length} is longer than the run, whose learning rate reaches "
-                                   f"only {reached:.0%} of its full value; use a shorter length, such as 5%")
+            what = "learning rate" if self.option == "lr" else self.option
+            run.say_once("warmup", f"warmup: length={self.length} is longer than the run, whose {what} reaches only "
+                                   f"{reached:.0%} of its full value; use a shorter length, such as 5%")
 
     def scale(self, run: Run, position: int, initial_lr: float, group: dict[str, Any]) -> float:
         done = min(1.0, position / self.duration(run, self.length))

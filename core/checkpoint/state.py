@@ -24,6 +24,7 @@ from loopctl.metrics.meters import Meters, is_stateful_metric, load_metric_state
 from loopctl.model.ownership import load_loss_tensors, loss_tensors
 from loopctl.optim.fast_step import without_dynamo_wrappers
 from loopctl.optim.learning_rate import scheduled_rates
+from loopctl.optim.schedule import Schedule
 from loopctl.rng import loader_generators, rng_state, set_rng_state
 
 if TYPE_CHECKING:
@@ -319,6 +320,7 @@ def stateful(run: Run) -> dict[str, Any]:
 def training_plugins(run: Run) -> list[str]:
     """Return the names of the plugins that affect training, in the order in which they act."""
     affecting = {name for hook in TRAINING_HOOKS for name in run.hook.acting[hook]}
+    affecting |= {name for name, plugin in run.hook.plugins.items() if isinstance(plugin, Schedule)}
     return [name for name, plugin in run.hook.plugins.items()
             if name in affecting and not getattr(plugin, "observer_only", False)]
 

@@ -9,6 +9,7 @@ from loopctl.composition.compose import SPECS, compose
 from loopctl.data.batch import sample_count
 from loopctl.errors import counted
 from loopctl.optim.learning_rate import describe_groups, distinct_curves, lr_curve
+from loopctl.optim.schedule import scheduled_numbers
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -40,7 +41,12 @@ def describe_plan(run: Run) -> list[str]:
     size = getattr(run.train, "batch_size", None) or sample_count(next(iter(run.train)))
     effective = [counted(size * -(-batches // updates) * run.world_size, "sample")
                  for updates, batches in (plan[0], plan[-1])]
-    curves = distinct_curves([rates for _, rates in lr_curve(run)])
+    rates, numbers = [], []
+    for _, values in lr_curve(run):
+        rates.append(values)
+        numbers.append([(number.name, number.value(run)) for number in scheduled_numbers(run)])
+    curves = distinct_curves(rates)
+    others = {(values[0][0], tuple(value for _, value in values)) for values in zip(*numbers, strict=True)}
     each = f", {micro_batches / steps:.3g} micro-batches each" if micro_batches != steps else ""
     if plan[-1] != plan[0]:
         last, of_last = plan[-1]
@@ -53,4 +59,6 @@ def describe_plan(run: Run) -> list[str]:
           f"{f'{describe_groups(run.optimizer, groups)}: ' * (len(curves) > 1)}"
           f"{lrs[0]:.3g} at the start, {max(lrs):.3g} at its peak, {lrs[-1]:.3g} at the end"
           for number, (lrs, groups) in enumerate(curves.items())],
+        *[f"{name:17}{values[0]:.3g} at the start, {max(values):.3g} at its peak, {values[-1]:.3g} at the end"
+          for name, values in sorted(others)],
     ]

@@ -125,6 +125,12 @@ class Parallel:
     def unwrap_model(self, run: Run) -> None:
         """Undo `wrap_model` after training."""
 
+    def check_later_freezing(self, run: Run) -> None:
+        """Raise UsageError if parameters that are trained at first cannot be frozen within the run."""
+
+    def follow_freezing(self, run: Run) -> None:
+        """Adapt to parameters that have been frozen within an epoch."""
+
     @hookimpl
     def wrap_model(self, run: Run) -> None:
         require_same(run, describe_optimizer)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from loopctl.errors import UsageError, names, one_line
+from loopctl.optim.group_numbers import initial_key, numbers_by_name, read_number
 from loopctl.optim.schedule import Schedule
 from loopctl.optim.several import each_optimizer
 
@@ -90,11 +91,26 @@ def describe_groups(optimizer: Optimizer, indices: list[int]) -> str:
 
 
 def recorded_rates(optimizer: Optimizer) -> dict[str, float]:
-    """The columns of the history: `lr` of the first parameter group; where groups differ, `lr_NAME` of each."""
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    initial = {group["initial_lr"] for group in optimizer.param_groups}
-    named = zip(group_names(optimizer), rates, strict=True) if len({*rates}) > 1 or len(initial) > 1 else ()
-    return {"lr": rates[0]} | {f"lr_{name}": rate for name, rate in named}
+    """The columns of the history: `lr` of the first parameter group; where groups differ, `lr_NAME` of each.
+
+    Likewise for each other number that is scheduled, such as `weight_decay`, of the groups in which it is.
+    """
+    columns: dict[str, float] = {}
+    found = [scheduled_values(group) for group in optimizer.param_groups]
+    for option in dict.fromkeys(option for values in found for option in values):
+        having = {name: values[option] for name, values in zip(group_names(optimizer), found, strict=True)
+                  if option in values}
+        initial = {group.get(initial_key(option)) for group in optimizer.param_groups} - {None}
+        columns[option] = next(iter(having.values()))
+        if len({*having.values()}) > 1 or len(initial) > 1:
+            columns |= {f"{option}_{name}": value for name, value in having.items()}
+    return columns
+
+
+def scheduled_values(group: dict[str, Any]) -> dict[str, float]:
+    """The values of those numbers of a parameter group that have an initial value: `lr`, and what schedules move."""
+    return {name: read_number(group, place) for name, place in numbers_by_name(group).items()
+            if initial_key(name) in group}
 
 
 def step_rates(optimizer: Optimizer) -> dict[str, float | Tensor]:
@@ -120,6 +136,8 @@ def check_momentum_cycling(run: Run, plugin: Any) -> list[float]:
     for name, other in run.hook.plugins.items():
         if other is not plugin and getattr(other, "cycle_momentum", False):
             raise UsageError(f"{name} cycles the momentum too; pass cycle_momentum=false to one of them")
+        if isinstance(other, Schedule) and other.option == "momentum":
+            raise UsageError(f"{name} schedules the momentum too; leave it out, or pass cycle_momentum=false")
     return [group["betas"][0] if "betas" in group else group["momentum"] for group in run.optimizer.param_groups]
 
 

@@ -156,6 +156,7 @@ SHOWN = {  # the texts in each image: the ticks of step, learning rate and epoch
 USUAL = SHOWN["step"][:3]
 SHOWN |= {
     "cosine": (*USUAL, ["warmup", "cosine"]),
+    "inverse_sqrt": (*USUAL, ["warmup", "inverse_sqrt"]),
     "groups": (*USUAL, ["warmup", "cosine", "group layer 5: 16.weight, 16.bias", "group layer 4: 10.weight, 11.weight, 11.bias", "group layer 3: 7.weight, 8.weight, 8.bias",
                         "group layer 2: 3.weight, 4.weight, 4.bias", "group layer 1: 0.weight, 1.weight, 1.bias"]),
     "lambda": ("0 20 40 60 80", USUAL[1], "0 1 2 3 4", ["lambda"]),

@@ -507,6 +507,18 @@ def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(ranks
         assert history == expected_history
 
 
+@pytest.mark.parametrize("at", [4, 7])
+def test_a_run_that_freezes_within_an_epoch_is_resumed_before_and_after_it(ranks, tmp_path, at):
+    freeze = (f"freeze:patterns={next(noisy().named_parameters())[0]},start=6st",)
+    whole = ranks(2, train_part, "ddp", noisy, SHUFFLED, 3, tmp_path / "whole", None, None, freeze)
+    ranks(2, train_part, "ddp", noisy, SHUFFLED, 3, tmp_path / "killed", at, None, freeze)
+    rest = ranks(2, train_part, "ddp", noisy, SHUFFLED, 3, tmp_path / "killed", None, tmp_path / "killed", freeze)
+    for (_, losses, weights, history, *_), (_, all_losses, expected, expected_history, *_) in zip(rest, whole, strict=True):
+        assert losses == all_losses[at:]
+        same(weights, expected)
+        assert history == expected_history
+
+
 @pytest.mark.parametrize("spec", ["ddp:find_unused_parameters=true", "fsdp"])
 def test_a_resumed_run_of_three_processes_is_bitwise_equal_if_gradients_are_summed_in_the_same_order(ranks, tmp_path, spec):
     whole = ranks(3, train_part, spec, noisy, SHUFFLED, 3, tmp_path / "whole")
@@ -795,6 +807,8 @@ def train_refused(case, out):
         plugins = ["fsdp:offload=true"]
     elif case == "for a while":
         plugins = ["fsdp", "freeze:patterns=0,until=50%"]
+    elif case == "later on":
+        plugins = ["fsdp", "freeze:patterns=0,start=50%"]
     elif case == "copy":
         plugins = ["fsdp", "lr_finder"]
     model = network()
@@ -811,6 +825,7 @@ CASES = {
     "cut": "cannot split a batch of 8 samples into 9 parts",
     "offload": "offload=true needs GPUs",
     "for a while": "part of the model is frozen for a while, which fully_shard does not support",
+    "later on": "part of the model is frozen for a while, which fully_shard does not support",
     "copy": "cannot be copied",
     "optimizer": "pass a factory",
 }
@@ -822,14 +837,14 @@ def test_a_configuration_that_cannot_work_is_refused_with_a_reason(ranks, tmp_pa
         ranks(2, train_refused, case, tmp_path)
 
 
-def train_frozen(until):
+def train_frozen(when):
     model = network()
-    run = fit(model, LOSS, SGD, batches(*[8] * 8), plugins=["ddp", f"freeze:patterns=0,until={until}"], seed=0, epochs=4)
+    run = fit(model, LOSS, SGD, batches(*[8] * 8), plugins=["ddp", f"freeze:patterns=0,{when}"], seed=0, epochs=4)
     return weights_of(run)
 
 
-@pytest.mark.parametrize("until", ["2ep", "6st"])
-def test_a_part_that_is_unfrozen_during_training_is_trained_as_in_one_process(ranks, until):
-    single = fit(network(), LOSS, SGD, batches(*[8] * 8), plugins=["accumulate:every=2", f"freeze:patterns=0,until={until}"], seed=0, epochs=4)
-    for weights in ranks(2, train_frozen, until):
+@pytest.mark.parametrize("when", ["until=2ep", "until=6st", "start=2ep", "start=6st", "start=3st,until=9st"])
+def test_a_part_that_is_frozen_or_unfrozen_during_training_is_trained_as_in_one_process(ranks, when):
+    single = fit(network(), LOSS, SGD, batches(*[8] * 8), plugins=["accumulate:every=2", f"freeze:patterns=0,{when}"], seed=0, epochs=4)
+    for weights in ranks(2, train_frozen, when):
         same(weights, weights_of(single), 1e-12)

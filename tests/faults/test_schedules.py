@@ -84,7 +84,8 @@ HUGGING_FACE = {
     '`lr_scheduler_type="polynomial"`': lambda part: (1 - part) ** 2,
     '`lr_scheduler_type="cosine_with_restarts"`': lambda part: 0.5 * (1 + cos(pi * ((3 * part) % 1))),
     '`lr_scheduler_type="cosine_with_min_lr"`': lambda part: 0.5 * (1 + cos(pi * part)) * (1 - 0.01) + 0.01,
-    '`lr_scheduler_type="warmup_stable_decay"`': lambda part: 1 if part < 70 / 90 else 0.5 * (1 + cos(pi * (part * 90 - 70) / 20)),
+    '`lr_scheduler_type="warmup_stable_decay"`, `num_decay_steps=20`, `decay_type="1-sqrt"`': lambda part: 1 - sqrt(max(0, part * 90 - 70) / 20),
+    '`lr_scheduler_type="warmup_stable_decay"`, `num_decay_steps=20`, `warmup_ratio=0.1`': lambda part: 1 if part < 70 / 90 else 0.5 * (1 + cos(pi * (part * 90 - 70) / 20)),
 }
 
 
@@ -100,11 +101,10 @@ def test_schedules_of_the_hugging_face_trainer(there):
     assert_equal(curve(*on_the_page(there)), [LR * risen(n, 10, HUGGING_FACE[there]) for n in range(STEPS)])
 
 
-@pytest.mark.fault(row="I", given="lr_scheduler_type=inverse_sqrt with warmup_steps=10, by a function and start=10st", right="the square root of 10 over the step")
+@pytest.mark.fault(row="I", given="lr_scheduler_type=inverse_sqrt with warmup_steps=10, as the page translates it", right="the square root of 10 over the step")
 def test_the_inverse_square_root_of_the_hugging_face_trainer():
-    plugin = load("lambda")(lambda n: (1 + n / 10) ** -0.5, by="step", start="10st")
     expected = [n / 10 if n < 10 else 1 / sqrt(n / 10) for n in range(STEPS)]
-    assert_equal(curve("warmup:length=10st,start_factor=0", plugin), [LR * factor for factor in expected])
+    assert_equal(curve(*on_the_page('`lr_scheduler_type="inverse_sqrt"`')), [LR * factor for factor in expected])
 
 
 @pytest.mark.fault(row="I", given="CosineAnnealingWithWarmupScheduler and its like, as the page translates them", right="the formulas of Composer")
@@ -397,23 +397,23 @@ def test_explain_knows_where_a_schedule_starts():
     assert "learning rate    0 at the start, 0.1 at its peak, 3.05e-05 at the end" in explain(run=run)
 
 
-@pytest.mark.fault(row="I", given="Cosine(10) and OneCycle(0.1, 50), with options by position", right="the options they always were; start, until, count_from and optimizer by name alone")
+@pytest.mark.fault(row="I", given="Cosine(10) and OneCycle(0.1, 50), with options by position", right="the options they always were; start, until, count_from, optimizer and option by name alone")
 def test_options_by_position_are_what_they_were():
     assert (Cosine(10).t_max, Onecycle(0.1, 50).total_steps, load("constant")(0.5, 3, "step").by) == (10, 50, "step")
     for name in available():
         if "count_from" in plugin_options(load(name)):
             kinds = {name: parameter.kind for name, parameter in inspect.signature(load(name)).parameters.items()}
             keywords = [name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY]
-            assert keywords == [*kinds][-4:] == ["start", "until", "count_from", "optimizer"]
+            assert keywords == [*kinds][-5:] == ["start", "until", "count_from", "optimizer", "option"]
 
 
-@pytest.mark.fault(row="I", given="the options of every schedule", right="help for start, until, count_from and optimizer, and for each of its own")
+@pytest.mark.fault(row="I", given="the options of every schedule", right="help for start, until, count_from, optimizer and option, and for each of its own")
 def test_every_schedule_has_the_options_with_help():
     schedules = [name for name in available() if hasattr(load(name), "lr_scale") and name not in ("plateau", "swa")]
-    assert len(schedules) == 15
+    assert len(schedules) == 16
     for name in schedules:
         options = plugin_options(load(name))
-        assert [*options][-4:] == ["start", "until", "count_from", "optimizer"]
+        assert [*options][-5:] == ["start", "until", "count_from", "optimizer", "option"]
         assert all(option.help for option in options.values())
         assert options["until"].help == "duration from the start of the run after which the schedule has no effect any more"
 

@@ -97,6 +97,41 @@ def test_unfreezing_equals_adding_a_parameter_group(net, batches, valid, clone, 
         same(net, other)
 
 
+def freeze_by_hand(model, optimizer, batches, epochs, spans):
+    """Train; each part of `model` in `spans` is frozen from the first step of its span to that before the second."""
+    torch.manual_seed(1)
+    parts = dict(model.named_children())
+    optimizer, step = optimizer(model.parameters()), 0
+    for _ in range(epochs):
+        for input, target in batches:
+            model.train()
+            optimizer.zero_grad()
+            for part, (start, end) in spans.items():
+                parts[part].requires_grad_(not start <= step < end)
+                parts[part].train(not start <= step < end)
+            cross_entropy(model(input), target).backward()
+            optimizer.step()
+            step += 1
+
+
+@optimizers
+@pytest.mark.parametrize(("specs", "spans"), [
+    (["patterns=0,1,start=2"], {"0": (16, NEVER), "1": (16, NEVER)}),
+    (["patterns=0,1,start=11st"], {"0": (11, NEVER), "1": (11, NEVER)}),
+    (["keep=4,start=7%"], {"0": (3, NEVER), "1": (3, NEVER)}),                     # 2.24 steps
+    (["patterns=1,start=3st,until=2ep"], {"1": (3, 16)}),
+    (["keep=4,start=5st,until=1ep,gradual=1ep"], {"1": (5, 8), "0": (5, 16)}),
+    (["keep=4,start=1ep,gradual=5st"], {"1": (8, 13), "0": (8, 18)}),
+    (["patterns=0,start=4st", "patterns=1,start=1ep,until=20st"], {"0": (4, NEVER), "1": (8, 20)}),
+    (["keep=0,1,start=5st", "patterns=0,1,start=3st,until=5st"], {"0": (3, 5), "1": (3, 5), "4": (5, NEVER)}),
+], ids=str)
+def test_freezing_from_later_on_equals_a_plain_loop(net, batches, valid, clone, same, optimizer, specs, spans):
+    other = clone(net)
+    fit(net, cross_entropy, optimizer, batches, valid, epochs=4, plugins=[f"{FREEZE}:{spec}" for spec in specs], seed=1)
+    freeze_by_hand(other, optimizer, batches, 4, spans)
+    same(net, other)
+
+
 def test_durations_count_batches_with_accumulation(net, batches):
     recorder = Recorder()
     fit(net, cross_entropy, OPTIMIZERS["sgd"], batches, epochs=3, plugins=[f"{FREEZE}:patterns=0,until=1ep", "accumulate:every=3", recorder])
@@ -227,7 +262,7 @@ def test_with_layerwise_rates_and_schedules_in_any_order(net, batches, clone, sa
 
 
 @optimizers
-@pytest.mark.parametrize("spec", ["patterns=0,1", "keep=4,until=2ep", "keep=4,until=28st", "keep=4,until=1ep,gradual=17st"])
+@pytest.mark.parametrize("spec", ["patterns=0,1", "keep=4,until=2ep", "keep=4,until=28st", "keep=4,until=1ep,gradual=17st", "keep=4,start=12st", "patterns=0,1,start=1ep,until=4ep"])
 @pytest.mark.parametrize("saved", [1, 3])
 def test_a_resumed_run_equals_an_uninterrupted_one(net, batches, clone, same, tmp_path, optimizer, spec, saved):
     plugins = [f"{FREEZE}:{spec}", f"{LAYERS}:decay=0.5,no_decay=true", "warmup:length=50%", "checkpoint"]
@@ -282,6 +317,11 @@ def test_one_instance_works_for_several_runs(net, plain, batches, clone, same):
     (["patterns=0,until=soon"], "freeze: until takes a duration, not 'soon': write 30, 5ep, 500st or 10%"),
     (["patterns=*,until=1ep"], "freeze: nothing is left to train at the start; keep at least the last part trainable"),
     (["keep=4", "patterns=4,until=1ep"], "freeze: nothing is left to train at the start; keep at least the last part trainable"),
+    (["patterns=*,start=3st"], "freeze: nothing is left to train from start=3st on; keep at least the last part trainable"),
+    (["patterns=0,1,start=3st", "keep=0,1,start=5st"], "freeze.2: nothing is left to train from start=5st on; keep at least the last part trainable"),
+    (["patterns=0,start=1ep"], "freeze: start=1ep is not before the run's end, so nothing would be frozen"),
+    (["patterns=0,start=4st,until=3st"], "freeze: until=3st is not after start=4st; use a later until"),
+    (["patterns=0,start=later"], "freeze: start takes a duration, not 'later': write 30, 5ep, 500st or 10%"),
     (["patterns=*"], "no parameter of the model has requires_grad=True; leave at least one trainable"),
 ], ids=str)
 def test_wrong_options_are_refused_in_one_line(net, batches, specs, message):

@@ -1,7 +1,7 @@
 """The schedule plugins, compared with torch's schedulers at every step."""
 import random
 from functools import cache, partial
-from math import cos, log
+from math import cos, log, pi, sqrt
 
 import pytest
 import torch
@@ -141,6 +141,7 @@ CASES = [
     ("warmup:length=5,by=epoch", "epoch", partial(linear, total_iters=5)),
     ("warmup:length=35,start_factor=0.1", "step", partial(linear, start_factor=0.1, total_iters=35)),
     ("warmup", "step", partial(linear, total_iters=TOTAL * 0.05)),
+    ("inverse_sqrt:timescale=70", "step", partial(function, lr_lambda=lambda step: (1 + step / 70) ** -0.5)),
 ]
 TRAPEZOID = "trapezoidal:max_lr=0.4,step_size=300,anneal_start=3000,base_lr=0.01"
 ALL = [plugin for plugin, *_ in CASES] + [TRAPEZOID]
@@ -186,6 +187,42 @@ def test_trapezoidal_rises_holds_and_falls(options, base):
 
 def test_trapezoidal_ends_with_the_run_without_anneal_start():
     assert plugin_rates("trapezoidal:max_lr=0.4,step_size=10%") == plugin_rates("trapezoidal:max_lr=0.4,step_size=10%,anneal_start=90%")
+
+
+@pytest.mark.parametrize(("decay_type", "shape"), [
+    ("linear", lambda done: 1.0 - done), ("cosine", lambda done: 0.5 * (1.0 + cos(pi * 0.5 * 2.0 * done))), ("1-sqrt", lambda done: 1.0 - sqrt(done))])
+@pytest.mark.parametrize("lowest", [0.0, 0.25])
+def test_trapezoidal_is_the_warmup_stable_decay_of_transformers(decay_type, shape, lowest):
+    """get_wsd_schedule(num_warmup_steps=300, num_stable_steps=3700, num_decay_steps=1000); 1-sqrt is eq. 1 of arXiv:2405.18392."""
+    def factor(step):
+        if step < 300:
+            return step / 300 * (1.0 - lowest) + lowest
+        return 1.0 if step < 4000 else shape((step - 4000) / 1000) * (1.0 - lowest) + lowest
+
+    options = f"max_lr=0.5,base_lr={0.5 * lowest},step_size=300,step_size_down=1000,decay_type={decay_type}"
+    expected = [[0.5 * factor(step)] * 2 for step in range(TOTAL)]
+    # To the bit but for the division by the initial rate and the multiplication with it.
+    for plugin in (f"trapezoidal:{options}", f"trapezoidal:{options},anneal_start=80%", f"trapezoidal:{options},anneal_start=4000"):
+        torch.testing.assert_close(torch.tensor(plugin_rates(plugin)), torch.tensor(expected), rtol=1e-14, atol=1e-16)
+    assert plugin_rates(f"trapezoidal:{options},by=epoch,step_size=12,step_size_down=40".replace("step_size=300,step_size_down=1000,", ""))[:25] == [[0.5 * lowest] * 2] * 25
+
+
+def test_inverse_sqrt_with_a_warmup_is_that_of_fairseq():
+    """fairseq/optim/lr_scheduler/inverse_square_root_schedule.py, from arXiv:1706.03762; update 0 has the initial rate, 0."""
+    expected = [[lr * (step / 400) if step < 400 else lr * 400**0.5 * step**-0.5 for lr in (0.1, 0.03)] for step in range(TOTAL)]
+    assert_close(plugin_rates("warmup:length=400,start_factor=0", "inverse_sqrt:start=400"), expected)
+    assert_close(plugin_rates("warmup:length=8%,start_factor=0", "inverse_sqrt:start=8%"), expected)
+
+
+def test_inverse_sqrt_with_a_timescale_is_that_of_transformers_to_the_bit():
+    """get_inverse_sqrt_schedule(num_warmup_steps=400, timescale=1500)"""
+    shift = 1500 - 400
+    expected = [[lr * (step / 400 if step < 400 else 1.0 / sqrt((step + shift) / 1500)) for lr in (0.1, 0.03)] for step in range(TOTAL)]
+    assert plugin_rates("warmup:length=400,start_factor=0", "inverse_sqrt:start=400,timescale=1500") == expected
+
+
+def test_inverse_sqrt_without_a_start_falls_at_once_and_by_epoch():
+    assert plugin_rates("inverse_sqrt:timescale=1ep,by=epoch") == [[lr * (1 / sqrt(1 + step // BATCHES)) for lr in (0.1, 0.03)] for step in range(TOTAL)]
 
 
 MOMENTA = [
@@ -313,6 +350,9 @@ def test_a_skipped_step_does_not_delay_a_schedule(net, batches, sgd):
     ("trapezoidal:max_lr=0,step_size=1", "max_lr is above 0, not 0"),
     ("trapezoidal:max_lr=1,step_size=1,base_lr=-1", "base_lr is at least 0, not -1"),
     ("onecycle", "max_lr is required"),
+    ("inverse_sqrt", "one of start and timescale is required; pass start, the length of the warmup"),
+    ("inverse_sqrt:timescale=0", "timescale takes a duration above 0, not '0'"),
+    ("trapezoidal:max_lr=1,step_size=1,decay_type=sqrt", r"decay_type takes linear\|cosine\|1-sqrt, not 'sqrt'"),
 ])
 def test_options_out_of_range_are_refused(plugin, message):
     with pytest.raises(UsageError, match=f"^{plugin.partition(':')[0]}: {message}"):
