@@ -23,14 +23,19 @@ from loopctl.distributed.process_group import launched_processes
 from loopctl.errors import UsageError, names, one_line
 from loopctl.metrics.meters import check_metrics, is_stateful_metric, metric_prefix, reported_names
 from loopctl.model.forward import takes_state, unwrapped_network
+from loopctl.model.hidden_matrices import hidden_matrices
 from loopctl.model.ownership import describe_untrained, modules_of, named_parameters, owns_any, untrained_parameters
 from loopctl.model.parameter_matching import matching_parameters
 from loopctl.optim.fast_step import without_dynamo_wrappers
-from loopctl.optim.several import Optimizers, each_optimizer
+from loopctl.optim.several import OfKind, Optimizers, each_optimizer
 from loopctl.rng import seed_everything
 from loopctl.run import Run
 
 log = logging.getLogger("loopctl")
+
+NONE_OF_KIND = {"hidden matrices": "the model has no trainable weight of two dimensions besides embeddings and its "
+                                   "output layer (those of convolutions have more); use one optimizer for all",
+                "others": "only hidden matrices are trained, which the first one has; use that one for all"}
 
 # The learning rates that an earlier run has left in an optimizer's groups, so that a user's change is recognised.
 LEFT_RATES: WeakKeyDictionary[torch.optim.Optimizer, list[float]] = WeakKeyDictionary()
@@ -274,14 +279,17 @@ def make_optimizers(run: Run) -> Optimizers:
         raise UsageError(f"{plugins[0]} sets the parameter groups of one optimizer, and there are several; leave it "
                          "out, and set groups in the factories")
     matched = matching_parameters(run.model, [name for name, optimizer in run.optimizer.items()
-                                              if not isinstance(optimizer, torch.optim.Optimizer)])
+                                              if not isinstance(optimizer, OfKind | torch.optim.Optimizer)])
     held: set[int] = set()
     made = {}
     for name, optimizer in run.optimizer.items():
         if isinstance(optimizer, torch.optim.Optimizer):
             check_ready_made(run, optimizer)
         else:
-            own = [parameter for parameter in matched[name] if parameter.requires_grad and id(parameter) not in held]
+            candidates = of_kind(run, optimizer) if isinstance(optimizer, OfKind) else matched[name]
+            own = [parameter for parameter in candidates if parameter.requires_grad and id(parameter) not in held]
+            if not own and isinstance(optimizer, OfKind):
+                raise UsageError(f"the optimizer {name!r} has no parameters: {NONE_OF_KIND[optimizer.kind]}")
             if not own:
                 raise UsageError(f"the optimizer {name!r} has no parameters: they do not require gradients, or an "
                                  "earlier optimizer has them; put it first")
@@ -301,6 +309,12 @@ def make_optimizers(run: Run) -> Optimizers:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
     return Optimizers(made)
+
+
+def of_kind(run: Run, optimizer: OfKind) -> list[nn.Parameter]:
+    """The parameters of the kind that an optimizer trains; `others` are all, of which earlier ones have theirs."""
+    hidden = optimizer.kind == "hidden matrices"
+    return hidden_matrices(run.model) if hidden else list(named_parameters(run).values())
 
 
 def check_ready_made(run: Run, optimizer: torch.optim.Optimizer) -> None:

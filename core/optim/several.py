@@ -3,12 +3,14 @@
 `Optimizers` is for parts of a model that are trained by different optimizers with one loss. With a loss for each, as
 in generative adversarial networks, every optimizer has its turn in a step: its loss is computed, and its update made,
 before the next one's. In its turn it is `run.optimizer`, so that plugins clip, scale or skip the update of that one.
+`by_kind` divides the parameters between two optimizers by their kind.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -102,6 +104,37 @@ class Optimizers(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"named": self.named}
+
+
+@dataclass(frozen=True)
+class OfKind:
+    """A factory of an optimizer, and the kind of parameters that it trains."""
+
+    factory: Callable[[list[dict[str, Any]]], Optimizer]
+    kind: Literal["hidden matrices", "others"]
+
+    def __call__(self, groups: list[dict[str, Any]]) -> Optimizer:
+        return self.factory(groups)
+
+
+def by_kind(**factories: Callable[[list[dict[str, Any]]], Optimizer]) -> dict[str, OfKind]:
+    """Return the optimizers for `fit`: the first trains the matrices of hidden layers, the second everything else.
+
+    `fit(optimizer=by_kind(muon=partial(torch.optim.Muon, lr=0.02), adamw=partial(torch.optim.AdamW, lr=3e-4)))` is how
+    Muon is meant to be used: embeddings, the output layer, biases and norms are trained by AdamW, and so is what has
+    not two dimensions, such as convolutions. See `hidden_matrices` in loopctl.model.hidden_matrices.
+
+    factories: two, by the names that schedules and the history use
+    """
+    if len(factories) != 2:
+        raise UsageError(f"by_kind takes two optimizers, not {len(factories)}: that of the hidden matrices and that of "
+                         "everything else, as in by_kind(muon=..., adamw=...)")
+    for name, factory in factories.items():
+        if isinstance(factory, Optimizer) or not callable(factory):
+            raise UsageError(f"by_kind: {name} is {type(factory).__name__}; pass a factory, such as "
+                             "partial(torch.optim.SGD, lr=0.1), since its parameters are chosen for it")
+    first, second = factories
+    return {first: OfKind(factories[first], "hidden matrices"), second: OfKind(factories[second], "others")}
 
 
 class JoinedState(MutableMapping[Any, Any]):
