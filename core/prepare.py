@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from loopctl.composition.compose import blame_plugin, compose
@@ -26,7 +27,9 @@ from loopctl.model.forward import takes_state, unwrapped_network
 from loopctl.model.hidden_matrices import hidden_matrices
 from loopctl.model.ownership import describe_untrained, modules_of, named_parameters, owns_any, untrained_parameters
 from loopctl.model.parameter_matching import matching_parameters
+from loopctl.model.weight_averages import WeightAverage
 from loopctl.optim.fast_step import without_dynamo_wrappers
+from loopctl.optim.optimizer_mode import with_modes
 from loopctl.optim.several import OfKind, Optimizers, each_optimizer
 from loopctl.rng import seed_everything
 from loopctl.run import Run
@@ -86,8 +89,22 @@ def prepare(run: Run, metrics: dict[str, Any], device: Any, seed: int | None) ->
     run.untrained = untrained_parameters(run)
     if "train" not in run.hook.replaced and (left_out := describe_untrained(run)):
         log.warning(left_out)
+    warn_of_averages(run)
     run.network = unwrapped_network(run)
     run.hook.wrap_model(run=run)
+
+
+def warn_of_averages(run: Run) -> None:
+    """Log a warning where the optimizer averages the weights itself, and something does not go well with that."""
+    if not (switched := with_modes(run.optimizer)):
+        return
+    optimizer = names([type(one).__name__ for one in switched])
+    if plugins := [name for name, plugin in run.hook.plugins.items() if isinstance(plugin, WeightAverage)]:
+        log.warning("%s averages the weights that %s trains, whose own average is not used then; leave out %s",
+                    names(plugins), optimizer, names(plugins))
+    if any(isinstance(module, _BatchNorm) and module.track_running_stats for module in run.model.modules()):
+        log.warning("%s evaluates an average of the weights, and the statistics of BatchNorm are those of the weights "
+                    "that are trained, so evaluations may be wrong; use another norm, or another optimizer", optimizer)
 
 
 def check(run: Run, metrics: Any) -> None:
