@@ -1,12 +1,14 @@
-"""Optimizers by name for `--optimizer`: every class of torch.optim, or `package.module:Class`."""
+"""Optimizers by name for `--optimizer`: every class of torch.optim, or `package.module:Class`; or two, by a comma."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loopctl.cli.specs import names_in_source, resolve
+from loopctl.composition.discovery import split_head
 from loopctl.composition.option_types import FLOAT32_MAX
+from loopctl.composition.quoting import BRACKETS, split
 from loopctl.errors import UsageError, one_line
 
 if TYPE_CHECKING:
@@ -28,15 +30,78 @@ def make(spec: str, lr: float | None, device: str = "cpu") -> tuple[Any, float |
     """Return a factory of the optimizer that `spec` names, and its learning rate: `lr`, or the class's default.
 
     The learning rate is None if `spec` has it among its options. A dict of factories, by the part of the model that
-    each optimizer trains, is returned as it is. On a GPU the update is one fused kernel where torch
-    has one, unless `spec` sets foreach, fused or differentiable. Raises UsageError where the options are wrong.
+    each optimizer trains, is returned as it is. Two optimizers with a comma in between, "muon:lr=0.02,adamw", are such
+    a dict: the first trains the hidden matrices, the second everything else. On a GPU the update is one fused kernel
+    where torch has one, unless `spec` sets foreach, fused or differentiable. Raises UsageError where the options are
+    wrong.
+    """
+    specs = split_specs(spec, known_names())
+    return make_one(spec, lr, device) if len(specs) == 1 else (make_two(spec, specs, lr, device), None)
+
+
+def split_specs(text: str, known: Container[str]) -> list[str]:
+    """Split the specs of optimizers at the commas between them. Other commas are between options, or within a value.
+
+    A spec begins where a piece is a name, where it has a colon before any equals sign, as in `adamw:lr=1e-3`, and after
+    a spec without options.
+    """
+    specs: list[str] = []
+    for piece in split(text):
+        plain = piece.strip()
+        begins = plain[:1] not in ('"', *BRACKETS) and ":" in plain.partition("=")[0]
+        if not specs or begins or plain in known or "=" not in specs[-1]:
+            specs.append(plain)
+        else:
+            specs[-1] += f",{piece}"
+    return specs
+
+
+def make_two(text: str, specs: list[str], lr: float | None, device: str) -> dict[str, Any]:
+    """Return two optimizers by name, that of the hidden matrices and that of everything else.
+
+    Raises UsageError where there are more, where they have one name, or where the second takes matrices only.
     """
     import torch
 
-    from loopctl.optim.fast_step import without_dynamo_wrappers
+    from loopctl.optim.several import by_kind
+
+    label = f"optimizer {text}"
+    if len(specs) > 2:
+        raise UsageError(f"{label}: {len(specs)} optimizers; there may be two, that of the hidden matrices and that of "
+                         "everything else, or a dict of them by the part of the model in a file: file.py:name")
+    if lr is not None:
+        raise UsageError(f"{label}: --lr would be that of both; write it among the options of each, as in "
+                         f"{split_head(specs[0], known_names())[0]}:lr={lr:g}")
+    made = {}
+    for spec in specs:
+        name = split_head(spec, known_names())[0].rpartition(":")[2]
+        factory = make_one(spec, None, device)[0]
+        if is_dict(factory):
+            raise UsageError(f"{label}: {spec} is a dict of optimizers, which cannot be one of two; use it alone")
+        if name in made:
+            raise UsageError(f"{label}: both are called {name}; use a dict by the part of the model in a file: "
+                             "file.py:name")
+        made[name] = factory
+    try:
+        made[name]([torch.zeros(1, requires_grad=True)])
+    except UsageError as error:
+        raise UsageError(f"{error}; the second optimizer has everything that is no hidden matrix, so put {name} "
+                         "first") from error
+    return by_kind(**made)
+
+
+def make_one(spec: str, lr: float | None, device: str) -> tuple[Any, float | None]:
+    """Return what `make` does for one optimizer."""
+    import torch
+
+    from loopctl.optim.fast_step import KNOWN, without_dynamo_wrappers
 
     classes = {name.lower(): cls for name, cls in vars(torch.optim).items()
                if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer}
+    later = {name.lower(): name for name in KNOWN if name.lower() not in classes}
+    if (head := split_head(spec, classes)[0]) in later:
+        raise UsageError(f"optimizer {head}: torch {torch.__version__} has no torch.optim.{later[head]}, which later "
+                         "versions have; install one, or name the class of another package")
     name, cls, options = resolve("optimizer", spec, lambda: sorted(classes), classes.__getitem__, is_object=is_dict)
     if is_dict(cls):
         if lr is not None:

@@ -105,7 +105,8 @@ SHARED_OPTIONS = (
     shared_option("--data", lambda: DATA, group=MAIN, default="digits", type=TextType(), metavar="D",
                   help="One of `loopctl data`, package.module:factory or file.py:factory."),
     shared_option("--optimizer", optimizer_names, group=MAIN, default="adamw", type=TextType(), metavar="O",
-                  help="One of `loopctl optimizers`, package.module:Class or file.py:Class."),
+                  help="One of `loopctl optimizers`, package.module:Class or file.py:Class; or two, as in "
+                       "muon:lr=0.02,adamw:lr=3e-4, for the hidden matrices and for everything else."),
     shared_option("--lr", group=MAIN, type=FloatType(), metavar="F",
                   help="Learning rate.  [default: the optimizer's own]"),
     shared_option("--epochs", group=MAIN, default=20, type=COUNT, metavar="N", help="Passes over the training data."),

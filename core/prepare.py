@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from loopctl.composition.compose import blame_plugin, compose
@@ -23,16 +24,23 @@ from loopctl.distributed.process_group import launched_processes
 from loopctl.errors import UsageError, names, one_line
 from loopctl.metrics.meters import check_metrics, is_stateful_metric, metric_prefix, reported_names
 from loopctl.model.forward import takes_state, unwrapped_network
+from loopctl.model.hidden_matrices import hidden_matrices
 from loopctl.model.ownership import describe_untrained, modules_of, named_parameters, owns_any, untrained_parameters
 from loopctl.model.parameter_matching import matching_parameters
+from loopctl.model.weight_averages import WeightAverage
 from loopctl.optim.fast_step import without_dynamo_wrappers
 from loopctl.optim.group_numbers import initial_key
 from loopctl.optim.learning_rate import scheduled_values
-from loopctl.optim.several import Optimizers, each_optimizer
+from loopctl.optim.optimizer_mode import with_modes
+from loopctl.optim.several import OfKind, Optimizers, each_optimizer
 from loopctl.rng import seed_everything
 from loopctl.run import Run
 
 log = logging.getLogger("loopctl")
+
+NONE_OF_KIND = {"hidden matrices": "the model has no trainable weight of two dimensions besides embeddings and its "
+                                   "output layer (those of convolutions have more); use one optimizer for all",
+                "others": "only hidden matrices are trained, which the first one has; use that one for all"}
 
 # The learning rates, and other numbers that were scheduled, that an earlier run has left in an optimizer's groups, so
 # that a user's change is recognised.
@@ -84,8 +92,22 @@ def prepare(run: Run, metrics: dict[str, Any], device: Any, seed: int | None) ->
     run.untrained = untrained_parameters(run)
     if "train" not in run.hook.replaced and (left_out := describe_untrained(run)):
         log.warning(left_out)
+    warn_of_averages(run)
     run.network = unwrapped_network(run)
     run.hook.wrap_model(run=run)
+
+
+def warn_of_averages(run: Run) -> None:
+    """Log a warning where the optimizer averages the weights itself, and something does not go well with that."""
+    if not (switched := with_modes(run.optimizer)):
+        return
+    optimizer = names([type(one).__name__ for one in switched])
+    if plugins := [name for name, plugin in run.hook.plugins.items() if isinstance(plugin, WeightAverage)]:
+        log.warning("%s averages the weights that %s trains, whose own average is not used then; leave out %s",
+                    names(plugins), optimizer, names(plugins))
+    if any(isinstance(module, _BatchNorm) and module.track_running_stats for module in run.model.modules()):
+        log.warning("%s evaluates an average of the weights, and the statistics of BatchNorm are those of the weights "
+                    "that are trained, so evaluations may be wrong; use another norm, or another optimizer", optimizer)
 
 
 def check(run: Run, metrics: Any) -> None:
@@ -277,14 +299,17 @@ def make_optimizers(run: Run) -> Optimizers:
         raise UsageError(f"{plugins[0]} sets the parameter groups of one optimizer, and there are several; leave it "
                          "out, and set groups in the factories")
     matched = matching_parameters(run.model, [name for name, optimizer in run.optimizer.items()
-                                              if not isinstance(optimizer, torch.optim.Optimizer)])
+                                              if not isinstance(optimizer, OfKind | torch.optim.Optimizer)])
     held: set[int] = set()
     made = {}
     for name, optimizer in run.optimizer.items():
         if isinstance(optimizer, torch.optim.Optimizer):
             check_ready_made(run, optimizer)
         else:
-            own = [parameter for parameter in matched[name] if parameter.requires_grad and id(parameter) not in held]
+            candidates = of_kind(run, optimizer) if isinstance(optimizer, OfKind) else matched[name]
+            own = [parameter for parameter in candidates if parameter.requires_grad and id(parameter) not in held]
+            if not own and isinstance(optimizer, OfKind):
+                raise UsageError(f"the optimizer {name!r} has no parameters: {NONE_OF_KIND[optimizer.kind]}")
             if not own:
                 raise UsageError(f"the optimizer {name!r} has no parameters: they do not require gradients, or an "
                                  "earlier optimizer has them; put it first")
@@ -304,6 +329,12 @@ def make_optimizers(run: Run) -> Optimizers:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
     return Optimizers(made)
+
+
+def of_kind(run: Run, optimizer: OfKind) -> list[nn.Parameter]:
+    """The parameters of the kind that an optimizer trains; `others` are all, of which earlier ones have theirs."""
+    hidden = optimizer.kind == "hidden matrices"
+    return hidden_matrices(run.model) if hidden else list(named_parameters(run).values())
 
 
 def check_ready_made(run: Run, optimizer: torch.optim.Optimizer) -> None:

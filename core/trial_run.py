@@ -24,6 +24,7 @@ from loopctl.metrics.meters import Meters
 from loopctl.model.forward import unwrapped_network
 from loopctl.model.ownership import modules_of
 from loopctl.optim.learning_rate import set_learning_rates
+from loopctl.optim.optimizer_mode import set_train_mode
 from loopctl.optim.several import Optimizers
 from loopctl.rng import rng_state, set_rng_state
 from loopctl.run import Run
@@ -149,6 +150,7 @@ class TrialRun:
         trial.meters, trial.metrics, trial.history, trial.loaders = Meters({}, ""), dict(run.metrics), [], {}
         for module in modules_of(trial):
             module.train()
+        set_train_mode(trial.optimizer)
         trial.hook.epoch_start(run=trial)
         self.groups = self.repeated_groups()
 

@@ -24,6 +24,7 @@ from loopctl.metrics.meters import Meters, is_stateful_metric, load_metric_state
 from loopctl.model.ownership import load_loss_tensors, loss_tensors
 from loopctl.optim.fast_step import without_dynamo_wrappers
 from loopctl.optim.learning_rate import scheduled_rates
+from loopctl.optim.optimizer_mode import used_weights
 from loopctl.optim.schedule import Schedule
 from loopctl.rng import loader_generators, rng_state, set_rng_state
 
@@ -55,11 +56,15 @@ def capture_state(run: Run) -> dict[str, Any]:
                   "carried": run.carried, "random": rng_state(*run.data_sets().values())}
     if run.world_size > 1:
         rank_state = map_nested(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rank_state)
+    weights: dict[str, dict[str, Any]] = {
+        "model": run.model.state_dict(),
+        "loss_fn": {name: tensor.detach() for name, tensor in loss_tensors(run).items()}}
+    trained = exchange_weights(run, weights)
     return {
         "loopctl": FORMAT,
         "config": run.config or run_config(run),
-        "model": run.model.state_dict(),
-        "loss_fn": {name: tensor.detach() for name, tensor in loss_tensors(run).items()},
+        **weights,
+        "trained": trained,
         "optimizer": {"class": type(run.optimizer).__name__, "defaults": optimizer_defaults(run),
                       **optimizer_state(run)},
         "plugins": {name: plugin.state_dict() for name, plugin in stateful(run).items()},
@@ -75,6 +80,22 @@ def capture_state(run: Run) -> dict[str, Any]:
         "history": run.history,
         "ranks": all_gather(run, rank_state),
     }
+
+
+def exchange_weights(run: Run, weights: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Put the weights that are used into `weights`, and return those that are trained, which a resumed run goes on
+    with. They differ for an optimizer that has modes; for others, the result is empty."""
+    used = used_weights(run.optimizer)
+    if not used:
+        return {}
+    parameters: dict[str, dict[str, Any]] = {
+        "model": dict(run.model.named_parameters(remove_duplicate=False)), "loss_fn": dict(loss_tensors(run))}
+    trained: dict[str, dict[str, Any]] = {}
+    for part, tensors in weights.items():
+        names = [name for name, parameter in parameters[part].items() if id(parameter) in used and name in tensors]
+        trained[part] = {name: tensors[name] for name in names}
+        tensors.update({name: used[id(parameters[part][name])] for name in names})
+    return trained
 
 
 def run_config(run: Run) -> dict[str, Any]:
@@ -171,11 +192,13 @@ def roll_back(run: Run) -> None:
 
 def load_state(run: Run, saved: dict[str, Any], file: Path) -> None:
     """Load the state dicts of model, loss function, optimizer and plugins from `saved`, the content of `file`."""
-    load_model(run.model, saved["model"])
-    load_loss_tensors(run, saved["loss_fn"])
+    trained = saved.get("trained", {})
+    load_model(run.model, saved["model"] | trained.get("model", {}))
+    load_loss_tensors(run, saved["loss_fn"] | trained.get("loss_fn", {}))
     names = [group.get("name") for group in run.optimizer.param_groups]
     with without_dynamo_wrappers():
-        run.optimizer.load_state_dict({key: saved["optimizer"][key] for key in ("state", "param_groups")})
+        run.optimizer.load_state_dict({key: value for key, value in saved["optimizer"].items()
+                                       if key not in ("class", "defaults")})
     for group, name in zip(run.optimizer.param_groups, names, strict=True):
         group |= {"name": name} if name else {}         # the checkpoint may be older than the name
     for name, plugin in stateful(run).items():

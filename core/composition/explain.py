@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from loopctl import hooks
 from loopctl.composition.compose import SPECS, compose
 from loopctl.data.batch import sample_count
-from loopctl.errors import counted
+from loopctl.errors import counted, names
 from loopctl.optim.learning_rate import describe_groups, distinct_curves, lr_curve
 from loopctl.optim.schedule import scheduled_numbers
+from loopctl.optim.several import Optimizers
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -61,4 +62,20 @@ def describe_plan(run: Run) -> list[str]:
           for number, (lrs, groups) in enumerate(curves.items())],
         *[f"{name:17}{values[0]:.3g} at the start, {max(values):.3g} at its peak, {values[-1]:.3g} at the end"
           for name, values in sorted(others)],
+        *[f"{'' if number else 'optimizers':17}{line}" for number, line in enumerate(describe_shares(run))],
     ]
+
+
+def describe_shares(run: Run) -> list[str]:
+    """Return a line for each of several optimizers: its class, and which parameters it trains."""
+    if not isinstance(run.optimizer, Optimizers):
+        return []
+    known = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    lines = []
+    for name, one in run.optimizer.named.items():
+        held = [parameter for group in one.param_groups for parameter in group["params"]]
+        few = [known.get(id(parameter), "one of loss_fn") for parameter in held[:3]]
+        few += [f"{len(held) - 3} more"] * (len(held) > 3)
+        numbers = sum(parameter.numel() for parameter in held)
+        lines.append(f"{name}: {type(one).__name__} with {counted(numbers, 'number')}, {names(few)}")
+    return lines

@@ -3,12 +3,14 @@
 `Optimizers` is for parts of a model that are trained by different optimizers with one loss. With a loss for each, as
 in generative adversarial networks, every optimizer has its turn in a step: its loss is computed, and its update made,
 before the next one's. In its turn it is `run.optimizer`, so that plugins clip, scale or skip the update of that one.
+`by_kind` divides the parameters between two optimizers by their kind.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,32 +68,32 @@ class Optimizers(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         raise UsageError(f"there are several optimizers; add the group to one of {', '.join(self.named)}")
 
-    def train(self) -> None:
-        """Switch those that have modes to the weights that are trained."""
-        for optimizer in self.named.values():
-            getattr(optimizer, "train", lambda: None)()
-
-    def eval(self) -> None:
-        """Switch those that have modes to the weights that are used."""
-        for optimizer in self.named.values():
-            getattr(optimizer, "eval", lambda: None)()
-
     def state_dict(self) -> dict[str, Any]:
-        """The state dicts of all, joined into one of torch's form: parameters are numbered through."""
-        joined: dict[str, Any] = {"state": {}, "param_groups": []}
-        for optimizer in self.named.values():
+        """The state dicts of all, joined into one of torch's form: parameters are numbered through.
+
+        What a state dict has besides is under "more", by the name of its optimizer.
+        """
+        joined: dict[str, Any] = {"state": {}, "param_groups": [], "more": {}}
+        for name, optimizer in self.named.items():
             first, own = sum(len(group["params"]) for group in joined["param_groups"]), optimizer.state_dict()
+            if not has_torch_s_form(own):
+                joined["more"][name] = own
+                continue
             joined["state"] |= {first + number: state for number, state in own["state"].items()}
             joined["param_groups"] += [group | {"params": [first + number for number in group["params"]]}
                                        for group in own["param_groups"]]
+            joined["more"][name] = {key: value for key, value in own.items() if key not in joined}
         return joined
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         first, groups = 0, iter(state_dict["param_groups"])
-        for optimizer in self.named.values():
+        for name, optimizer in self.named.items():
+            if not has_torch_s_form(optimizer.state_dict()):
+                optimizer.load_state_dict(state_dict["more"][name])
+                continue
             own = [next(groups) for _ in optimizer.param_groups]
             count = sum(len(group["params"]) for group in own)
-            optimizer.load_state_dict({
+            optimizer.load_state_dict(state_dict.get("more", {}).get(name, {}) | {
                 "state": {number - first: state for number, state in state_dict["state"].items()
                           if first <= number < first + count},
                 "param_groups": [group | {"params": [number - first for number in group["params"]]} for group in own]})
@@ -102,6 +104,42 @@ class Optimizers(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"named": self.named}
+
+
+@dataclass(frozen=True)
+class OfKind:
+    """A factory of an optimizer, and the kind of parameters that it trains."""
+
+    factory: Callable[[list[dict[str, Any]]], Optimizer]
+    kind: Literal["hidden matrices", "others"]
+
+    def __call__(self, groups: list[dict[str, Any]]) -> Optimizer:
+        return self.factory(groups)
+
+
+def by_kind(**factories: Callable[[list[dict[str, Any]]], Optimizer]) -> dict[str, OfKind]:
+    """Return the optimizers for `fit`: the first trains the matrices of hidden layers, the second everything else.
+
+    `fit(optimizer=by_kind(muon=partial(torch.optim.Muon, lr=0.02), adamw=partial(torch.optim.AdamW, lr=3e-4)))` is how
+    Muon is meant to be used: embeddings, the output layer, biases and norms are trained by AdamW, and so is what has
+    not two dimensions, such as convolutions. See `hidden_matrices` in loopctl.model.hidden_matrices.
+
+    factories: two, by the names that schedules and the history use
+    """
+    if len(factories) != 2:
+        raise UsageError(f"by_kind takes two optimizers, not {len(factories)}: that of the hidden matrices and that of "
+                         "everything else, as in by_kind(muon=..., adamw=...)")
+    for name, factory in factories.items():
+        if isinstance(factory, Optimizer) or not callable(factory):
+            raise UsageError(f"by_kind: {name} is {type(factory).__name__}; pass a factory, such as "
+                             "partial(torch.optim.SGD, lr=0.1), since its parameters are chosen for it")
+    first, second = factories
+    return {first: OfKind(factories[first], "hidden matrices"), second: OfKind(factories[second], "others")}
+
+
+def has_torch_s_form(state_dict: dict[str, Any]) -> bool:
+    """Whether a state dict has the entries of torch's own; a wrapper around an optimizer may have others."""
+    return {"state", "param_groups"} <= state_dict.keys()
 
 
 class JoinedState(MutableMapping[Any, Any]):

@@ -100,7 +100,7 @@ def check_plugin(plugin: Any, options: Mapping[str, Any] | None = None, **others
     if failures:
         summary = f"{title}: {len(failures)} of {len(CHECKS)} checks fail"
         raise AssertionError("\n".join([summary, *lines])) from failures[0]
-    return "\n".join([title, *lines, f"{'costs':<24}{cost(subject):.1f} us per batch"])
+    return "\n".join([title, *lines, f"{'costs':<24}{cost(subject)}"])
 
 
 def describe_failure(error: Exception) -> str:
@@ -109,14 +109,22 @@ def describe_failure(error: Exception) -> str:
     return f"FAILS: {type(error).__name__}: {one_line(error)}"
 
 
-def cost(subject: Subject) -> float:
-    """Return the microseconds per batch that the plugin adds to a run: the value closest to 0 of three measurements."""
+def cost(subject: Subject) -> str:
+    """Return what the plugin adds to the time of a batch: the value closest to 0 of three measurements.
+
+    Where the optimizer, the model or the loss function needs the plugin, a run without it fails, and the time of a
+    batch with it is returned.
+    """
     arguments = subject.arguments()
     longer = {"train": [*arguments["train"]] * 20, "valid": None, "epochs": 1}
-    added = []
+    added, failure = [], ""
     for _ in range(3):
         without, with_plugin = StepTimer(), StepTimer()
-        subject.run(without, **longer)
+        try:
+            subject.run(without, **longer)
+        except Exception as error:          # whatever a run raises that lacks a part
+            failure = f"{type(error).__name__}: {one_line(error)}"
         subject.run(subject.make(), with_plugin, **longer)
-        added.append(with_plugin.median() - without.median())
-    return min(added, key=abs) * 1e6
+        added.append(with_plugin.median() - (0.0 if failure else without.median()))
+    time = f"{min(added, key=abs) * 1e6:.1f} us per batch"
+    return f"not known, since a run without it fails ({failure}); with it, {time}" if failure else time

@@ -11,6 +11,8 @@ from loopctl.errors import UsageError
 CLASSES = {cls.__name__.lower(): cls for cls in vars(torch.optim).values()
            if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer}
 
+MUON = pytest.mark.skipif("muon" not in CLASSES, reason="torch has no Muon before 2.9")
+
 
 def groups():
     return [{"params": [torch.zeros(2, 2, requires_grad=True)]}]
@@ -98,6 +100,7 @@ def test_a_wrong_optimizer_or_option_is_refused_immediately(spec, lr, words):
         optimizers.make(spec, lr)
 
 
+@MUON
 def test_the_error_for_unsuitable_parameters_names_the_optimizer():
     factory, _ = optimizers.make("muon", None)
     with pytest.raises(UsageError, match=r"optimizer muon: .*2D"):
@@ -118,3 +121,71 @@ def test_shell_completion_has_all_optimizers_without_importing_torch():
 def test_the_update_is_fused_on_a_gpu_if_torch_supports_it(spec, device, fused):
     factory, _ = optimizers.make(spec, 0.1, device)
     assert factory([torch.zeros(2, 2, requires_grad=True)]).defaults.get("fused", "missing") == fused
+
+
+@pytest.mark.parametrize(("text", "specs"), [
+    ("muon,adamw", ["muon", "adamw"]),
+    ("muon:lr=0.02,weight_decay=0.1 , adamw:lr=3e-4", ["muon:lr=0.02,weight_decay=0.1 ", "adamw:lr=3e-4"]),
+    ("adamw:betas=0.9,0.95,eps=1e-6", ["adamw:betas=0.9,0.95,eps=1e-6"]),
+    ("muon:ns_coefficients=3.4,-4.7,2.0,adamw:betas=0.9,0.95", ["muon:ns_coefficients=3.4,-4.7,2.0", "adamw:betas=0.9,0.95"]),
+    ("sgd:lr=0.1,adam", ["sgd:lr=0.1", "adam"]),
+    ("a.b:C:x=1,path/to/m.py:D:y=2", ["a.b:C:x=1", "path/to/m.py:D:y=2"]),
+    ("a:C:x=(1,adam),y=\"b:c,d\"", ["a:C:x=(1,adam),y=\"b:c,d\""]),
+    ("muon,adamm", ["muon", "adamm"]),
+])
+def test_two_optimizers_are_divided_by_a_comma(text, specs):
+    assert optimizers.split_specs(text, ["adam", "adamw", "muon", "sgd"]) == specs
+
+
+@MUON
+def test_two_optimizers_have_the_hidden_matrices_and_everything_else():
+    made, lr = optimizers.make("muon:lr=0.02,weight_decay=0.2,adamw:betas=0.9,0.95", None)
+    assert lr is None
+    assert {name: factory.kind for name, factory in made.items()} == {"muon": "hidden matrices", "adamw": "others"}
+    assert made["muon"](groups()).defaults.items() >= {"lr": 0.02, "weight_decay": 0.2}.items()
+    assert made["adamw"](groups()).defaults["betas"] == (0.9, 0.95)
+
+
+def test_an_optimizer_of_a_path_is_called_as_its_class():
+    made, _ = optimizers.make("torch.optim:SGD:lr=0.1,adamw", None)
+    assert [*made] == ["SGD", "adamw"]
+
+
+@pytest.mark.parametrize(("spec", "lr", "words"), [
+    ("sgd,adamm", None, "no optimizer is called 'adamm'; did you mean 'adam'?"),
+    ("sgd,adam:lrr=1", None, "optimizer adam: no option 'lrr'; did you mean 'lr'?"),
+    ("sgd,adam", 0.1, "optimizer sgd,adam: --lr would be that of both; write it among the options of each, as in sgd:lr=0.1"),
+    ("sgd,adam,adamw", None, "optimizer sgd,adam,adamw: 3 optimizers; there may be two"),
+    ("sgd:lr=1,sgd:lr=2", None, "both are called sgd; use a dict by the part of the model in a file"),
+    pytest.param("adamw,muon", None, "the second optimizer has everything that is no hidden matrix, so put muon first", marks=MUON),
+])
+def test_two_optimizers_that_do_not_fit_are_refused_immediately(spec, lr, words):
+    with pytest.raises(UsageError) as refused:
+        optimizers.make(spec, lr)
+    assert words in str(refused.value)
+
+
+def test_a_dict_of_optimizers_cannot_be_one_of_two(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import torch\noptimizers = {'*': torch.optim.SGD}\n")
+    with pytest.raises(UsageError, match="is a dict of optimizers, which cannot be one of two; use it alone"):
+        optimizers.make(f"sgd,{file}:optimizers", None)
+
+
+def test_a_version_of_torch_without_an_optimizer_is_named(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    for spec in ("muon", "muon:lr=0.1,adamw"):
+        with pytest.raises(UsageError, match=r"optimizer muon: torch \d.* has no torch.optim.Muon, which later versions have"):
+            optimizers.make(spec, None)
+
+
+@pytest.mark.parametrize("source", ["option", "file"])
+def test_explain_says_which_parameters_each_of_two_optimizers_has(command, tmp_path, source):
+    spec = "sgd:lr=0.02 , adamw:betas=0.9,0.95"
+    (tmp_path / "run.toml").write_text(f'optimizer = "{spec}"\n')
+    text = command("explain", *(["--optimizer", spec] if source == "option" else ["--config", "run.toml"]), "--model", "mlp")
+    assert text.splitlines()[-4:] == [
+        "learning rate    group sgd: 0.02 at the start, 0.02 at its peak, 0.02 at the end",
+        "                 group adamw: 0.001 at the start, 0.001 at its peak, 0.001 at the end",
+        "optimizers       sgd: SGD with 24,576 numbers, 1.weight and 4.weight",
+        "                 adamw: AdamW with 1,546 numbers, 1.bias, 4.bias, 7.weight and 1 more"]

@@ -9,7 +9,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import mse_loss
 
 from loopctl import UsageError, fit, hookimpl
-from loopctl.optim.several import Optimizers
+from loopctl.composition.explain import describe_shares
+from loopctl.model.hidden_matrices import hidden_matrices
+from loopctl.optim.several import Optimizers, by_kind
 
 ADAM, SGD = partial(torch.optim.Adam, lr=0.01, betas=(0.5, 0.999)), partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 BATCHES = list(torch.randn(5, 8, 4, generator=torch.Generator().manual_seed(1)))
@@ -264,4 +266,151 @@ def test_joined_state_dicts_can_be_loaded_into_others():
 def test_optimizers_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(UsageError) as refused:
         fit(**{"model": Body(), "loss_fn": nn.MSELoss(), "train": PAIRS} | arguments)
+    assert message in str(refused.value)
+
+
+class Tied(nn.Module):
+    """A language model as GPT has it: the output layer has the weight of the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.pos_embed = nn.Embedding(9, 4), nn.Parameter(torch.zeros(5, 4))
+        self.block = nn.TransformerEncoderLayer(4, 2, 6)
+        self.norm, self.lm_head = nn.LayerNorm(4), nn.Linear(4, 9, bias=False)
+        self.lm_head.weight = self.tokens.weight
+
+
+ATTENTION = ["in_proj_weight", "out_proj.weight"]
+
+
+@pytest.mark.parametrize(("model", "expected"), [
+    (nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 2)), ["0.weight", "2.weight"]),
+    (nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 4), nn.Linear(4, 2)), ["3.weight"]),
+    (nn.Sequential(nn.Linear(4, 3), nn.Conv1d(3, 2, 1)), ["0.weight"]),         # the last layer is a convolution
+    (Tied(), [*(f"block.self_attn.{name}" for name in ATTENTION), "block.linear1.weight", "block.linear2.weight"]),
+    (nn.Sequential(nn.Embedding(5, 4), nn.LSTM(4, 3), nn.Linear(3, 5)), ["1.weight_ih_l0", "1.weight_hh_l0"]),
+    (nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 2), nn.LayerNorm((2, 2)))), ["0.weight", "1.0.weight"]),
+])
+def test_hidden_matrices_are_without_embeddings_output_layer_norms_and_biases(model, expected):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert [names[parameter] for parameter in hidden_matrices(model)] == expected
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+MATRICES = ["layers.0.weight", "layers.2.weight"]
+MUON = partial(torch.optim.Muon, lr=0.02, weight_decay=0.1) if hasattr(torch.optim, "Muon") else None
+needs_muon = pytest.mark.skipif(MUON is None, reason="torch has no Muon before 2.9")
+
+
+def kinds_by_hand(first, second, epochs=2, every=1, max_norm=None, scale=None, rates=None):
+    """The loop with two optimizers that a careful person writes."""
+    model = Deep()
+    named = dict(model.named_parameters())
+    optimizers = [first([named[name] for name in MATRICES]),
+                  second([parameter for name, parameter in named.items() if name not in MATRICES])]
+    scaler, steps = torch.amp.GradScaler("cpu", scale or 1.0, enabled=scale is not None), 0
+    for _ in range(epochs):
+        for start in range(0, len(PAIRS), every):
+            if rates:
+                for optimizer, rate in zip(optimizers, rates(steps), strict=True):
+                    optimizer.param_groups[0]["lr"] = rate
+            group = PAIRS[start:start + every]
+            samples = sum(len(x) for x, _ in group)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            for x, y in group:
+                with torch.autocast("cpu", torch.float16, enabled=scale is not None):
+                    loss = mse_loss(model(x), y)
+                scaler.scale(loss * (len(x) / samples) if every > 1 else loss).backward()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            if max_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            steps += 1
+    return model
+
+
+@pytest.mark.parametrize("first", [pytest.param(MUON, marks=needs_muon), SGD], ids=["muon", "sgd"])
+@pytest.mark.parametrize(("plugins", "arguments"), [
+    ([], {}),
+    (["accumulate:every=2", "clip:max_norm=0.1"], {"every": 2, "max_norm": 0.1}),
+    (["amp:dtype=float16,init_scale=1024", "clip:max_norm=0.1"], {"scale": 1024.0, "max_norm": 0.1}),
+    (["nan_guard", "ema:decay=0"], {}),
+    (["linear:start_factor=1,end_factor=0.5,total_iters=4st,by=step,optimizer=matrices",
+      "linear:start_factor=0.5,total_iters=8st,by=step,optimizer=rest"],
+     {"rates": lambda step, of: (of * (1 - 0.5 * min(step, 4) / 4), 0.01 * (0.5 + 0.5 * min(step, 8) / 8))}),
+])
+def test_a_split_by_kind_equals_the_loop_with_two_optimizers(first, plugins, arguments):
+    if rates := arguments.get("rates"):
+        arguments = {"rates": lambda step: rates(step, first.keywords["lr"])}
+    run = fit(Deep(), nn.MSELoss(), by_kind(matrices=first, rest=ADAM), PAIRS, epochs=2, plugins=plugins)
+    assert equal(run.model, kinds_by_hand(first, ADAM, **arguments))
+    assert run.history[-1].keys() >= {"lr_matrices", "lr_rest"}
+
+
+@needs_muon
+def test_a_split_by_kind_is_resumed_exactly_within_an_epoch(tmp_path):
+    class Kill:
+        observer_only = True
+
+        @hookimpl
+        def before_step(self, run):
+            if run.step == 7:
+                raise KeyboardInterrupt
+
+    plugins = ["cosine:by=step,optimizer=muon", "clip:max_norm=0.1", "checkpoint:every_steps=1"]
+    arguments = {"optimizer": by_kind(muon=MUON, adamw=ADAM), "train": PAIRS, "epochs": 2}
+    whole = fit(Deep(), nn.MSELoss(), **arguments, plugins=plugins, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(Deep(), nn.MSELoss(), **arguments, plugins=[*plugins, Kill()], out=tmp_path / "cut")
+    resumed = fit(Deep(), nn.MSELoss(), **arguments, plugins=plugins, out=tmp_path / "cut", resume=tmp_path / "cut")
+    assert equal(resumed.model, whole.model)
+    assert resumed.history == whole.history
+
+
+def test_parameters_of_the_loss_function_are_trained_by_the_second():
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(2, 2))
+
+        def forward(self, output, target):
+            return mse_loss(output, target) * self.factor.square().mean()
+
+    run = fit(Deep(), Weighted(), by_kind(matrices=SGD, rest=ADAM), PAIRS)
+    assert not torch.equal(run.loss_fn.factor, torch.ones(2, 2))
+    assert describe_shares(run) == [
+        "matrices: SGD with 42 numbers, layers.0.weight and layers.2.weight",
+        "rest: Adam with 29 numbers, layers.0.bias, layers.1.weight, layers.1.bias and 4 more"]
+
+
+def linear():
+    return nn.Linear(4, 1)
+
+
+@pytest.mark.parametrize(("model", "make", "message"), [
+    (linear, lambda model: by_kind(a=SGD, b=ADAM), "the optimizer 'a' has no parameters: the model has no trainable weight of two"),
+    (lambda: nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 1).requires_grad_(False)), lambda model: by_kind(a=SGD, b=ADAM),
+     "the optimizer 'b' has no parameters: only hidden matrices are trained"),
+    (linear, lambda model: by_kind(a=SGD), "by_kind takes two optimizers, not 1"),
+    (linear, lambda model: by_kind(a=SGD, b=ADAM, c=ADAM), "by_kind takes two optimizers, not 3"),
+    (linear, lambda model: by_kind(a=SGD(model.parameters()), b=ADAM), "by_kind: a is SGD; pass a factory"),
+    (linear, lambda model: by_kind(a=SGD, b="adam"), "by_kind: b is str; pass a factory"),
+])
+def test_a_split_by_kind_that_does_not_fit_is_refused(model, make, message):
+    model = model()
+    with pytest.raises(UsageError) as refused:
+        fit(model, nn.MSELoss(), make(model), PAIRS)
     assert message in str(refused.value)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import SkipTest
@@ -403,6 +404,45 @@ def test_a_plugin_without_faults_passes_each_check(check):
 @pytest.mark.parametrize("plugin", [f"{__file__}:ScaleGradients:rate=0.1", lambda: ScaleGradients(rate=0.1)], ids=["text", "factory"])
 def test_checks_accept_command_line_text_and_a_factory(plugin):
     assert failing(plugin) == {}
+
+
+class Armed(torch.optim.SGD):
+    """An optimizer that makes no update without a plugin that arms it."""
+
+    def step(self, closure=None):
+        if not self.param_groups[0].pop("armed", False):
+            raise RuntimeError("not armed")
+        return super().step(closure)
+
+
+@dataclass(eq=False)
+class Arms:
+    """Arm the optimizer for each step."""
+
+    @hookimpl
+    def before_step(self, run: Run):
+        run.optimizer.param_groups[0]["armed"] = True
+
+
+@dataclass(eq=False)
+class Loss:
+    """Compute a loss of the outputs alone."""
+
+    @hookimpl
+    def compute_loss(self, run: Run, batch: Any):
+        run.outputs = run.network(batch[0])
+        return run.outputs.square().mean()
+
+
+@pytest.mark.parametrize(("plugin", "arguments", "failure"), [
+    (Arms, {"optimizer": partial(Armed, lr=0.1)}, "RuntimeError: not armed"),
+    (Loss, {"loss_fn": None}, "UsageError: .*"),
+])
+def test_the_cost_of_a_plugin_without_which_a_run_fails_is_the_time_with_it(plugin, arguments, failure):
+    report = check_plugin(plugin, skip={"composes": "tested elsewhere"}, **arguments)
+    assert re.search(rf"^costs +not known, since a run without it fails \({failure}\); with it, [\d.]+ us per batch$",
+                     report, re.MULTILINE)
+    assert "FAILS" not in report
 
 
 @pytest.mark.usefixtures("two_built_ins")
