@@ -177,7 +177,10 @@ def load_state(run: Run, saved: dict[str, Any], file: Path) -> None:
     for group, name in zip(run.optimizer.param_groups, names, strict=True):
         group |= {"name": name} if name else {}         # the checkpoint may be older than the name
     for name, plugin in stateful(run).items():
-        if run.rank == 0 or not getattr(plugin, "rank_zero_only", False):
+        if name not in saved["plugins"]:        # other options, or an older version, without a state
+            if plugin.state_dict():
+                run.say_once(f"state of {name}", f"resume: {file} has no state of plugin {name}, which begins anew")
+        elif run.rank == 0 or not getattr(plugin, "rank_zero_only", False):
             try:
                 plugin.load_state_dict(saved["plugins"][name])
             except UsageError:

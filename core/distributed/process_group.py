@@ -212,6 +212,17 @@ def all_reduce_max(run: Run, value: Any) -> Any:
     return value if is_single_process(run) else all_reduce(run, value, dist.ReduceOp.MAX)
 
 
+class OfThisRank:
+    """A tensor in a plugin's state dict that has another value in each process. A checkpoint holds the values of all.
+
+    `load_state_dict` is given the tensor of its own process; None if the number of processes is another one. Each
+    process writes its own to a file, in the background, so nothing is gathered.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
 @torch.no_grad()
 def broadcast_tensors(run: Run, tensors: Iterable[Tensor]) -> None:
     """Copy the `tensors` of rank 0 into those of all processes, in place; one broadcast per dtype."""
