@@ -4,16 +4,20 @@ import re
 from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from loopctl import Parallel, Run, UsageError, hookimpl
 from loopctl.distributed.communication_hooks import HOOKS, PowerSgd
 from loopctl.distributed.process_group import broadcast_tensors, is_single_process
+from loopctl.errors import names
 from loopctl.model.forward import unwrapped_network
+from loopctl.model.ownership import named_parameters
 
 # The argument that controls the broadcast of buffers. Newer versions of torch have both, and deprecate the second.
 BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -44,6 +48,8 @@ class Ddp(Parallel):
         as bfloat16, or as factors of low rank (PowerSGD, arXiv:1905.13727)
     matrix_approximation_rank: rank of these factors
     start_powerSGD_iter: the step from which powersgd compresses; gradients are sent whole before
+    zero: keep the optimizer's state of each parameter in one process, which makes its update and sends the parameter to
+        the others (ZeRO, arXiv:1910.02054), as torch.distributed.optim.ZeroRedundancyOptimizer
     """
 
     sync_batchnorm: bool = False
@@ -53,6 +59,7 @@ class Ddp(Parallel):
     comm_hook: Literal["fp16", "bf16", "powersgd"] | None = None
     matrix_approximation_rank: int = 1
     start_powerSGD_iter: int = 1000
+    zero: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,10 +78,22 @@ class Ddp(Parallel):
         self.reduced: list[tuple[str, nn.Parameter]] = []       # what it reduces the gradients of, in its order
 
     def convert_model(self, run: Run) -> None:
+        if self.zero and not is_single_process(run):
+            self.divide_optimizer(run)
         if self.sync_batchnorm and run.world_size > 1:
             if run.device.type != "cuda":
                 raise UsageError(f"sync_batchnorm=true needs GPUs, and this run is on {run.device.type}; leave it out")
             run.model = nn.SyncBatchNorm.convert_sync_batchnorm(run.model)
+
+    def divide_optimizer(self, run: Run) -> None:
+        if isinstance(run.optimizer, torch.optim.Optimizer | dict):
+            raise UsageError("zero=true divides the state of one optimizer that does not exist yet; pass a factory, "
+                             "such as partial(torch.optim.SGD, lr=0.1), or leave zero out")
+        if len(dtypes := {one.dtype for one in named_parameters(run).values() if one.requires_grad}) > 1:
+            raise UsageError(f"zero=true needs parameters of one dtype, and there are {names(map(str, dtypes))}; leave "
+                             "it out, or use fsdp")
+        from loopctl.distributed.zero import ZeroOptimizer  # here, because its import takes long
+        run.optimizer = partial(ZeroOptimizer, factory=run.optimizer)
 
     @hookimpl
     def wrap_model(self, run: Run) -> None:
@@ -129,6 +148,9 @@ class Ddp(Parallel):
     def train_start(self, run: Run) -> None:
         super().train_start(run)
         self.parameters = dict(run.model.named_parameters())
+        if isinstance(getattr(run.optimizer, "optim", None), torch.optim.LBFGS):
+            raise UsageError("LBFGS looks along one direction for all parameters, so its state cannot be divided; "
+                             "leave zero out, or use another optimizer")
         if self.power_sgd and self.start_powerSGD_iter >= run.planned_steps:
             raise UsageError(f"start_powerSGD_iter={self.start_powerSGD_iter} is not before the run's end, after "
                              f"{run.planned_steps} steps, so nothing would be compressed; choose a smaller one")
@@ -179,8 +201,8 @@ class Ddp(Parallel):
         return nullcontext() if last or self.network is None else self.network.no_sync()
 
     def state_dict(self) -> dict[str, Any]:
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        return self.power_sgd.state_dict(names) if self.power_sgd else {}
+        by_id = {id(parameter): name for name, parameter in self.parameters.items()}
+        return self.power_sgd.state_dict(by_id) if self.power_sgd else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.power_sgd and not (state and self.power_sgd.load_state_dict(state, self.parameters)):

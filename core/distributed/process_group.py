@@ -238,6 +238,19 @@ def broadcast_tensors(run: Run, tensors: Iterable[Tensor]) -> None:
         torch._foreach_copy_(group, [part.view_as(tensor) for part, tensor in zip(parts, group, strict=True)])
 
 
+@torch.no_grad()
+def average_tensors(run: Run, tensors: Iterable[Tensor]) -> None:
+    """Replace `tensors` by their means over all processes, in place; one collective per dtype."""
+    by_dtype: dict[Any, list[Tensor]] = {}
+    for tensor in () if is_single_process(run) else tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
+    for group in by_dtype.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in group]).div_(run.world_size)
+        dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in group])
+        torch._foreach_copy_(group, [part.view_as(tensor) for part, tensor in zip(parts, group, strict=True)])
+
+
 def torchrun_serves_store() -> bool:
     """Return whether torchrun, which is then this process's parent, serves the key-value store of the run."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
