@@ -258,7 +258,7 @@ class Checkpoint:
                 self.try_write(run, old, partial(old.unlink, missing_ok=True))
         for folder in self.folder.glob("step-*.sharded"):
             owner = folder.with_name(f"{folder.name.rpartition('-')[0]}.pt")
-            unused = folder.name != content["sharded"]["folder"] if owner == file else not owner.exists()
+            unused = folder.name != content.get("sharded", {}).get("folder") if owner == file else not owner.exists()
             if unused and folder.name != self.best_sharded:
                 self.try_write(run, folder, partial(shutil.rmtree, folder))
         return True

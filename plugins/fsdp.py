@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from loopctl import Parallel, Run, UsageError, hookimpl
@@ -14,6 +14,7 @@ from loopctl.distributed.process_group import broadcast_tensors, is_only_planned
 from loopctl.model import summary
 from loopctl.model.ownership import loss_parameters
 from loopctl.optim.several import each_optimizer
+from loopctl.report.terminal import counted
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -37,19 +38,30 @@ class Fsdp(Parallel):
     offload: keep the shards in host memory and compute the updates there; needs GPUs
     reshard_after_forward: free the gathered parameters after the forward pass and gather them again for the backward
         pass, which saves memory and costs communication
+    replicas: copies of the model, each of them sharded over its part of the processes (hybrid sharding): parameters are
+        gathered within a copy, such as the GPUs of one machine, and gradients averaged between copies
     """
 
     param_dtype: Dtype | None = None
     reduce_dtype: Dtype | None = None
     offload: bool = False
     reshard_after_forward: bool = True
+    replicas: int = 1
     needs_process_group: ClassVar[bool] = True      # dtypes and offloading are useful on one device too
     collective_forward: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.replicas < 1:
+            raise ValueError(f"replicas is at least 1, not {self.replicas}")
 
     def convert_model(self, run: Run) -> None:
         if loss_parameters(run):
             raise UsageError("loss_fn has parameters, which would not be sharded as those of the model are; use ddp, "
                              "or make them a part of the model")
+        if run.world_size % self.replicas:
+            raise UsageError(f"replicas={self.replicas} does not divide the {counted(run.world_size, 'process')} of "
+                             "the run; choose a number that does")
         if is_only_planned(run):
             return
         if self.offload and run.device.type == "cpu":
@@ -57,7 +69,7 @@ class Fsdp(Parallel):
         dtypes = {name: getattr(torch, value) for name in ("param_dtype", "reduce_dtype")
                   if (value := getattr(self, name))}
         settings: dict[str, Any] = {
-            "mesh": init_device_mesh(run.device.type, (run.world_size,)), "mp_policy": MixedPrecisionPolicy(**dtypes),
+            "mesh": self.mesh(run), "mp_policy": MixedPrecisionPolicy(**dtypes),
             "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy()}
         broadcast_tensors(run, [*run.model.parameters(), *run.model.buffers()])      # so that all shard the same values
         for block in summary.repeated_blocks(run.model):
@@ -70,6 +82,13 @@ class Fsdp(Parallel):
                 module.reshard()
 
         self.trained = trainable(run.model)
+
+    def mesh(self, run: Run) -> DeviceMesh:
+        """The processes over which parameters are sharded, in the last dimension, and before it their replicas."""
+        if self.replicas == 1:
+            return init_device_mesh(run.device.type, (run.world_size,))
+        return init_device_mesh(run.device.type, (self.replicas, run.world_size // self.replicas),
+                                mesh_dim_names=("replicate", "shard"))
 
     @hookimpl
     def train_start(self, run: Run) -> None:

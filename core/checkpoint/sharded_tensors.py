@@ -1,5 +1,7 @@
 """Sharded tensors (DTensor) in a checkpoint: each process writes its shards to a safetensors file beside it.
 
+A tensor that has another value in each process, an `OfThisRank`, is written as a tensor with a row for each.
+
 The folder `step-N-E.sharded` holds `rank-00000.safetensors` and so on. The checkpoint has its name, the checksum of
 each file and a description in place of each sharded tensor. No pickle is involved, and no name leads out of the folder.
 """
@@ -23,6 +25,7 @@ from safetensors.torch import save_file
 
 from loopctl.checkpoint.atomic_files import DamagedCheckpoint, atomic_write
 from loopctl.data.batch import map_nested
+from loopctl.distributed.process_group import OfThisRank
 from loopctl.errors import UsageError, one_line
 
 if TYPE_CHECKING:
@@ -36,8 +39,16 @@ FILE = re.compile(r"rank-\d{5,8}\.safetensors")
 def extract_sharded(content: Any) -> tuple[Any, dict[str, Any]]:
     """`content` with a description in place of each sharded tensor, and these tensors by the name in it."""
     tensors: dict[str, Any] = {}
+    single: list[Any] = []              # tensors of this process where it is the only one
 
     def describe(leaf: Any) -> Any:
+        if isinstance(leaf, OfThisRank):
+            if not (dist.is_initialized() and dist.get_world_size() > 1):
+                single.append(leaf.tensor)
+                return leaf.tensor
+            tensors[name := str(len(tensors))] = leaf
+            return {MARK: name, "shape": [dist.get_world_size(), *leaf.tensor.shape], "dtype": leaf.tensor.dtype,
+                    "rows": True}
         if not is_sharded(leaf):
             return leaf
         tensors[name := str(len(tensors))] = leaf.detach()
@@ -45,7 +56,7 @@ def extract_sharded(content: Any) -> tuple[Any, dict[str, Any]]:
                 "dims": [getattr(placement, "dim", None) for placement in leaf.placements]}
 
     marked = map_nested(describe, content)
-    return (marked, tensors) if tensors else (content, {})
+    return (marked, tensors) if tensors or single else (content, {})
 
 
 def is_sharded(value: Any) -> bool:
@@ -89,7 +100,7 @@ def save_sharded(tensors: dict[str, Any], folder: Path) -> Future[dict[str, int]
     shards, places = {}, {}
     for key, tensor in tensors.items():
         offsets, local = own_shard(tensor)
-        if local.numel():
+        if local.numel() and not is_copy(tensor):
             shards[key], places[key] = local.detach().to("cpu", copy=True).contiguous(), offsets
 
     def write() -> dict[str, int]:
@@ -116,8 +127,18 @@ def save_sharded(tensors: dict[str, Any], folder: Path) -> Future[dict[str, int]
 
 def own_shard(tensor: Any) -> tuple[list[int], torch.Tensor]:
     """Where this process's shard begins in `tensor`, by dimension, and the shard."""
+    if isinstance(tensor, OfThisRank):          # a row of a tensor with a row for each process
+        return [dist.get_rank()] + [0] * tensor.tensor.ndim, tensor.tensor[None]
     (chunk,) = tensor.__create_chunk_list__()
     return list(chunk.offsets), tensor.to_local()
+
+
+def is_copy(tensor: Any) -> bool:
+    """Whether another process has the same shard too, and writes it: of replicas, the first one writes."""
+    if isinstance(tensor, OfThisRank):
+        return False
+    return any(place and placement.is_replicate()
+               for place, placement in zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True))
 
 
 def file_checksum(file: Path) -> int:
@@ -196,12 +217,15 @@ def load_sharded(run: Run, content: dict[str, Any], parent: Path) -> dict[str, A
             parts = shards.get(leaf[MARK], [])
             if not tiles(shape, parts):
                 raise DamagedCheckpoint(f"has {len(parts)} shards that do not make up a tensor of shape {shape}")
+            if leaf.get("rows"):
+                return own_row(run, shape, leaf["dtype"], parts)
             if not meshes:
                 tensor: Any = torch.empty(shape, dtype=leaf["dtype"])
                 fill(tensor, [0] * len(shape), parts)
                 return tensor.to(run.device)
             from torch.distributed.tensor import Replicate, Shard, empty
-            placements = [Replicate() if dim is None else Shard(dim) for dim in leaf["dims"]]
+            dims = [dim for dim in leaf["dims"] if dim is not None]         # this run may have other replicas
+            placements = [Replicate()] * (meshes[0].ndim - len(dims)) + [Shard(dim) for dim in dims]
             tensor = empty(shape, dtype=leaf["dtype"], device_mesh=meshes[0], placements=placements)
             offsets, local = own_shard(tensor)
             fill(local, offsets, parts)
@@ -212,6 +236,15 @@ def load_sharded(run: Run, content: dict[str, Any], parent: Path) -> dict[str, A
         raise
     except Exception as error:                  # whatever a file that was made by hand may lead to
         raise DamagedCheckpoint(f"has sharded tensors that cannot be read ({type(error).__name__})") from error
+
+
+def own_row(run: Run, shape: list[int], dtype: torch.dtype, shards: list[Shard]) -> torch.Tensor | None:
+    """The value of this process in a tensor with a row for each; None if this run has another number of processes."""
+    if shape[0] != run.world_size:
+        return None
+    row = torch.empty([1, *shape[1:]], dtype=dtype)
+    fill(row, [run.rank] + [0] * (len(shape) - 1), shards)
+    return row[0].to(run.device)
 
 
 def read_headers(files: list[Path]) -> dict[str, list[Shard]]:

@@ -22,7 +22,7 @@ from loopctl.distributed.process_group import all_gather, broadcast_from_rank0, 
 from loopctl.errors import UsageError, counted, names, one_line
 from loopctl.metrics.meters import Meters, is_stateful_metric, load_metric_state, metric_state
 from loopctl.model.ownership import load_loss_tensors, loss_tensors
-from loopctl.optim.fast_step import without_dynamo_wrappers
+from loopctl.optim.fast_step import is_divided, stepped_class, without_dynamo_wrappers
 from loopctl.optim.learning_rate import scheduled_rates
 from loopctl.optim.optimizer_mode import used_weights
 from loopctl.optim.schedule import Schedule
@@ -65,7 +65,7 @@ def capture_state(run: Run) -> dict[str, Any]:
         "config": run.config or run_config(run),
         **weights,
         "trained": trained,
-        "optimizer": {"class": type(run.optimizer).__name__, "defaults": optimizer_defaults(run),
+        "optimizer": {"class": stepped_class(run.optimizer).__name__, "defaults": optimizer_defaults(run),
                       **optimizer_state(run)},
         "plugins": {name: plugin.state_dict() for name, plugin in stateful(run).items()},
         "composition": training_plugins(run),
@@ -202,7 +202,10 @@ def load_state(run: Run, saved: dict[str, Any], file: Path) -> None:
     for group, name in zip(run.optimizer.param_groups, names, strict=True):
         group |= {"name": name} if name else {}         # the checkpoint may be older than the name
     for name, plugin in stateful(run).items():
-        if run.rank == 0 or not getattr(plugin, "rank_zero_only", False):
+        if name not in saved["plugins"]:        # other options, or an older version, without a state
+            if plugin.state_dict():
+                run.say_once(f"state of {name}", f"resume: {file} has no state of plugin {name}, which begins anew")
+        elif run.rank == 0 or not getattr(plugin, "rank_zero_only", False):
             try:
                 plugin.load_state_dict(saved["plugins"][name])
             except UsageError:
@@ -238,7 +241,7 @@ def compare(run: Run, saved: dict[str, Any]) -> list[str]:
     found += [differs(f"loss_fn's {name} is", *both) for name, both in shapes.items()
               if name in saved["loss_fn"] and both[0] != both[1]]
 
-    classes = saved["optimizer"]["class"], type(run.optimizer).__name__
+    classes = saved["optimizer"]["class"], stepped_class(run.optimizer).__name__
     sizes = [[len(group) for group in groups] for groups in (saved["parameters"], parameter_names(run))]
     if classes[0] != classes[1]:
         found.append(differs("the optimizer is", *classes))
@@ -357,7 +360,7 @@ def check_serializable(run: Run) -> None:
     content = extract_sharded({
         "plugins": {name: plugin.state_dict() for name, plugin in stateful(run).items()},
         "meters": run.meters.state_dict(), "model": run.model.state_dict(), "loss_fn": dict(loss_tensors(run)),
-        "optimizer": optimizer_state(run), "history": run.history, "metrics": run.metrics,
+        "optimizer": optimizer_state(run, own=True), "history": run.history, "metrics": run.metrics,
         "carried": run.carried,
     })[0]
     plain_content(content)
@@ -378,6 +381,17 @@ def plain_content(content: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def optimizer_state(run: Run) -> dict[str, Any]:
+def optimizer_state(run: Run, own: bool = False) -> dict[str, Any]:
+    """Return the state dict of the optimizer. One that is divided among processes is gathered in rank 0; others get {}.
+
+    own: return the part of this process, without gathering, in which all processes take part
+    """
+    optimizer = run.optimizer
     with without_dynamo_wrappers():
-        return run.optimizer.state_dict()
+        if is_divided(optimizer):
+            if own:
+                return optimizer.optim.state_dict()
+            optimizer.consolidate_state_dict(to=0)
+            if run.rank:
+                return {}
+        return optimizer.state_dict()

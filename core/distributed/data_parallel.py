@@ -39,7 +39,7 @@ from loopctl.distributed.process_group import (
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
 from loopctl.model.ownership import loss_parameters, loss_tensors
-from loopctl.optim.fast_step import SINGLE_CLOSURE_CALL
+from loopctl.optim.fast_step import SINGLE_CLOSURE_CALL, stepped_class
 from loopctl.optim.several import each_optimizer
 from loopctl.rng import seed_everything
 
@@ -156,7 +156,8 @@ class Parallel:
             layout = run.train.batch_size, length_or_none(run.train.sampler), run.train.drop_last
         layouts = all_gather(run, layout)
         self.equal_counts = layout is not None and all(each == layout for each in layouts)
-        self.single_closure_call = all(type(one) in SINGLE_CLOSURE_CALL for one in each_optimizer(run.optimizer))
+        classes = {stepped_class(one) for one in each_optimizer(run.optimizer)}
+        self.single_closure_call = classes <= SINGLE_CLOSURE_CALL
 
     @hookimpl(wrapper=True)
     def group_batches(

@@ -212,6 +212,17 @@ def all_reduce_max(run: Run, value: Any) -> Any:
     return value if is_single_process(run) else all_reduce(run, value, dist.ReduceOp.MAX)
 
 
+class OfThisRank:
+    """A tensor in a plugin's state dict that has another value in each process. A checkpoint holds the values of all.
+
+    `load_state_dict` is given the tensor of its own process; None if the number of processes is another one. Each
+    process writes its own to a file, in the background, so nothing is gathered.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
 @torch.no_grad()
 def broadcast_tensors(run: Run, tensors: Iterable[Tensor]) -> None:
     """Copy the `tensors` of rank 0 into those of all processes, in place; one broadcast per dtype."""
@@ -223,6 +234,19 @@ def broadcast_tensors(run: Run, tensors: Iterable[Tensor]) -> None:
     for work in works:
         work.wait()
     for flat, group in zip(flattened, by_dtype.values(), strict=True) if run.rank else ():
+        parts = flat.split([tensor.numel() for tensor in group])
+        torch._foreach_copy_(group, [part.view_as(tensor) for part, tensor in zip(parts, group, strict=True)])
+
+
+@torch.no_grad()
+def average_tensors(run: Run, tensors: Iterable[Tensor]) -> None:
+    """Replace `tensors` by their means over all processes, in place; one collective per dtype."""
+    by_dtype: dict[Any, list[Tensor]] = {}
+    for tensor in () if is_single_process(run) else tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
+    for group in by_dtype.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in group]).div_(run.world_size)
+        dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in group])
         torch._foreach_copy_(group, [part.view_as(tensor) for part, tensor in zip(parts, group, strict=True)])
 

@@ -37,7 +37,7 @@ def fast_step(optimizer: Any, closure: Callable[[], Tensor]) -> Tensor:
     As in a plain loop, the closure is called before the step, unless the optimizer may call it several times. Hooks on
     the optimizer, other wrappers around its `step` and the profiler work as usual.
     """
-    if type(optimizer) not in SINGLE_CLOSURE_CALL:
+    if stepped_class(optimizer) not in SINGLE_CLOSURE_CALL:
         if type(optimizer) is not LBFGS:
             return step_of_others(optimizer, closure)
         return optimizer.step(closure)
@@ -51,6 +51,16 @@ def fast_step(optimizer: Any, closure: Callable[[], Tensor]) -> Tensor:
         with torch.no_grad():
             unwrapped(type(optimizer).step)(optimizer)
     return loss
+
+
+def stepped_class(optimizer: Any) -> type:
+    """The class that makes an update: of a ZeroRedundancyOptimizer, that of the optimizer that it wraps."""
+    return type(optimizer.optim if is_divided(optimizer) else optimizer)
+
+
+def is_divided(optimizer: Any) -> bool:
+    """Whether the state of an optimizer is divided among processes, as that of a ZeroRedundancyOptimizer."""
+    return hasattr(optimizer, "consolidate_state_dict")
 
 
 def step_of_others(optimizer: Any, closure: Callable[[], Tensor]) -> Tensor:

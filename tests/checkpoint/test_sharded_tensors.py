@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from loopctl import UsageError, fit
+from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.checkpoint.atomic_files import DamagedCheckpoint, read_checkpoint, save_checkpoint
 from loopctl.checkpoint.finding import checkpoints_in, find_checkpoint
 from loopctl.checkpoint.sharded_tensors import MARK, check_sharded, load_sharded, sharded_files
+from loopctl.distributed.process_group import OfThisRank
 
 LOSS, SGD = nn.CrossEntropyLoss(), partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -294,3 +295,43 @@ def test_a_checkpoint_of_a_single_run_has_no_sharded_entry(tmp_path):
     assert "sharded" not in find_checkpoint(tmp_path)[1]
     with pytest.raises(UsageError, match="no checkpoint"):
         find_checkpoint(tmp_path / "nowhere")
+
+
+class Counts:
+    """A plugin with a tensor that differs between processes, and one that is the same in all."""
+
+    def __init__(self):
+        self.own = self.loaded = None
+        self.same = torch.zeros(())
+
+    @hookimpl
+    def after_step(self, run: Run):
+        self.own = torch.full((2, 3), float(run.rank * 100 + run.attempts))
+        self.same = self.same + 1
+
+    def state_dict(self):
+        return {"own": None if self.own is None else OfThisRank(self.own), "same": self.same}
+
+    def load_state_dict(self, state):
+        self.loaded, self.same = state["own"], state["same"]
+
+
+def count(out, resume, epochs):
+    counts = Counts()
+    fit(network(), LOSS, SGD, data(), epochs=epochs, seed=0, out=out, plugins=["ddp", "checkpoint", counts], resume=resume)
+    return counts.loaded, counts.same
+
+
+def test_a_plugins_tensor_of_each_process_is_saved_and_given_back_to_its_own(ranks, tmp_path):
+    ranks(2, count, tmp_path, None, 1)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*.sharded")] == ["step-00000002-1.sharded"]
+    for rank, (own, same) in enumerate(ranks(2, count, tmp_path, tmp_path, 2)):
+        assert torch.equal(own, torch.full((2, 3), rank * 100 + 2.0))
+        assert same == 4
+    assert [own for own, _ in ranks(3, count, tmp_path, tmp_path, 3)] == [None] * 3          # they are those of two processes
+
+
+def test_in_a_single_process_such_a_tensor_is_like_any_other(tmp_path):
+    count(tmp_path, None, 1)
+    assert not [*(tmp_path / "checkpoints").glob("*.sharded")]
+    assert torch.equal(count(tmp_path, tmp_path, 2)[0], torch.full((2, 3), 4.0))

@@ -1,4 +1,5 @@
 """The plugin fsdp: each process has a shard of every parameter, and the run equals that with ddp."""
+import shutil
 import time
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from loopctl import Run, fit, hookimpl
+from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.checkpoint.finding import checkpoints_in, find_checkpoint, step_number
 
 LOSS = nn.CrossEntropyLoss()
@@ -174,7 +175,6 @@ def test_the_shards_of_the_best_checkpoint_are_kept(ranks, tmp_path):
 
 
 def test_a_checkpoint_without_its_shards_is_skipped_on_resume(ranks, tmp_path):
-    import shutil
     ranks(2, train_and_save, tmp_path, 2)
     (last, before) = checkpoints_in(tmp_path / "checkpoints")
     shutil.rmtree(last.parent / torch.load(last, weights_only=True)["sharded"]["folder"])
@@ -216,3 +216,53 @@ def test_saving_does_not_delay_training(ranks, tmp_path):
     for longest, files in ranks(2, train_with_a_slow_disk, tmp_path):
         assert longest < 1.5                    # writing takes two seconds
         assert files == ["step-00000001.pt", "step-00000002.pt"]        # the end of the run waits for the last one
+
+
+# Hybrid sharding
+
+
+def placements(spec):
+    run = fit(network(), LOSS, adamw, batches(8, 8, 8, 8), plugins=[spec], seed=0)
+    parameter = next(iter(run.model.parameters()))
+    return str(parameter.placements), tuple(parameter.device_mesh.mesh.shape), parameter.to_local().numel()
+
+
+def test_with_replicas_each_copy_is_sharded_over_its_own_processes(ranks):
+    assert ranks(4, placements, "fsdp:replicas=2") == [("(Replicate(), Shard(dim=0))", (2, 2), 48)] * 4
+
+
+@pytest.mark.parametrize("plugins", [[], ["accumulate:every=2", "clip:max_norm=0.1", "ema:decay=0.9"]], ids=["plain", "accumulate"])
+def test_losses_and_weights_with_replicas_equal_those_of_ddp(ranks, plugins):
+    hybrid, ddp = ranks(4, train_with, "fsdp:replicas=2", plugins), ranks(4, train_with, "ddp", plugins)
+    for (weights, _, losses), (expected, _, expected_losses) in zip(hybrid, ddp, strict=True):
+        assert losses == pytest.approx(expected_losses, abs=1e-6)               # sums are in another order
+        for name in weights:
+            torch.testing.assert_close(weights[name], expected[name], rtol=1e-6, atol=1e-5)
+
+
+def train_part(spec, out, epochs, resume):
+    run = fit(network(), LOSS, adamw, batches(*[8] * 8), epochs=epochs, seed=0, out=out, plugins=[spec, "checkpoint", "ema:decay=0.9"],
+              resume=out if resume else None)
+    return full_state(run)
+
+
+def test_a_run_with_replicas_resumes_with_the_same_bits_and_with_other_replicas(ranks, tmp_path):
+    whole = ranks(4, train_part, "fsdp:replicas=2", tmp_path / "whole", 3, False)
+    ranks(4, train_part, "fsdp:replicas=2", tmp_path / "part", 2, False)
+    folder = next((tmp_path / "part" / "checkpoints").glob("step-*.sharded"))
+    assert [bool(load_file(file)) for file in sorted(folder.iterdir())] == [True, True, False, False]       # each shard once
+    for kind in ("same", "other"):
+        (tmp_path / kind).mkdir()
+        shutil.copytree(tmp_path / "part" / "checkpoints", tmp_path / kind / "checkpoints")
+    resumed = ranks(4, train_part, "fsdp:replicas=2", tmp_path / "same", 3, True)
+    other = ranks(4, train_part, "fsdp", tmp_path / "other", 3, True)
+    for name, value in whole[0].items():
+        assert torch.equal(resumed[0][name], value)
+        torch.testing.assert_close(other[0][name], value, rtol=1e-6, atol=1e-6)       # sums are in another order
+
+
+def test_replicas_that_do_not_divide_the_processes_are_refused(ranks):
+    with pytest.raises(UsageError, match="replicas=3 does not divide the 2 processes of the run"):
+        ranks(2, train_with, "fsdp:replicas=3", [])
+    with pytest.raises(UsageError, match="replicas is at least 1, not 0"):
+        fit(network(), LOSS, adamw, batches(8), plugins=["fsdp:replicas=0"])
