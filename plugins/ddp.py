@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from loopctl import Parallel, Run, UsageError, hookimpl
 from loopctl.distributed.process_group import broadcast_tensors, is_single_process
 from loopctl.model.forward import unwrapped_network
+from loopctl.model.own_names import own_parameters
 
 # The argument that controls the broadcast of buffers. Newer versions of torch have both, and deprecate the second.
 BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -83,7 +84,7 @@ class Ddp(Parallel):
             inner, device_ids=[run.device.index] if run.device.type == "cuda" else None, **settings,
             bucket_cap_mb=self.bucket_cap_mb, find_unused_parameters=unused,
             gradient_as_bucket_view=self.gradient_as_bucket_view)
-        self.reduced = [(name, parameter) for name, parameter in inner.named_parameters() if parameter.requires_grad]
+        self.reduced = [item for item in own_parameters(inner).items() if item[1].requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(False)
 
