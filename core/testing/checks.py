@@ -45,6 +45,7 @@ from loopctl.testing.tiny import default_arguments, scratch_folder, tiny_run
 
 # Options for the built-ins that `composes` cannot run with their defaults.
 EXAMPLES = {
+    "activation_checkpointing": "modules=*",
     "compile": "backend=eager", "cosine_restarts": "t_0=1", "cyclic": "base_lr=0.01,max_lr=0.1,step_size_up=3",
     "exponential": "gamma=0.9", "freeze": "patterns=0", "lambda": "lr_lambda=math:exp", "layerwise_lr": "decay=0.5",
     "max_time": "limit=1h", "multiplicative": "lr_lambda=math:cos", "multistep": "milestones=1",

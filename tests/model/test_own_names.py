@@ -87,7 +87,7 @@ class Keep:
         self.saved = capture_state(run)
 
 
-PLUGINS = ("freeze:patterns=[0.bias,1],until=1ep", "layerwise_lr:decay=0.5,no_decay=true", "ema:decay=0.9", "early_stopping:restore_best=true")
+PLUGINS = ("freeze:patterns=0.bias,1,until=1ep", "layerwise_lr:decay=0.5,no_decay=true", "ema:decay=0.9", "early_stopping:restore_best=true")
 
 
 @pytest.mark.parametrize("wrap", [Wrap, Apply, Compiled, Both])
