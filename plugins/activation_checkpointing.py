@@ -62,6 +62,10 @@ class ActivationCheckpointing:
             if isinstance(block, torch.jit.ScriptModule):
                 raise UsageError(f"a {block.original_name} is a ScriptModule, which cannot be computed again; name "
                                  "other modules")
+        eager = [name for name, plugin in run.hook.plugins.items() if getattr(plugin, "backend", "") == "eager"]
+        if eager and any(copies_of_buffers(block) for block in self.blocks):
+            raise UsageError(f"{eager[0]}:backend=eager changes buffers, such as BatchNorm's, twice where a module is "
+                             "computed again; use backend=aot_eager")
 
     def matching(self, model: nn.Module) -> list[nn.Module]:
         """The modules to choose from, in the model's order."""

@@ -8,6 +8,7 @@ from loopctl import UsageError, available, fit
 
 NAMES = sorted({*available()} - {"cudagraph"})        # cudagraph needs a GPU; its test file combines it with the others
 REFUSED = {("cyclic", "onecycle"): "cycles the momentum too", ("amp", "sam"): "one gradient computation per step",
+           ("activation_checkpointing", "compile"): "use backend=aot_eager", ("amp", "bf16"): "leave out one of the two", ("bf16", "fsdp"): "use fsdp:param_dtype",
            ("ddp", "fsdp"): "choose one", ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support", ("fsdp", "lr_finder"): "cannot be copied"}
 ORDERED = {("ema", "swa")}        # the order matters: the averaged weights of the last one are evaluated and kept
 
