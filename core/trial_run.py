@@ -22,6 +22,7 @@ from loopctl.errors import UsageError, one_line
 from loopctl.loop import DEFAULTS, run_step
 from loopctl.metrics.meters import Meters
 from loopctl.model.forward import unwrapped_network
+from loopctl.model.own_names import own_modules
 from loopctl.model.ownership import modules_of
 from loopctl.optim.learning_rate import set_learning_rates
 from loopctl.optim.optimizer_mode import set_train_mode
@@ -79,11 +80,11 @@ def own_state(run: Run) -> list[tuple[str, Any, str, Any, Any]]:
     the owner, the value, and for a tensor a copy of it."""
     state: list[tuple[str, Any, str, Any, Any]] = []
     for module in modules_of(run):
-        for name, part in module.named_modules():
+        for name, part in own_modules(module):
             state.append((f"mode of {name or type(part).__name__}", part, "training", part.training, None))
             for key, tensor in {**part._parameters, **part._buffers}.items():
                 label = f"{name}.{key}".lstrip(".")
-                if is_lazy(tensor):
+                if tensor is not None and is_lazy(tensor):
                     continue
                 state.append((label, part, key, tensor, copied_tensor(tensor)))
                 if tensor is not None:

@@ -17,6 +17,7 @@ from loopctl.distributed.communication_hooks import HOOKS, PowerSgd
 from loopctl.distributed.process_group import broadcast_tensors, is_single_process
 from loopctl.errors import names
 from loopctl.model.forward import unwrapped_network
+from loopctl.model.own_names import own_parameters
 from loopctl.model.ownership import named_parameters
 
 # The argument that controls the broadcast of buffers. Newer versions of torch have both, and deprecate the second.
@@ -128,7 +129,7 @@ class Ddp(Parallel):
             gradient_as_bucket_view=self.gradient_as_bucket_view)
         for hook, state in hooks:           # where the model is wrapped again, also those of other plugins
             self.network.register_comm_hook(state, hook)
-        self.reduced = [(name, parameter) for name, parameter in inner.named_parameters() if parameter.requires_grad]
+        self.reduced = [item for item in own_parameters(inner).items() if item[1].requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(False)
 
@@ -138,7 +139,7 @@ class Ddp(Parallel):
             if "backward" in run.hook.replaced:
                 raise UsageError(f"comm_hook=powersgd adds the errors of one step to the gradients of the next, and "
                                  f"{run.hook.replaced['backward']} scales them by a factor that changes; use bfloat16")
-            if scalars := [name for name, one in run.model.named_parameters() if not one.ndim]:
+            if scalars := [name for name, one in own_parameters(run.model).items() if not one.ndim]:
                 raise UsageError(f"comm_hook=powersgd: {scalars[0]} is a single number; give it the shape (1,)")
             self.power_sgd = PowerSgd(matrix_approximation_rank=self.matrix_approximation_rank,
                                       start_powerSGD_iter=self.start_powerSGD_iter)
@@ -147,7 +148,7 @@ class Ddp(Parallel):
     @hookimpl
     def train_start(self, run: Run) -> None:
         super().train_start(run)
-        self.parameters = dict(run.model.named_parameters())
+        self.parameters = own_parameters(run.model)
         if isinstance(getattr(run.optimizer, "optim", None), torch.optim.LBFGS):
             raise UsageError("LBFGS looks along one direction for all parameters, so its state cannot be divided; "
                              "leave zero out, or use another optimizer")

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loopctl import Monitor, Run, hookimpl
+from loopctl.model.own_names import load_own_state_dict, own_state_dict
 from loopctl.report.terminal import counted
 
 
@@ -43,7 +44,7 @@ class EarlyStopping:
         if self.watch.improved(run):
             self.num_bad = 0
             if self.restore_best:
-                self.weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+                self.weights = {name: value.clone() for name, value in own_state_dict(run.model).items()}
         else:
             self.num_bad += 1
         if self.num_bad >= self.patience:
@@ -53,7 +54,7 @@ class EarlyStopping:
     @hookimpl
     def train_end(self, run: Run) -> None:
         if self.weights:
-            run.model.load_state_dict(self.weights)
+            load_own_state_dict(run.model, self.weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.watch.state_dict(), "waited": self.num_bad, "weights": self.weights}

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loopctl import Duration, Run, UsageError, hookimpl
+from loopctl.model.own_names import own_buffers
 from loopctl.model.ownership import named_parameters
 from loopctl.model.weight_averages import WeightAverage, alike, is_averaged, lerp_average, loaded_average, new_average
 
@@ -39,7 +40,7 @@ class Ema(WeightAverage):
         self.average: dict[str, Any] = {}       # empty until it starts
         self.count = 0
         weights = {name: weight for name, weight in named_parameters(run).items() if is_averaged(weight)}
-        statistics = {name: buffer for name, buffer in run.model.named_buffers()
+        statistics = {name: buffer for name, buffer in own_buffers(run.model).items()
                       if name.rpartition(".")[2] in ("running_mean", "running_var")}
         self.own = {name: tensor.detach() for name, tensor in (weights | statistics).items()}
         self.alike = alike(self.own)

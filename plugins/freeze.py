@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from loopctl import Duration, Run, UsageError, hookimpl
+from loopctl.model.own_names import own_parameters
 from loopctl.model.parameter_matching import matching_parameters
 from loopctl.optim.several import each_optimizer
 
@@ -50,7 +51,7 @@ class Freeze:
     def setup(self, run: Run) -> None:
         matched = matching_parameters(run.model, self.patterns or self.keep)
         matching = {parameter for parameters in matched.values() for parameter in parameters}
-        frozen = {name: parameter for name, parameter in run.model.named_parameters()
+        frozen = {name: parameter for name, parameter in own_parameters(run.model).items()
                   if parameter.requires_grad and (parameter in matching) != bool(self.keep)}
         self.names = list(frozen)
         self.parts = group_by_module(self.names)[::-1] if self.gradual else [self.names]
@@ -116,7 +117,7 @@ class Freeze:
         plugins = [plugin for plugin in run.hook.plugins.values() if isinstance(plugin, Freeze)]
         frozen = {name for plugin in plugins for name in plugin.frozen_names(run.attempts)}
         names = {name for plugin in plugins for name in plugin.names}
-        for name, parameter in run.model.named_parameters():
+        for name, parameter in own_parameters(run.model).items():
             if name in names:
                 parameter.requires_grad_(name not in frozen)
             if name in frozen:
@@ -143,7 +144,7 @@ class Freeze:
         """Whether a parameter that is trained at the start is trained after so many steps, with all such plugins."""
         frozen = {name for plugin in run.hook.plugins.values() if isinstance(plugin, Freeze)
                   for name in plugin.frozen_names(attempts)}
-        return any(parameter.requires_grad and name not in frozen for name, parameter in run.model.named_parameters())
+        return any(parameter.requires_grad and name not in frozen for name, parameter in own_parameters(run.model).items())
 
 
 def fused_momentum(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from loopctl import Parallel, Run, UsageError, hookimpl
 from loopctl.distributed.process_group import broadcast_tensors, is_only_planned
 from loopctl.model import summary
+from loopctl.model.own_names import own_parameters
 from loopctl.model.ownership import loss_parameters
 from loopctl.optim.several import each_optimizer
 from loopctl.report.terminal import counted
@@ -136,4 +137,4 @@ class Fsdp(Parallel):
 
 
 def trainable(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name for name, parameter in own_parameters(model).items() if parameter.requires_grad}

@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.prune import L1Unstructured
 
 from loopctl import Duration, Run, UsageError, hookimpl
+from loopctl.model.own_names import own_parameters
 from loopctl.model.parameter_matching import matching_parameters
 
 
@@ -65,7 +66,7 @@ class Prune:
         if self.last >= run.planned_steps:
             raise UsageError(f"until={self.until} is not before the run's end, so the amount would not be reached; "
                              "choose an earlier one, such as 75%")
-        parameters = dict(run.model.named_parameters())
+        parameters = own_parameters(run.model)
         self.weights: list[Tensor] = [parameters[name] for name in self.names]
         if any(hasattr(weight, "full_tensor") for weight in self.weights):
             raise UsageError("the weights are sharded, so the smallest are not known; use ddp in place of fsdp")
@@ -143,7 +144,7 @@ def chosen_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
     chosen: set[Tensor] = {parameter for parameters in matched for parameter in parameters}
     if not patterns:
         chosen = {module.weight for module in model.modules() if isinstance(module, nn.Linear | _ConvNd)}
-    names = [name for name, parameter in model.named_parameters() if parameter in chosen]
+    names = [name for name, parameter in own_parameters(model).items() if parameter in chosen]
     if not names:
         raise UsageError("the model has no linear or convolutional layer; name the parameters to prune with patterns")
     return names

@@ -14,6 +14,7 @@ from loopctl import Duration, Run, UsageError, hookimpl
 from loopctl.data.batch import batches_to_device
 from loopctl.data.sharding import find_shard
 from loopctl.distributed.process_group import all_reduce_sum
+from loopctl.model.own_names import own_buffers, own_modules
 from loopctl.model.ownership import named_parameters
 from loopctl.model.weight_averages import (
     WeightAverage,
@@ -96,7 +97,7 @@ class Swa(WeightAverage):
 
     def update(self, run: Run) -> None:
         weights = {name: weight.detach() for name, weight in named_parameters(run).items() if is_averaged(weight)}
-        norms = {name: module for name, module in run.model.named_modules()
+        norms = {name: module for name, module in own_modules(run.model)
                  if isinstance(module, _BatchNorm) and module.training and module.track_running_stats}
         if not self.average:
             self.average = new_average(weights)
@@ -106,7 +107,7 @@ class Swa(WeightAverage):
         self.count += 1
         self.due = False
         if norms:
-            with swapped_weights(named_tensors(run), self.average | dict(run.model.named_buffers())):
+            with swapped_weights(named_tensors(run), self.average | own_buffers(run.model)):
                 recompute(run, norms.values())
                 self.average |= {key: buffer.clone() for name, module in norms.items()
                                  for key, buffer in module.named_buffers(name, recurse=False)}

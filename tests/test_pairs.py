@@ -9,7 +9,10 @@ from tests.conftest import IMAGES, as_images, pool_images
 
 NAMES = sorted({*available()} - {"cudagraph"})        # cudagraph needs a GPU; its test file combines it with the others
 REFUSED = {
+    ("activation_checkpointing", "compile"): "use backend=aot_eager",
+    ("amp", "bf16"): "leave out one of the two",
     ("amp", "sam"): "one gradient computation per step",
+    ("bf16", "fsdp"): "use fsdp:param_dtype",
     ("cyclic", "onecycle"): "cycles the momentum too",
     ("ddp", "fsdp"): "choose one",
     ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support",

@@ -19,7 +19,7 @@ ARROWS = {
     "metrics": "errors hooks distributed data",
     "model": "errors hooks data",
     "report": "errors metrics",
-    "composition": "errors hooks optim data distributed",
+    "composition": "errors hooks optim data distributed model",
     "checkpoint": "errors rng counters metrics optim data distributed composition model",
     "run": "errors counters metrics optim data distributed composition",
     "defaults": "errors hooks metrics optim model data run",
@@ -28,7 +28,7 @@ ARROWS = {
     "loop": "errors hooks metrics optim data distributed composition checkpoint run defaults prepare model rehearsal",
     "evaluation": "hooks metrics data distributed composition run prepare loop",
     "trial_run": "errors rng metrics optim model data distributed composition checkpoint run loop",
-    "testing": "errors rng hooks optim data composition checkpoint run loop",
+    "testing": "errors rng hooks optim model data composition checkpoint run loop",
     "plugins": "errors rng hooks report metrics optim model data distributed composition checkpoint run trial_run",
     "cli": "errors rng hooks report metrics optim model data distributed composition checkpoint run prepare loop evaluation plugins",
 }

@@ -20,6 +20,7 @@ from torch import nn
 
 from loopctl.distributed.process_group import rank
 from loopctl.errors import UsageError, one_line
+from loopctl.model.own_names import own_state_dict
 
 CHECKSUM_MARK = b"loopctl crc32 "
 FORMAT = 3                  # version of the content of a checkpoint; other versions are refused
@@ -141,7 +142,7 @@ class Weights:
     def __init__(self, model: nn.Module) -> None:
         # One tensor is gathered at a time, and only rank 0 keeps it, on the host: a device may be too small for all.
         self.tensors = {}
-        for name, value in model.state_dict().items():
+        for name, value in own_state_dict(model).items():
             if hasattr(value, "full_tensor"):
                 # Cloned because it may be a view of the larger buffer that was gathered into.
                 value = value.full_tensor() if rank() else value.full_tensor().clone().cpu()

@@ -21,6 +21,7 @@ from loopctl.data.batch import map_nested, to_device
 from loopctl.distributed.process_group import all_gather, broadcast_from_rank0, restart_count
 from loopctl.errors import UsageError, counted, names, one_line
 from loopctl.metrics.meters import Meters, is_stateful_metric, load_metric_state, metric_state
+from loopctl.model.own_names import load_own_state_dict, own_parameters, own_state_dict
 from loopctl.model.ownership import load_loss_tensors, loss_tensors
 from loopctl.optim.fast_step import is_divided, stepped_class, without_dynamo_wrappers
 from loopctl.optim.learning_rate import scheduled_rates
@@ -57,7 +58,7 @@ def capture_state(run: Run) -> dict[str, Any]:
     if run.world_size > 1:
         rank_state = map_nested(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, rank_state)
     weights: dict[str, dict[str, Any]] = {
-        "model": run.model.state_dict(),
+        "model": own_state_dict(run.model),
         "loss_fn": {name: tensor.detach() for name, tensor in loss_tensors(run).items()}}
     trained = exchange_weights(run, weights)
     return {
@@ -222,14 +223,14 @@ def load_model(model: nn.Module, state: dict[str, Any]) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and overlaps(buffer):
                 module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
-    model.load_state_dict(state)
+    load_own_state_dict(model, state)
 
 
 def compare(run: Run, saved: dict[str, Any]) -> list[str]:
     """Return the differences between the checkpoint content `saved` and `run` because of which it cannot be resumed."""
     found = [differs(f"{key} is", value, run.config[key]) for key, value in saved["config"].items()
              if key in run.config and key not in MAY_CHANGE_ON_RESUME and str(value) != str(run.config[key])]
-    saved_model, model = saved["model"], run.model.state_dict()
+    saved_model, model = saved["model"], own_state_dict(run.model)
     found += missing("the model has {}", saved_model, model)
     shapes = {name: (describe_shape(saved_model[name]), describe_shape(model[name]))
               for name in model if name in saved_model}
@@ -328,7 +329,7 @@ def describe_shape(value: Any) -> str:
 
 def parameter_names(run: Run) -> list[list[str]]:
     """Return the names of the parameters in each of the optimizer's parameter groups."""
-    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    names = {id(parameter): name for name, parameter in own_parameters(run.model).items()}
     return [[names.get(id(parameter), "") for parameter in group["params"]] for group in run.optimizer.param_groups]
 
 
@@ -359,7 +360,7 @@ def check_serializable(run: Run) -> None:
     """
     content = extract_sharded({
         "plugins": {name: plugin.state_dict() for name, plugin in stateful(run).items()},
-        "meters": run.meters.state_dict(), "model": run.model.state_dict(), "loss_fn": dict(loss_tensors(run)),
+        "meters": run.meters.state_dict(), "model": own_state_dict(run.model), "loss_fn": dict(loss_tensors(run)),
         "optimizer": optimizer_state(run, own=True), "history": run.history, "metrics": run.metrics,
         "carried": run.carried,
     })[0]

@@ -21,11 +21,12 @@ from loopctl.checkpoint.atomic_files import DamagedCheckpoint, read_checkpoint
 from loopctl.checkpoint.finding import find_candidates, restore_content
 from loopctl.checkpoint.state import describe_shape
 from loopctl.errors import UsageError, names, one_line
+from loopctl.model.own_names import by_own_names, load_own_state_dict, own_state_dict
 
 log = logging.getLogger("loopctl")
 
 ENTRIES = ("state_dict", "model_state_dict", "model")       # which of a training program's checkpoint has the weights
-WRAPPERS = ("module.", "_orig_mod.", "model.")              # of names: from DataParallel, compile, a Lightning module
+WRAPPERS = "module.", "model."           # of names: from DataParallel, a Lightning module
 
 
 def load_weights(model: nn.Module, file: str | Path, strict: bool = True) -> list[str]:
@@ -106,7 +107,7 @@ def read_torch(file: Path) -> Any:
 
 def load_tensors(model: nn.Module, tensors: dict[str, Any], file: Path, strict: bool) -> list[str]:
     """Load tensors by name into `model`; see `load_weights`. `file` is named in messages."""
-    own = model.state_dict(keep_vars=True)
+    own = own_state_dict(model, keep_vars=True)
     tensors = without_wrappers(tensors, own)
     known = {id(own[name]): name for name in tensors if name in own}
     for name, tensor in own.items():
@@ -132,7 +133,7 @@ def load_tensors(model: nn.Module, tensors: dict[str, Any], file: Path, strict: 
         log.warning("%s: %d of the model's %d tensors are loaded; %s", file, fits, len(own), one_line(parts))
     fitting = {name: tensor for name, tensor in tensors.items() if name not in wrong}
     try:
-        model.load_state_dict(fitting, strict=False)
+        load_own_state_dict(model, fitting, strict=False)
     except Exception as error:                  # a model may have code of its own here
         raise UsageError(f"{file} does not fit the model: {one_line(error)}") from error
     return wrong
@@ -140,11 +141,10 @@ def load_tensors(model: nn.Module, tensors: dict[str, Any], file: Path, strict: 
 
 def without_wrappers(tensors: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Rename the tensors as the model has them: without the prefixes of wrappers that the model's names do not have."""
+    tensors = by_own_names(tensors)
     for prefix in WRAPPERS * len(WRAPPERS):                 # they may be nested in any order
         if not any(name.startswith(prefix) for name in own):
             tensors = renamed(tensors, lambda name: name.removeprefix(prefix))          # noqa: B023
-    if not any("._orig_mod." in name for name in own):      # of a part of a model that was compiled
-        tensors = renamed(tensors, lambda name: name.replace("._orig_mod.", "."))
     return tensors
 
 

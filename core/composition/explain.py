@@ -8,6 +8,7 @@ from loopctl import hooks
 from loopctl.composition.compose import SPECS, compose
 from loopctl.data.batch import sample_count
 from loopctl.errors import counted, names
+from loopctl.model.own_names import own_parameters
 from loopctl.optim.learning_rate import describe_groups, distinct_curves, lr_curve
 from loopctl.optim.schedule import scheduled_numbers
 from loopctl.optim.several import Optimizers
@@ -70,7 +71,7 @@ def describe_shares(run: Run) -> list[str]:
     """Return a line for each of several optimizers: its class, and which parameters it trains."""
     if not isinstance(run.optimizer, Optimizers):
         return []
-    known = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    known = {id(parameter): name for name, parameter in own_parameters(run.model).items()}
     lines = []
     for name, one in run.optimizer.named.items():
         held = [parameter for group in one.param_groups for parameter in group["params"]]

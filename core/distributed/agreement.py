@@ -26,6 +26,7 @@ from loopctl.data.batch import length_or_none
 from loopctl.data.limits import Limited
 from loopctl.distributed.process_group import all_gather, all_reduce_sum, is_single_process
 from loopctl.errors import UsageError, counted, names
+from loopctl.model.own_names import own_buffers, own_modules, own_parameters
 from loopctl.optim.several import each_optimizer
 
 if TYPE_CHECKING:
@@ -114,9 +115,9 @@ def describe_model(run: Run) -> dict[str, str | None]:
                   if isinstance(value, bool | int | float | str) and key != "training"}
     for prefix, root in (("", run.model), ("loss_fn.", run.loss_fn)):
         if isinstance(root, nn.Module):
-            found |= {f"module {prefix}{name}": describe_module(part) for name, part in root.named_modules() if name}
-            found |= {f"parameter {prefix}{name}": describe_tensor(tensor) for name, tensor in root.named_parameters()}
-            found |= {f"buffer {prefix}{name}": describe_tensor(tensor) for name, tensor in root.named_buffers()}
+            found |= {f"module {prefix}{name}": describe_module(part) for name, part in own_modules(root) if name}
+            for kind, tensors in (("parameter", own_parameters(root)), ("buffer", own_buffers(root))):
+                found |= {f"{kind} {prefix}{name}": describe_tensor(tensor) for name, tensor in tensors.items()}
     return found
 
 

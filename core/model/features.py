@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from loopctl.errors import UsageError, counted
+from loopctl.model.own_names import own_modules
 
 
 class FeaturePairs:
@@ -61,7 +62,7 @@ class FeaturePairs:
 
 def matching_modules(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """The modules inside `model` whose names match a glob, in order."""
-    return {name: module for name, module in model.named_modules() if name and fnmatchcase(name, pattern)}
+    return {name: module for name, module in own_modules(model) if name and fnmatchcase(name, pattern)}
 
 
 def record(found: dict[int, Any], number: int, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loopctl.errors import names
+from loopctl.model.own_names import own_parameters, own_state_dict
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -26,7 +27,7 @@ def loss_tensors(run: Run) -> dict[str, Tensor]:
     if not isinstance(run.loss_fn, nn.Module):
         return {}
     of_model = {id(tensor) for tensor in (*run.model.parameters(), *run.model.buffers())}
-    state = run.loss_fn.state_dict(keep_vars=True)
+    state = own_state_dict(run.loss_fn, keep_vars=True)
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and id(tensor) not in of_model}
 
 
@@ -46,7 +47,7 @@ def load_loss_tensors(run: Run, state: dict[str, Tensor]) -> None:
 def named_parameters(run: Run) -> dict[str, nn.Parameter]:
     """All parameters that belong to the run, in order; those of a loss function are called `loss_fn.NAME`."""
     own = {f"loss_fn.{name}": tensor for name, tensor in loss_tensors(run).items() if isinstance(tensor, nn.Parameter)}
-    return dict(run.model.named_parameters()) | own
+    return own_parameters(run.model) | own
 
 
 def trained_parameters(run: Run) -> list[nn.Parameter]:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from loopctl.errors import UsageError, one_line
+from loopctl.model.own_names import own_parameters
 
 
 def matching_parameters(model: nn.Module, patterns: Iterable[str]) -> dict[str, list[nn.Parameter]]:
@@ -19,7 +20,7 @@ def matching_parameters(model: nn.Module, patterns: Iterable[str]) -> dict[str, 
     Raises UsageError if a pattern matches no parameter or is not a regular expression.
     """
     # With duplicates, so that a parameter shared by two modules matches under both names.
-    named = list(model.named_parameters(remove_duplicate=False))
+    named = list(own_parameters(model, remove_duplicate=False).items())
     found = {}
     for pattern in patterns:
         found[pattern] = list(dict.fromkeys(parameter for name, parameter in named if matches(name, pattern)))

@@ -14,6 +14,7 @@ from torch import nn
 from loopctl.data.batch import iter_tensors
 from loopctl.errors import one_line
 from loopctl.model.macs import NO_MACS, macs_formula
+from loopctl.model.own_names import own_modules
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -125,7 +126,7 @@ def layers(model: nn.Module, calls: dict[nn.Module, list[Call]]) -> Iterator[Lay
     """Yield a `Layer` for each module of `model`, parents before their submodules, with the numbers from `calls`."""
     first: dict[Any, str] = {}                      # the name under which each module, parameter or buffer occurs first
     again: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in own_modules(model, remove_duplicate=False):
         if name.startswith(again):
             continue                                # inside a module that is listed under another name
         recorded, depth = calls.get(module, []), name.count(".") + bool(name)
@@ -247,7 +248,7 @@ def render(report: Table) -> str:
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the outermost modules that have submodules and whose class occurs more than once in the model."""
-    blocks = {name: module for name, module in model.named_modules()
+    blocks = {name: module for name, module in own_modules(model)
               if name and type(module) not in CONTAINERS and any(True for _ in module.children())}
     count = Counter(map(type, blocks.values()))
     names = [name for name, module in blocks.items() if count[type(module)] > 1]

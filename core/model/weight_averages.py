@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loopctl.errors import UsageError
 from loopctl.hooks import hookimpl
+from loopctl.model.own_names import own_buffers, own_parameters
 from loopctl.model.ownership import loss_tensors
 
 if TYPE_CHECKING:
@@ -138,6 +139,6 @@ def lerp_average(average: dict[str, Tensor], tensors: dict[str, Tensor], names: 
 
 def named_tensors(run: Run) -> dict[str, Tensor]:
     """The parameters and buffers of the model by name, and those of a loss function as `loss_fn.NAME`, detached."""
-    of_model = dict(run.model.named_parameters()) | dict(run.model.named_buffers())
+    of_model = own_parameters(run.model) | own_buffers(run.model)
     own = {f"loss_fn.{name}": tensor for name, tensor in loss_tensors(run).items()}
     return {name: tensor.detach() for name, tensor in (of_model | own).items()}

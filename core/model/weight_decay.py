@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import nn
 
+from loopctl.model.own_names import own_parameters
+
 Kind = Literal["norms", "biases", "embeddings", "tokens"]
 # The last part of a name: bias, in_proj_bias, bias_ih_l0; cls_token, class_embedding, pos_embed, position_embeddings.
 BIAS = re.compile(r"(^|_)bias(_|$)")
@@ -32,6 +34,6 @@ def undecayed_parameters(model: nn.Module, kinds: Collection[Kind]) -> set[nn.Pa
                 found.add(parameter)
         if "tokens" in kinds and callable(own := getattr(module, "no_weight_decay", None)):
             excluded = set(own())
-            found |= {parameter for name, parameter in module.named_parameters(remove_duplicate=False)
+            found |= {parameter for name, parameter in own_parameters(module, remove_duplicate=False).items()
                       if name in excluded}
     return found

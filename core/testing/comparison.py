@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from loopctl.errors import one_line
+from loopctl.model.own_names import own_state_dict
 from loopctl.optim.fast_step import without_dynamo_wrappers
 from loopctl.run import Run
 
@@ -21,7 +22,7 @@ def run_result(run: Run, measured: Collection[str]) -> dict[str, Any]:
     history = [{name: value for name, value in row.items() if name not in measured} for row in run.history]
     with without_dynamo_wrappers():
         optimizer = run.optimizer.state_dict()
-    return {"history": history, "stop": run.stop, "model": run.model.state_dict(), "optimizer": optimizer}
+    return {"history": history, "stop": run.stop, "model": own_state_dict(run.model), "optimizer": optimizer}
 
 
 def first_difference(one: Any, other: Any, where: str = "") -> str:

@@ -17,6 +17,7 @@ from loopctl.checkpoint.state import capture_state, check_serializable
 from loopctl.composition.compose import SPECS
 from loopctl.errors import names
 from loopctl.hooks import hookimpl
+from loopctl.model.own_names import own_modules
 from loopctl.rng import host_rng_state
 from loopctl.run import Run
 from loopctl.testing.comparison import first_difference
@@ -92,7 +93,7 @@ class TrainingModeProbe:
         without_grad = [module for module in model.modules() if (parameters := [*module.parameters()])
                         and not any(parameter.requires_grad for parameter in parameters)]
         frozen = {inner for module in without_grad for inner in module.modules()}
-        return [name for name, module in model.named_modules()
+        return [name for name, module in own_modules(model)
                 if module in self.training and not module.training and module not in frozen]
 
 
