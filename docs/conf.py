@@ -51,6 +51,7 @@ EXAMPLES = {
     "plateau": "--plugin plateau:factor=0.5,patience=3",
     "profile": "--max-steps 40 --plugin profile:start=10",
     "sam": "--plugin sam:rho=0.05",
+    "spike": "--plugin spike:action=skip,deviations=6",
     "split": "--batch-size 256 --plugin split:into=4",
 }
 # The arguments of the commands of gallery.md, without those that only draw, by the name of the picture.

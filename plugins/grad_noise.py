@@ -1,4 +1,5 @@
 """Gradient noise: Gaussian noise that becomes smaller during the run."""
+from collections.abc import Generator
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -15,8 +16,8 @@ from loopctl.model.gradients import parameters_with_gradients, require_dense_gra
 class GradNoise:
     """Add Gaussian noise to the gradients, with the variance eta / (1 + step)^gamma.
 
-    From arXiv:1511.06807, which tries eta of 0.01, 0.3 and 1. It is added after other plugins have changed the
-    gradients, wherever this one is in their order. The noise of a step depends on the seed and on the number of the
+    From arXiv:1511.06807, which tries eta of 0.01, 0.3 and 1. It is added after other plugins, such as clip,
+    have changed the gradients, whatever their order. The noise of a step depends on the seed and on the number of the
     step alone, so the run draws the same other random numbers as without it, and a resumed run the same noise. With ddp
     all processes add the same noise; with fsdp each draws it for its shards.
 
@@ -38,13 +39,16 @@ class GradNoise:
         require_dense_gradients(run)
         self.seed = broadcast_from_rank0(run, torch.initial_seed() if run.seed is None else run.seed)
 
-    # Last, so that clipping does not make the noise smaller.
-    @hookimpl(trylast=True)
+    # A wrapper, so that clipping, wherever it is in the order, does not make the noise smaller.
+    @hookimpl(wrapper=True)
+    def grads_ready(self, run: Run) -> Generator[None, None, None]:
+        result = yield
+        if gradients := [parameter.grad for parameter in parameters_with_gradients(run)]:
+            self.add_noise(run, gradients)
+        return result
+
     @torch.no_grad()
-    def grads_ready(self, run: Run) -> None:
-        gradients = [parameter.grad for parameter in parameters_with_gradients(run)]
-        if not gradients:
-            return
+    def add_noise(self, run: Run, gradients: list[Any]) -> None:
         shards = [local_rows(gradient) for gradient in gradients]
         device, rank = shards[0].device, run.rank if is_sharded(gradients[0]) else 0
         generator = torch.Generator("cpu" if device.type == "meta" else device)         # meta has no generators

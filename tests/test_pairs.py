@@ -8,8 +8,9 @@ from loopctl import UsageError, available, fit
 
 NAMES = sorted({*available()} - {"cudagraph"})        # cudagraph needs a GPU; its test file combines it with the others
 REFUSED = {("cyclic", "onecycle"): "cycles the momentum too", ("amp", "sam"): "one gradient computation per step",
-           ("ddp", "fsdp"): "choose one", ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support", ("fsdp", "lr_finder"): "cannot be copied"}
+           ("ddp", "fsdp"): "choose one", ("nan_guard", "spike"): "would undo the same steps", ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support", ("fsdp", "lr_finder"): "cannot be copied"}
 ORDERED = {("agc", "clip"),         # the order matters: each measures the gradient that the other has left
+           ("grad_centralize", "spike"),        # spike judges the gradient that it meets
            ("ema", "swa")}          # the averaged weights of the last one are evaluated and kept
 
 
