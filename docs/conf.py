@@ -62,6 +62,7 @@ EXAMPLES = {
     "profile": "--max-steps 40 --plugin profile:start=10",
     "prune": "--epochs 20 --plugin prune:amount=0.8,start=2ep,until=15ep",
     "sam": "--plugin sam:rho=0.05",
+    "spike": "--plugin spike:action=skip,deviations=6",
     "split": "--batch-size 256 --plugin split:into=4",
     "wandb": "--plugin wandb:project=digits",
 }

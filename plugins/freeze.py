@@ -144,7 +144,8 @@ class Freeze:
         """Whether a parameter that is trained at the start is trained after so many steps, with all such plugins."""
         frozen = {name for plugin in run.hook.plugins.values() if isinstance(plugin, Freeze)
                   for name in plugin.frozen_names(attempts)}
-        return any(parameter.requires_grad and name not in frozen for name, parameter in own_parameters(run.model).items())
+        parameters = own_parameters(run.model)
+        return any(parameter.requires_grad and name not in frozen for name, parameter in parameters.items())
 
 
 def fused_momentum(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

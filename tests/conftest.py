@@ -104,7 +104,8 @@ EXAMPLES = checks.EXAMPLES | {
     "profile": "start=1,steps=2",
     "progressive_resizing": "delay_fraction=0.2",
     "selective_backprop": "start=0.1,keep=0.7",
-    "tensorboard": "every_steps=2,histogram_steps=3",
+    "spike": "deviations=0.5,warmup=2",
+    "tensorboard": "every_steps=2",
     "throughput": "peak=1",
     "warmup": "length=50%",
 }

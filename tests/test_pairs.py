@@ -18,10 +18,12 @@ REFUSED = {
     ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support",
     ("fsdp", "lr_finder"): "cannot be copied",
     ("fsdp", "prune"): "the weights are sharded",
+    ("nan_guard", "spike"): "would undo the same steps",
 }
 # The order of a pair matters:
 ORDERED = {
     ("agc", "clip"),                # each measures the gradient that the other has left
+    ("grad_centralize", "spike"),   # spike judges the gradient that it meets
     ("ema", "swa"),                 # the averaged weights of the last one are evaluated and kept
     # Each changes the batch that the other has left.
     *combinations(["cutmix", "progressive_resizing", "selective_backprop"], 2),

@@ -205,4 +205,4 @@ def test_the_speed_run_s_recipe_is_one_command(run_command, start):
             optimizer.step()
             step += 1
         pass_over(model, valid)
-    assert_equal(found, {name: tensor for name, tensor in model.state_dict().items()})
+    assert_equal(found, model.state_dict())

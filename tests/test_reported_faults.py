@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.checkpoint import step_guard
 from loopctl.optim.learning_rate import lr_curve
-from loopctl.plugins import nan_guard
 from loopctl.plugins.amp import Amp
 from loopctl.plugins.nan_guard import NanGuard
 from loopctl.plugins.torch_scheduler import TorchScheduler
@@ -864,7 +864,7 @@ def test_a_resume_counts_split_batches_right_and_refuses_another_batch_size(plai
 
 def test_the_host_reads_no_tensor_values_within_a_step(net, monkeypatch):
     """A check of each loss for NaN made the host wait for the device, which took 7 % of the time (huggingface/transformers#33693)."""
-    monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("cpu",))                   # treat the CPU as an asynchronous device
+    monkeypatch.setattr(step_guard, "ASYNCHRONOUS", ("cpu",))                   # treat the CPU as an asynchronous device
     monkeypatch.setattr(NanGuard, "send_verdict", lambda self, run: None)       # as if the result never arrived on the host
     batches, reads, weights = equal_batches(8), [], []
 

@@ -20,7 +20,7 @@ ARROWS = {
     "model": "errors hooks data",
     "report": "errors metrics",
     "composition": "errors hooks optim data distributed model",
-    "checkpoint": "errors rng counters metrics optim data distributed composition model",
+    "checkpoint": "errors rng counters hooks metrics optim data distributed composition model",
     "run": "errors counters metrics optim data distributed composition",
     "defaults": "errors hooks metrics optim model data run",
     "prepare": "errors rng metrics optim data distributed composition run model",

@@ -764,6 +764,24 @@ def test_a_nan_loss_in_one_process_is_undone_in_all_processes(ranks, rank, actio
     same(found[1][3], found[0][3])
 
 
+def train_with_spike(rank, out):
+    """Train on data where one process has a loss that is far above its mean, in the ninth step."""
+    data = batches(*[8] * 24)
+    data[16 + rank][0][:] *= 1000
+    run = fit(nn.Linear(6, 3).double(), LOSS, SGD, data, plugins=["ddp", "spike:warmup=4"], seed=0, out=out)
+    return run.step, run.attempts, run.hook.plugins["spike"].rows, weights_of(run)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_spike_in_one_process_is_undone_in_all_processes(ranks, rank, tmp_path):
+    first, second = ranks(2, train_with_spike, rank, tmp_path)
+    assert first[:3] == second[:3]
+    assert first[:2] == (11, 12)
+    assert [row["step"] for row in first[2]] == [9]
+    assert (tmp_path / "spikes.csv").exists()
+    same(second[3], first[3])
+
+
 # Every plugin
 
 

@@ -28,6 +28,7 @@ ARGUMENTS = {
     "checkpoint": {"skip": {"resumes": "it resumes from its own files, which test_checkpoint.py tests"}},
     "nan_guard": {"waits": True},       # on a CPU; on a GPU it does not, see test_nan_guard.py
     "sam": {"draws_random": True},      # it computes gradients twice per step, with new dropout masks
+    "spike": {"waits": True},           # as nan_guard, see test_spike.py
     "throughput": {"measured": ("samples_per_s", "data_wait", "memory_gb", "mfu")},
 }
 EXPECTED = [check.__name__ for check in CHECKS if check.__name__ != "composes"]

@@ -40,7 +40,8 @@ SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 EVEN, UNEVEN = [8] * 6, [8, 8, 8, 3, 8, 8, 5]
 CASES = {
     "plain": ([], SGD, EVEN), "uneven": ([], SGD, UNEVEN), "accumulate": (["accumulate:every=2"], SGD, UNEVEN),
-    "agc": (["agc"], SGD, UNEVEN), "clip": (["clip:max_norm=0.1"], SGD, UNEVEN), "amp": (["amp:dtype=bfloat16"], SGD, UNEVEN),
+    "agc": (["agc"], SGD, UNEVEN), "clip auto": (["clip:auto=50"], SGD, UNEVEN), "noise": (["grad_noise:eta=1e-4", "grad_centralize"], SGD, UNEVEN),
+    "clip": (["clip:max_norm=0.1"], SGD, UNEVEN), "amp": (["amp:dtype=bfloat16"], SGD, UNEVEN),
     "ema": (["ema:decay=0.9"], SGD, UNEVEN), "swa": (["swa:start=50%"], SGD, UNEVEN),
     "adamw": ([], partial(torch.optim.AdamW, lr=0.01), UNEVEN),
     "lbfgs": ([], partial(torch.optim.LBFGS, lr=0.1, max_iter=2), UNEVEN),

@@ -2,6 +2,7 @@
 import shutil
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -55,12 +56,13 @@ def full_state(run):
 
 def train_with(spec, plugins, epochs=5):
     recorder = Losses()
-    run = fit(network(), LOSS, adamw, batches(*UNEVEN), batches(8, 5, 7, seed=1), epochs=epochs, plugins=[spec, *plugins, recorder], seed=0)
+    with TemporaryDirectory() as out:
+        run = fit(network(), LOSS, adamw, batches(*UNEVEN), batches(8, 5, 7, seed=1), epochs=epochs, plugins=[spec, *plugins, recorder], seed=0, out=out)
     return full_state(run), run.history, recorder.losses
 
 
-WITH = [[], ["accumulate:every=2"], ["clip:max_norm=0.1"], ["clip:value=0.01"], ["agc:clip_factor=0.1,exclude_head=false"], ["ema:decay=0.9"], ["swa:start=50%"], ["amp"], ["amp:dtype=float16"],
-        ["sam"], ["nan_guard"], ["early_stopping:restore_best=true"], ["split"], ["freeze:patterns=0"], ["layerwise_lr:decay=0.5"],
+WITH = [[], ["accumulate:every=2"], ["clip:max_norm=0.1"], ["clip:value=0.01"], ["clip:auto=50"], ["grad_centralize"], ["agc:clip_factor=0.1,exclude_head=false"], ["ema:decay=0.9"], ["swa:start=50%"], ["amp"], ["amp:dtype=float16"],
+        ["sam"], ["nan_guard"], ["spike:deviations=1,warmup=2"], ["early_stopping:restore_best=true"], ["split"], ["freeze:patterns=0"], ["layerwise_lr:decay=0.5"],
         ["summary", "throughput"], ["channels_last"], ["onecycle:max_lr=0.1"], ["plateau:patience=0"]]
 
 

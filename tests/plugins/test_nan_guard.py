@@ -10,8 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.checkpoint import step_guard
 from loopctl.checkpoint.state import capture_state, roll_back
-from loopctl.plugins import nan_guard
 from loopctl.plugins.amp import Amp
 from loopctl.plugins.nan_guard import NanGuard
 
@@ -166,9 +166,9 @@ def ahead(monkeypatch):
 
     def sent(self, run):
         send(self, run)
-        self.coming[-1][2].event = Slow()
+        self.coming[-1][1].event = Slow()
 
-    monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("cpu",))
+    monkeypatch.setattr(step_guard, "ASYNCHRONOUS", ("cpu",))
     monkeypatch.setattr(NanGuard, "send_verdict", sent)
 
 
@@ -282,7 +282,7 @@ class Twice:
 @pytest.mark.parametrize("order", [1, -1])
 def test_each_time_counts(plain, batches, clone, same, monkeypatch, look, late, order):
     if late:
-        monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("cpu",))
+        monkeypatch.setattr(step_guard, "ASYNCHRONOUS", ("cpu",))
     other = clone(plain)
     run = fit(plain, Loss({look: "gradient"}), sgd, batches, plugins=[Twice(), NanGuard("skip")][::order])
     fit(other, cross_entropy, sgd, [batches[0], *batches[2:]])
@@ -295,7 +295,7 @@ def test_each_time_counts(plain, batches, clone, same, monkeypatch, look, late, 
 def test_each_look_of_sam_counts(net, batches, clone, same, monkeypatch, look, late):
     """The second step's first or second."""
     if late:
-        monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("cpu",))
+        monkeypatch.setattr(step_guard, "ASYNCHRONOUS", ("cpu",))
     other, sam = clone(net), "loopctl.plugins.sam:Sam"
     net[3].p = other[3].p = 0.0
     run = fit(net, Loss({look: "gradient"}), sgd, batches, plugins=[sam, NanGuard("skip")])
@@ -307,7 +307,7 @@ def test_each_look_of_sam_counts(net, batches, clone, same, monkeypatch, look, l
 @pytest.mark.parametrize("late", [False, True])
 def test_statistics_of_other_norms_and_double_precision(batches, clone, same, monkeypatch, late):
     if late:
-        monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("cpu",))
+        monkeypatch.setattr(step_guard, "ASYNCHRONOUS", ("cpu",))
     model = nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(),
                           nn.Linear(8, 3))
     other, before = clone(model), clone(model)
@@ -438,7 +438,7 @@ def test_what_lbfgs_ends_with_is_judged(plain, batches, clone, same):
 def test_large_is_not_infinite(batches, clone, same, monkeypatch, late):
     """Here the sum of the gradient is infinite, and so is its 2-norm."""
     if late:
-        monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("cpu",))
+        monkeypatch.setattr(step_guard, "ASYNCHRONOUS", ("cpu",))
     model = nn.Linear(6, 3)
     other, seen = clone(model), []
 
@@ -658,7 +658,7 @@ def test_undone_on_the_device(net, batches, clone, same, ahead, number, value):
 def test_undone_on_the_device_with_others(net, batches, clone, same, monkeypatch, ahead, factory, plugins, order):
     other, bad = clone(net), dict.fromkeys([1, 6, 7, 9, 10, 14], "gradient")
     run = fit(net, Loss(bad, math.inf), factory, batches, epochs=2, plugins=[*plugins, NanGuard("skip")][::order], seed=1)
-    monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ())
+    monkeypatch.setattr(step_guard, "ASYNCHRONOUS", ())
     at_once = fit(other, Loss(bad, math.inf), factory, batches, epochs=2, plugins=[*plugins, NanGuard("skip")], seed=1)
     same(net, other)
     assert (run.step, run.metrics["skipped_steps"]) == (at_once.step, at_once.metrics["skipped_steps"])
@@ -724,7 +724,7 @@ def test_parts_that_thaw_later(net, batches, clone, same, ahead):
     plugins, watch = ["freeze:patterns=0,until=1ep"], Watch()
     run = fit(net, Loss(bad), sgd, batches, epochs=2, plugins=[*plugins, NanGuard("skip"), watch], seed=1)
     assert skipped(watch) == [9, 10]
-    nan_guard.AHEAD = ()
+    step_guard.ASYNCHRONOUS = ()
     fit(other, Loss(bad), sgd, batches, epochs=2, plugins=[*plugins, NanGuard("skip")], seed=1)
     same(net, other)
     assert run.step == 12
@@ -799,7 +799,7 @@ class Raw:
 def test_rollback_undoes_the_steps_since(net, batches, clone, same, monkeypatch, tmp_path, ahead):
     """Steps 11 and 12 are bad; when that of 11 arrives, 13 is done, and once is enough for both."""
     calls, back, other = [], roll_back, clone(net)
-    monkeypatch.setattr("loopctl.plugins.nan_guard.roll_back", lambda run: back(run) or calls.append(run.attempts))
+    monkeypatch.setattr("loopctl.checkpoint.step_guard.roll_back", lambda run: back(run) or calls.append(run.attempts))
     plugins = [NanGuard("rollback"), "checkpoint"]
     run = fit(net, Loss({11: "loss", 12: "loss"}), sgd, batches, epochs=2, plugins=plugins, seed=1, out=tmp_path)
     assert calls == [12]
@@ -860,12 +860,12 @@ def test_the_host_reads_nothing_in_a_step(net, batches, ahead, factory):
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_host_could_not_read_anything_in_a_step(batches, monkeypatch, fused):
     """On the meta device no tensor has a value, so that reading one in whatever way is an error."""
-    monkeypatch.setattr(nan_guard, "ASYNCHRONOUS", ("meta",))
+    monkeypatch.setattr(step_guard, "ASYNCHRONOUS", ("meta",))
     sent = []
 
     class Deaf(NanGuard):
         def send_verdict(self, run):
-            sent.append(self.nonfinite)
+            sent.append(self.bad)
 
     class Enough:
         @hookimpl
