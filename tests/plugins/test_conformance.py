@@ -8,6 +8,7 @@ from loopctl.testing import plugin_checks
 from loopctl.testing.checks import CHECKS
 
 NAMES = sorted({*available()} - {"cudagraph"})      # it needs a GPU
+pytestmark = pytest.mark.usefixtures("undrawn")
 ARGUMENTS = {
     "amp": {"skip": {"never_waits": "autocast does not support the meta device, and GradScaler synchronizes with float16"}},
     "checkpoint": {"skip": {"resumes": "it resumes from its own files, which test_checkpoint.py tests"}},
