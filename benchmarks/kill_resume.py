@@ -160,8 +160,9 @@ def survive(plugins: list[str], epochs: int, kills: int, folder: Path, draw: ran
         if killed < kills:
             if draw.random() < 0.1:
                 time.sleep(draw.uniform(0, 4))           # while it starts
-            else:                                        # at a moment after a new checkpoint, the last one long before the end
-                wait(process, folder / "killed", before, last * draw.uniform(killed, killed + 0.8) / (kills + 1))
+            else:           # at a moment after a new checkpoint, also of the last kill long before the end
+                step = last * draw.uniform(killed, killed + 0.8) / (kills + 1)
+                wait(process, folder / "killed", before, step)
                 time.sleep(draw.uniform(0, 0.05 * training))
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -184,7 +185,10 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
 
 def wait(process: subprocess.Popen[str], run: Path, before: list[Path], step: float = 0) -> None:
     """Wait until the run has a newer checkpoint than `before`, of at least this step, or the process has ended."""
-    while process.poll() is None and ((newest := find_candidates(run)[:1]) == before or not newest or step_of(newest[0]) < step):
+    while process.poll() is None:
+        newest = find_candidates(run)[:1]
+        if newest and newest != before and step_of(newest[0]) >= step:
+            break
         time.sleep(0.01)
 
 
