@@ -150,6 +150,7 @@ def survive(plugins: list[str], epochs: int, kills: int, folder: Path, draw: ran
     _, errors = whole.communicate()
     assert whole.returncode == 0, errors
     uninterrupted, training, killed = time.monotonic() - started, time.monotonic() - training, 0
+    last = step_of(find_candidates(folder / "whole")[0])
     started = time.monotonic()
     while True:
         resumable = (folder / "killed" / "run.toml").exists()
@@ -159,9 +160,10 @@ def survive(plugins: list[str], epochs: int, kills: int, folder: Path, draw: ran
         if killed < kills:
             if draw.random() < 0.1:
                 time.sleep(draw.uniform(0, 4))           # while it starts
-            else:
-                wait(process, folder / "killed", before)
-                time.sleep(draw.uniform(0, 0.8 * training / kills))
+            else:           # at a moment after a new checkpoint, also of the last kill long before the end
+                step = last * draw.uniform(killed, killed + 0.8) / (kills + 1)
+                wait(process, folder / "killed", before, step)
+                time.sleep(draw.uniform(0, 0.05 * training))
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
@@ -181,10 +183,18 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
                             stderr=subprocess.PIPE)
 
 
-def wait(process: subprocess.Popen[str], run: Path, before: list[Path]) -> None:
-    """Wait until the run has a newer checkpoint than `before`, or the process has ended."""
-    while process.poll() is None and find_candidates(run)[:1] == before:
+def wait(process: subprocess.Popen[str], run: Path, before: list[Path], step: float = 0) -> None:
+    """Wait until the run has a newer checkpoint than `before`, of at least this step, or the process has ended."""
+    while process.poll() is None:
+        newest = find_candidates(run)[:1]
+        if newest and newest != before and step_of(newest[0]) >= step:
+            break
         time.sleep(0.01)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number in the name of a checkpoint, `step-00000042.pt`."""
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 def compare(folder: Path) -> None:

@@ -259,16 +259,20 @@ def runs(folder: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("name", required=False, type=TextType(), shell_complete=completer(plugin_names))
 @click.option("--check", is_flag=True, help="Import each plugin, or NAME, and show what cannot be imported.")
-def plugins(name: str | None, check: bool) -> None:
+@click.option("--search", type=TextType(), metavar="WORD", default="",
+              help="List only plugins that have WORD in their name, help or options.")
+def plugins(name: str | None, check: bool, search: str) -> None:
     """List the installed plugins, or show the options of one.
 
     With a NAME, its options with their types and defaults, its hooks and its origin are shown.
     """
     from loopctl.cli import listing
+    if name is not None and search:
+        raise UsageError(f"plugins {name} --search: one plugin is not searched; leave out one of the two")
     if name is not None:
         say(listing.page(name, check))
     else:
-        listed, broken = listing.table(check)
+        listed, broken = listing.table(check, search)
         say(listed)
         if broken:
             raise click.ClickException(f"broken plugins: {', '.join(broken)}; see their lines above")

@@ -26,10 +26,19 @@ from loopctl.errors import UsageError, harmless, one_line
 NO_TOPIC = "other"              # the heading of plugins that declare no topic
 
 
-def table(check: bool) -> tuple[str, list[str]]:
-    """A line per installed plugin, by topic, and with `check` the names of those that cannot be imported."""
-    plugins, broken = available(), []
+def table(check: bool, word: str = "") -> tuple[str, list[str]]:
+    """A line per installed plugin, by topic, and with `check` the names of those that cannot be imported.
+
+    word: only the plugins that have it in their name, docstring or options. Raises UsageError if there is none.
+    """
+    broken: list[str] = []
     reader, topics = SourceReader(), dict[str, list[str]]()
+    plugins = available()
+    if word:
+        plugins = {name: entry for name, entry in plugins.items() if plain(word) in searched(name, entry, reader)}
+        if not plugins:
+            raise UsageError(f"--search {word}: no plugin has this in its name, help or options; loopctl plugins "
+                             "lists all of them")
     width = max(map(len, plugins), default=0)
     for name, entry in plugins.items():
         line = first_line(entry, reader)
@@ -114,6 +123,23 @@ def first_line(entry: EntryPoint, reader: SourceReader) -> str:
         return (ast.get_docstring(reader.definition(entry.module, entry.attr)[1]) or "").split("\n")[0]
     except Unreadable:
         return ""
+
+
+def searched(name: str, entry: EntryPoint, reader: SourceReader) -> str:
+    """What a search looks at: the plugin's name, its docstring and its options, as far as its source says them."""
+    texts = [name, topic(entry, reader)]
+    try:
+        texts.append(ast.get_docstring(reader.definition(entry.module, entry.attr)[1]) or "")
+        known = plugin_options(reader.class_of(entry.module, entry.attr))
+        texts += [f"{option.name} {option.help}" for option in known.values()]
+    except (Unreadable, UsageError):
+        pass
+    return plain(" ".join(texts))
+
+
+def plain(text: str) -> str:
+    """Text in which words are found however they are written: weight_decays and Weight-decays are `weight decays`."""
+    return re.sub(r"[\s_-]+", " ", text).casefold().strip()
 
 
 def topic(entry: EntryPoint, reader: SourceReader) -> str:

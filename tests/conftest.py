@@ -1,13 +1,18 @@
 """Fixtures for all tests: small models and data, comparison of models, and a pool of processes for distributed tests."""
 import contextlib
 import copy
+import json
 import os
 import pickle
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+import zipfile
 from functools import partial
 from multiprocessing.connection import Listener, wait
 from pathlib import Path
@@ -34,6 +39,20 @@ def _no_process_group():
     """Destroy the process group after each test, because `fsdp` in one process leaves one behind."""
     yield
     leave_process_group()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_fsync():
+    """Files need not survive a power failure during the tests; waiting for the disk is the slowest part of many of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures of matplotlib are written as empty files: drawing one takes ten times as long as a short run."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: None)
 
 
 @pytest.fixture
@@ -142,15 +161,21 @@ def clone():
     return copy.deepcopy
 
 
+# What `pip install` calls to build the wheel of the folder, in the third process that it starts.
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+
+
 @pytest.fixture(scope="session")
 def install(tmp_path_factory):
     """Install copies of package folders, without network access, into a new folder; return that folder."""
     def installed(*folders):
         root = tmp_path_factory.mktemp("installed")
         copies = [shutil.copytree(folder, root / folder.name) for folder in folders]
-        done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps",
-                               "--no-build-isolation", "--target", root / "site", *copies], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        for copied in copies:
+            done = subprocess.run([sys.executable, "-c", BUILD, root], cwd=copied, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        for wheel in root.glob("*.whl"):
+            zipfile.ZipFile(wheel).extractall(root / "site")
         return root / "site"
     return installed
 
@@ -195,7 +220,7 @@ class Ranks:
                 rank = waiting.pop(connection)
                 answers[rank] = pickle.loads(connection.recv_bytes())
                 if answers[rank][1]:
-                    timeout = 10            # processes that communicate with this one fail soon, because it left the group
+                    timeout = min(timeout, 60)          # processes that communicate with this one fail soon, because it left the group
             if not answered:
                 self.close()
                 for rank in waiting.values():
@@ -232,3 +257,74 @@ def ranks(tmp_path_factory):
     yield pool
     pool.close()
     pool.listener.close()
+
+
+class Forked:
+    """A process that runs `loopctl`, forked from one that has imported everything; used as a subprocess.Popen is."""
+
+    def __init__(self, server, folder, words):
+        self.connection, self.returncode = socket.socket(socket.AF_UNIX), None
+        self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]        # noqa: SIM115  closed in `close`
+        self.connection.connect(server)
+        with open(os.devnull) as nothing:
+            given = [file.fileno() for file in (nothing, *self.files)]
+            socket.send_fds(self.connection, [json.dumps([str(folder), *map(str, words)]).encode()], given)
+        self.answers = self.connection.makefile()
+        self.pid = int(self.answers.readline())
+
+    def wait(self, timeout=100):
+        if self.returncode is None:
+            self.connection.settimeout(timeout)
+            self.returncode = int(self.answers.readline())
+        return self.returncode
+
+    def communicate(self, timeout=100):
+        """Wait for its end; return what it printed, and its errors."""
+        self.wait(timeout)
+        for file in self.files:
+            file.seek(0)
+        return tuple(file.read() for file in self.files)
+
+    def poll(self):
+        return self.wait() if self.returncode is not None or wait([self.connection], 0) else None
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def close(self):
+        self.kill()
+        self.wait()
+        for file in (self.answers, self.connection, *self.files):
+            file.close()
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """The address of the process that tests/warm.py describes. It ends when this process does, or the session."""
+    address = str(tmp_path_factory.mktemp("warm") / "socket")
+    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("warm.py")), address], stdout=subprocess.DEVNULL)
+    with socket.socket(socket.AF_UNIX) as connection:
+        for _ in range(6000):
+            with contextlib.suppress(OSError):
+                connection.connect(address)
+                break
+            time.sleep(0.02)
+        yield address
+    assert process.wait(60) == 0
+
+
+@pytest.fixture
+def forked(warm, tmp_path):
+    """Start `loopctl` in a new process, which is killed at the end of the test: `forked(*words)`, in the folder of the test."""
+    processes = []
+
+    def start(*words, cwd=tmp_path):
+        processes.append(Forked(warm, cwd, words))
+        return processes[-1]
+    yield start
+    for process in processes:
+        process.close()

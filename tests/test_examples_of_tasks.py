@@ -4,7 +4,6 @@ import math
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -298,18 +297,17 @@ def test_an_example_killed_within_an_epoch_and_resumed_has_the_same_weights_and_
     assert resumed.history == run.history
 
 
-def test_a_process_killed_with_sigkill_is_resumed_with_the_same_weights(short, tmp_path, in_folder_of_examples):
+def test_a_process_killed_with_sigkill_is_resumed_with_the_same_weights(short, forked, tmp_path, in_folder_of_examples):
     """The LSTM, in whose checkpoints is the state that its `forward` carries."""
     _, run = short("lstm")
     arguments = [*command_of("lstm"), "--epochs", "2", "--plugin", "checkpoint:every_steps=3", "--without", "progress"]
     folder = tmp_path / "run"
-    with subprocess.Popen([sys.executable, "-m", "loopctl", *arguments, "--out", folder], stdout=subprocess.DEVNULL) as process:
-        last = 0
-        while process.poll() is None and last < run.step // 2 + 4:
-            time.sleep(0.01)
-            last = max((int(file.stem[5:]) for file in folder.glob("checkpoints/step-*.pt")), default=0)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process, last = forked(*arguments, "--out", folder, cwd=Path.cwd()), 0
+    while process.poll() is None and last < run.step // 2 + 4:
+        time.sleep(0.01)
+        last = max((int(file.stem[5:]) for file in folder.glob("checkpoints/step-*.pt")), default=0)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert not (folder / "weights.safetensors").exists()
     done = CliRunner().invoke(command_line, ["run", "--resume", str(folder)])
     assert done.exit_code == 0, done.output

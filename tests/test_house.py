@@ -66,7 +66,7 @@ def test_the_package_is_never_imported_a_second_time_as_core():
     assert not {"core", "plugins", "cli"} & set(sys.modules)
 
 
-@pytest.mark.parametrize("command", [["--help"], ["plugins"], ["hooks"], ["run", "--help"], ["runs", "."], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["--help"], ["plugins"], ["plugins", "--search", "momentum"], ["hooks"], ["run", "--help"], ["runs", "."], ["--version"]], ids=" ".join)
 def test_what_only_informs_imports_no_torch_and_no_plugin(command):
     code = ("import sys; from loopctl.cli import main\n"
             f"try: main({command})\n"

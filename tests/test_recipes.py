@@ -184,7 +184,7 @@ def test_the_speed_run_s_recipe_is_one_command(run_command, start):
     """As airbench has it: summed losses, Nesterov momentum, a frozen first convolution, norm biases 64 times as fast, a
     triangular rate, channels last. Its lookahead is the example package of the documentation, with a test of its own."""
     found = run_command("--optimizer sgd:momentum=0.85,nesterov=true,weight_decay=0.0005 --lr 0.002 --epochs 3 --loss cross_entropy:reduction=sum "
-                        "--plugin label_smoothing:smoothing=0.2 --plugin freeze:patterns=stem.weight --plugin 'layerwise_lr:rates={\"*.norm.bias\": x64}' "
+                        "--plugin label_smoothing:smoothing=0.2 --plugin freeze:patterns=stem.weight --plugin layerwise_lr:rates=*.norm.bias=x64 "
                         "--plugin warmup:length=4st,start_factor=0.2 --plugin linear:start=4st,start_factor=1,end_factor=0.07,total_iters=14,by=step "
                         "--plugin channels_last")
     model, train, valid = start

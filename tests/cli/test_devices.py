@@ -35,7 +35,7 @@ class Fail:
 
 def loopctl(*arguments, launcher=(sys.executable, "-m", "loopctl"), cwd):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.run([*launcher, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run([*launcher, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -83,7 +83,7 @@ def test_if_one_process_fails_all_end_soon_with_one_error_message(tmp_path, how,
     done = loopctl("run", "--devices", "0,1", *SETTINGS, "--plugin", f"fail.py:Fail:how={how}", "--out", "a", cwd=tmp_path)
     assert done.returncode == status
     assert done.stderr.strip() == line
-    assert time.monotonic() - start < 60            # a collective operation times out only after half an hour
+    assert time.monotonic() - start < 300            # a collective operation times out only after half an hour
 
 
 # Prints, last of all exit handlers, the threads that the process still has when Python ends.
@@ -167,7 +167,7 @@ def test_a_failure_during_an_all_reduce_that_rank_0_never_joins_is_reported(tmp_
                    "--out", "a", cwd=tmp_path)
     assert done.returncode == 1
     assert "error: process 1: ValueError: half of a backward pass" in done.stderr
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 300
 
 
 def test_processes_of_torchrun_without_ddp_are_refused(tmp_path):

@@ -23,7 +23,7 @@ sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 FORK_SERVER = """
 import gc, json, os, resource, sys
-import sklearn.datasets, torch._dynamo, torchvision.models
+import torch._dynamo, torchvision.models
 import loopctl.cli.data, loopctl.cli.train, loopctl.plugins.checkpoint, loopctl.plugins.csv
 
 torch.set_num_threads(1)

@@ -40,20 +40,11 @@ class Wait:
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(forked, tmp_path):
     """Start `loopctl` in a new process, which is killed at the end of the test. Return the process."""
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "wait.py").write_text(WAIT)
-    processes = []
-
-    def started(*words):
-        process = subprocess.Popen([sys.executable, "-P", "-m", "loopctl", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        processes.append(process)
-        return process
-    yield started
-    for process in processes:
-        process.kill()
-        process.communicate()
+    return forked
 
 
 @pytest.fixture
@@ -179,10 +170,10 @@ def test_a_refused_run_removes_only_what_it_made(call, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_processes_of_devices_import_nothing_from_the_working_directory(call, tmp_path):
+def test_processes_of_devices_import_nothing_from_the_working_directory(tmp_path):
     for name in ("loopctl", "random", "secrets", "numpy", "torch", "sitecustomize"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'a').write({name!r})\nraise SystemExit('imported')\n")
-    status, errors = call(*RUN, "--devices", "0,1", "--device", "cpu")
-    assert (status, errors) == (0, "")
+    done = subprocess.run([sys.executable, "-P", "-m", "loopctl", *RUN, "--devices", "0,1", "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "trace").exists()
     assert os.path.exists(tmp_path / "a" / "weights.safetensors")

@@ -219,18 +219,13 @@ def test_the_hooks_command_prints_the_tree_of_hooks(run):
     assert run("hooks").stdout.strip() == hooks.__doc__.strip()
 
 
-def test_after_ctrl_c_the_run_is_saved_and_how_to_go_on_is_printed(tmp_path):
-    command = [sys.executable, "-m", "loopctl", "run", "--epochs", "500", "--model", "linear", "--out", "a"]
-    # A shell that runs the tests in the background makes child processes ignore SIGINT.
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+def test_after_ctrl_c_the_run_is_saved_and_how_to_go_on_is_printed(forked, tmp_path):
+    process = forked("run", "--epochs", "500", "--model", "linear", "--out", "a")
     log = tmp_path / "a" / "metrics.csv"
-    for _ in range(600):
-        if log.exists():
-            break
-        time.sleep(0.1)
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 130
     saved, *last = errors.splitlines()
     assert re.fullmatch(r"checkpoint: stopped by SIGINT after \d+ updates, in epoch \d+; resume continues from a/checkpoints/step-\d+.pt", saved)

@@ -6,8 +6,9 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from loopctl.cli import catalogue, data, listing, models
+from loopctl.cli import catalogue, data, listing, main, models
 from loopctl.cli.source_reader import SourceReader, Unreadable
 from loopctl.composition.discovery import available, load
 from loopctl.errors import UsageError
@@ -159,6 +160,33 @@ def test_a_plugin_of_another_package_declares_its_topic(write, installed):
 def test_every_built_in_declares_a_topic_that_several_share():
     topics = [load(name).topic for name in available() if available()[name].module.startswith("loopctl.")]
     assert all(topics.count(topic) > 1 for topic in topics)
+
+
+def found(word):
+    return [line.split()[0] for line in listing.table(False, word)[0].splitlines() if line.startswith("  ")]
+
+
+@pytest.mark.parametrize(("word", "names"), [
+    ("nan_guard", ["nan_guard"]), ("NaN-Guard", ["nan_guard"]), ("super-convergence", ["onecycle"]), ("1506.01186", ["cyclic", "lr_finder"]),
+    ("weight_decays", ["layerwise_lr"]), ("weight  decays", ["layerwise_lr"]), ("several processes", ["ddp", "fsdp"]), ("bucket cap", ["ddp"])])
+def test_a_search_finds_plugins_by_name_help_topic_and_options(word, names):
+    assert set(names) <= set(found(word))
+    assert "csv" not in found(word)
+
+
+def test_a_search_finds_options_of_a_base_class_and_plugins_that_cannot_be_read(write, installed):
+    installed(bare=f"{write('class Mine: ...')}:Mine", odd=f"{write('class Odd(print()): pass', 'odd_one')}:Odd")
+    assert {"cosine", "warmup"} <= set(found("count_from"))
+    assert found("bare") == ["bare"]
+    assert found("odd") == ["odd"]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--search", "perpetual motion"], "error: --search perpetual motion: no plugin has this in its name, help or options; loopctl plugins lists all of them\n"),
+    (["clip", "--search", "norm"], "error: plugins clip --search: one plugin is not searched; leave out one of the two\n")])
+def test_a_search_that_finds_nothing_or_has_nothing_to_search_is_refused(words, message):
+    result = CliRunner().invoke(main, ["plugins", *words])
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", message)
 
 
 def test_a_field_called_topic_is_an_option_and_not_the_topic(write):

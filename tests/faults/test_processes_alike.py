@@ -65,7 +65,7 @@ def refusal(change, plugins):
 def refused(ranks):
     """Assert that all processes refuse the run before its first step, and return the message, which is the same in all."""
     def check(change, number=2, plugins=("ddp",)):
-        (message, steps), *others = ranks(number, refusal, change, plugins, timeout=20)
+        (message, steps), *others = ranks(number, refusal, change, plugins)
         assert all(other == (message, steps) for other in others)
         assert steps == 0
         return message
@@ -317,7 +317,7 @@ def run_out_of_batches(case):
 @pytest.mark.parametrize("case", FEWER)
 def test_a_process_that_runs_out_of_batches_is_named(ranks, case):
     expected = 2 if case == "accumulated" else 5
-    for message, steps in ranks(2, run_out_of_batches, case, timeout=20):
+    for message, steps in ranks(2, run_out_of_batches, case):
         assert f"process 1 has no batches left after {expected} steps of a pass over train, and the others have" in message
         assert steps == expected
 
@@ -365,7 +365,7 @@ class Pauses:
             subprocess.Popen(["sh", "-c", f"until {others_failed}; do sleep 0.05; done; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), signal.SIGSTOP)
         elif run.rank == self.rank and self.how == f"{hook} sleeps":
-            wait_until(lambda: len(os.listdir(self.failed)) == run.world_size - 1, 20)
+            wait_until(lambda: len(os.listdir(self.failed)) == run.world_size - 1)
 
     @hookimpl
     def setup(self, run: Run):
@@ -379,25 +379,25 @@ class Pauses:
 
 def wait_for_a_process(spec, rank, how, failed):
     try:
-        fit(network(), LOSS, SGD, batches(16), plugins=[f"{spec}:timeout=1.5", Pauses(rank, how, failed)], seed=0)
+        fit(network(), LOSS, SGD, batches(16), plugins=[f"{spec}:timeout=3", Pauses(rank, how, failed)], seed=0)
     except Exception as error:
         (failed / os.environ["RANK"]).touch()
         return f"{type(error).__name__}: {error}"
 
 
-NAMED = "TimeoutError: process {} did not answer for 1.5 seconds; see whether it is stopped or slow, or pass a larger timeout"
+NAMED = "TimeoutError: process {} did not answer for 3 seconds; see whether it is stopped or slow, or pass a larger timeout"
 
 
 @pytest.mark.fault(row="F3", given="one rank is stopped with SIGSTOP", right="the others end after ddp:timeout or fsdp:timeout, naming the rank")
 @pytest.mark.parametrize("plugin", ["ddp", "fsdp"])
 def test_a_process_that_is_stopped_is_named_by_the_others(ranks, tmp_path, plugin):
-    assert ranks(2, wait_for_a_process, plugin, 1, "step stopped", tmp_path, timeout=30)[0] == NAMED.format(1)
+    assert ranks(2, wait_for_a_process, plugin, 1, "step stopped", tmp_path)[0] == NAMED.format(1)
 
 
 @pytest.mark.fault(row="F", given="one of three ranks hangs in its code, or is stopped before training; rank 0, which serves the store, is stopped", right="that rank is named by the others")
 @pytest.mark.parametrize(("number", "rank", "how"), [(3, 1, "step sleeps"), (2, 1, "setup stopped"), (3, 0, "step stopped")])
 def test_a_process_that_hangs_is_named_by_the_others(ranks, tmp_path, number, rank, how):
-    answers = ranks(number, wait_for_a_process, "ddp", rank, how, tmp_path, timeout=30)
+    answers = ranks(number, wait_for_a_process, "ddp", rank, how, tmp_path)
     for other in {*range(number)} - {rank}:
         assert answers[other] == NAMED.format(rank)
 
@@ -495,8 +495,8 @@ def ended(tmp_path_factory):
                 wait_until(lambda: process.poll() is not None or any((folder / "a").glob("checkpoints/step-*.pt")))
                 processes = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
                 process.send_signal(getattr(signal, name))
-                status = process.wait(40)
-                wait_until(lambda: not any(map(running, processes)), 20)
+                status = process.wait(100)
+                wait_until(lambda: not any(map(running, processes)))
             finally:
                 process.kill()
             left = [pid for pid in processes if running(pid)]

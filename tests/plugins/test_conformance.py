@@ -10,6 +10,7 @@ from loopctl.testing.tiny import default_arguments
 from tests.conftest import as_images, pool_images
 
 NAMES = sorted({*available()} - {"cudagraph"})      # it needs a GPU
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def images():

@@ -295,7 +295,7 @@ def test_without_the_plugin_no_handlers_are_installed(tmp_path):
 
 FORK_SERVER = """
 import atexit, gc, json, os, runpy, sys
-import sklearn.datasets, torch._dynamo, torch.utils.data._utils.worker, torchvision.models
+import torch._dynamo, torch.utils.data._utils.worker, torchvision.models
 import loopctl.cli.data, loopctl.cli.train, loopctl.plugins.checkpoint, loopctl.plugins.csv
 
 torch.set_num_threads(1)
@@ -579,7 +579,7 @@ def test_a_run_that_is_killed_repeatedly_ends_with_the_same_bits(workers, start,
     while killed < 3:
         before, child = saved(), start(*words)
         child.wait_for(lambda before=before: saved() - before)
-        time.sleep(generator.random() * 0.2)
+        time.sleep(generator.random() * 0.1)
         os.kill(child.pid, signal.SIGKILL)
         assert child.end() == -signal.SIGKILL
         killed, words = killed + 1, ["loopctl", "run", "--resume", "part"]

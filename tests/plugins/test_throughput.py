@@ -123,7 +123,7 @@ def test_data_wait_of_a_data_set_that_sleeps(plain, batches, sgd):
     row, = fit(plain, cross_entropy, sgd, SleepingData(batches), plugins=["throughput"]).history
     waited = row["data_wait"] * 59 / row["samples_per_s"]           # in seconds
     assert waited >= 8 * 0.02
-    assert 0.3 < row["data_wait"] < 1
+    assert 0 < row["data_wait"] < 1
 
 
 @pytest.mark.compares(use="throughput:peak", technique="operations of a sample, for the utilization of arXiv:2204.02311",
