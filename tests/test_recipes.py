@@ -63,9 +63,8 @@ def run_command(tmp_path, monkeypatch):
     return call
 
 
-@pytest.fixture
 def start():
-    """The network and the data of the command, at the start of its training."""
+    """The network and the data of the command, at the start of its training; seeds torch as the command does."""
     scope = {}
     exec(NETWORK, scope)
     torch.manual_seed(1)
@@ -111,12 +110,12 @@ def layers(model):
 
 @pytest.mark.compares(use="mixup, cutmix, label_smoothing, ema, warmup, cosine, layerwise_lr, agc", technique="timm's recipe in one command",
                       source="the loop by hand", tolerance="to the bit")
-def test_timm_s_recipe_is_one_command(run_command, start):
+def test_timm_s_recipe_is_one_command(run_command):
     """Mixup and cutmix, label smoothing, weight averages, warmup then cosine, layer-wise decay, adaptive clipping."""
     found = run_command("--optimizer adamw:weight_decay=0.05 --lr 0.01 --epochs 3 --plugin mixup:alpha=0.8 --plugin cutmix:alpha=1,switch_prob=0.5 "
                         "--plugin label_smoothing:smoothing=0.1 --plugin agc:clip_factor=0.02 --plugin layerwise_lr:decay=0.75,no_decay=true "
                         "--plugin warmup:length=1ep,start_factor=0.1 --plugin cosine:by=step --plugin ema:decay=0.9,warmup=false")
-    model, train, valid = start
+    model, train, valid = start()
     groups = [{"params": [p for p in layer.parameters() if (p.ndim <= 1) == vector], "lr": 0.01 * 0.75 ** (3 - depth), "weight_decay": 0.0 if vector else 0.05}
               for depth, layer in enumerate(layers(model)) for vector in (False, True)]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.01)
@@ -152,13 +151,13 @@ def clip_by_units(parameter, factor):
 
 @pytest.mark.compares(use="mixup, cutmix, label_smoothing, ema, warmup, cosine, layerwise_lr", technique="torchvision's ResNet recipe in one command",
                       source="the loop by hand", tolerance="to the bit")
-def test_torchvision_s_recipe_is_one_command(run_command, start):
+def test_torchvision_s_recipe_is_one_command(run_command):
     """SGD without weight decay of norms, label smoothing, mixup or cutmix, a linear warmup and a cosine by epoch, and
     weight averages from the end of the warmup on, here of every update."""
     found = run_command("--optimizer sgd:momentum=0.9,weight_decay=2e-5 --lr 0.5 --epochs 4 --plugin mixup:alpha=0.2 --plugin cutmix --plugin label_smoothing "
                         "--plugin layerwise_lr:no_decay=[norms] --plugin warmup:length=2,start_factor=0.01,by=epoch --plugin cosine:start=2,by=epoch "
                         "--plugin ema:decay=0.99,warmup=false,start=2ep")
-    model, train, valid = start
+    model, train, valid = start()
     norms = [p for module in model.modules() if isinstance(module, nn.BatchNorm2d) for p in module.parameters()]
     others = [p for p in model.parameters() if not any(p is norm for norm in norms)]
     optimizer = torch.optim.SGD([{"params": others}, {"params": norms, "weight_decay": 0.0}], lr=0.5, momentum=0.9, weight_decay=2e-5)
@@ -180,14 +179,14 @@ def test_torchvision_s_recipe_is_one_command(run_command, start):
 
 @pytest.mark.compares(use="label_smoothing, freeze, layerwise_lr, channels_last", technique="the speed run's recipe for CIFAR-10 in one command",
                       source="the loop by hand", tolerance="to the bit")
-def test_the_speed_run_s_recipe_is_one_command(run_command, start):
+def test_the_speed_run_s_recipe_is_one_command(run_command):
     """As airbench has it: summed losses, Nesterov momentum, a frozen first convolution, norm biases 64 times as fast, a
     triangular rate, channels last. Its lookahead is the example package of the documentation, with a test of its own."""
     found = run_command("--optimizer sgd:momentum=0.85,nesterov=true,weight_decay=0.0005 --lr 0.002 --epochs 3 --loss cross_entropy:reduction=sum "
                         "--plugin label_smoothing:smoothing=0.2 --plugin freeze:patterns=stem.weight --plugin layerwise_lr:rates=*.norm.bias=x64 "
                         "--plugin warmup:length=4st,start_factor=0.2 --plugin linear:start=4st,start_factor=1,end_factor=0.07,total_iters=14,by=step "
                         "--plugin channels_last")
-    model, train, valid = start
+    model, train, valid = start()
     model = model.to(memory_format=torch.channels_last)
     model.stem.weight.requires_grad_(False)
     fast = [block.norm.bias for block in model.blocks]
