@@ -103,6 +103,51 @@ def test_alpha_1_is_the_optimizer_without_lookahead(net, batches):
     assert_same(net, without)
 
 
+class AirbenchState:
+    """LookaheadState of airbench94 (github.com/KellerJordan/cifar10-airbench), line by line."""
+
+    def __init__(self, net):
+        self.net_ema = {name: value.clone() for name, value in net.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, net, decay):
+        for ema, value in zip(self.net_ema.values(), net.state_dict().values(), strict=True):
+            if value.dtype in (torch.half, torch.float):
+                ema.lerp_(value, 1 - decay)
+                value.copy_(ema)
+
+
+def airbench_schedule(total, dtype):
+    return 0.95**5 * (torch.arange(total + 1, dtype=dtype) / total) ** 3
+
+
+def airbench(model, factory, batches, epochs):
+    """The loop of airbench94 around its state."""
+    total, step = epochs * len(batches), 0
+    schedule = airbench_schedule(total, torch.float64)      # as the plugin; airbench94 itself rounds it to float32
+    torch.manual_seed(1)
+    optimizer, state = factory(model.parameters()), AirbenchState(model)
+    for _ in range(epochs):
+        model.train()
+        for input, target in batches:
+            optimizer.zero_grad()
+            cross_entropy(model(input), target).backward()
+            optimizer.step()
+            step += 1
+            if step % 5 == 0:
+                state.update(model, schedule[step].item())
+    state.update(model, 1.0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_equals_the_loop_of_airbench_with_its_schedule(net, batches, optimizer):
+    raw = copy.deepcopy(net)
+    train(net, OPTIMIZERS[optimizer], batches, 3, [Lookahead(5, 1.0, decay=0.95**5, buffers=True)])
+    airbench(raw, OPTIMIZERS[optimizer], batches, 3)
+    assert_same(net, raw)
+    torch.testing.assert_close(airbench_schedule(21, torch.float32).double(), airbench_schedule(21, torch.float64), rtol=3e-7, atol=0)
+
+
 class CopyAfterEvaluate:
     """Keeps a copy of the model as a plugin sees it in `after_evaluate`."""
 
@@ -144,9 +189,10 @@ class Interrupt:
 
 
 @pytest.mark.parametrize("attempts", [3, 5, 7])
-def test_a_resumed_run_ends_with_the_same_bits(net, batches, tmp_path, attempts):
+@pytest.mark.parametrize("lookahead", ["lookahead:k=3", "lookahead:k=3,alpha=1,decay=0.8,buffers=true"])
+def test_a_resumed_run_ends_with_the_same_bits(net, batches, tmp_path, lookahead, attempts):
     whole, resumed = copy.deepcopy(net), copy.deepcopy(net)
-    plugins = ["lookahead:k=3", "ema:decay=0.9", "checkpoint:every_steps=1"]
+    plugins = [lookahead, "ema:decay=0.9", "checkpoint:every_steps=1"]
     expected = train(whole, sgd, batches, 3, plugins, batches[:1], out=tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(net, sgd, batches, 3, [*plugins, Interrupt(attempts)], batches[:1], out=tmp_path / "cut")
@@ -271,6 +317,8 @@ def test_frozen_parameters_have_no_slow_weights(net, batches):
     ("lookahead:k=0", "lookahead: k is at least 1, not 0"),
     ("lookahead:alpha=0", r"lookahead: alpha is above 0 and up to 1, not 0\.0"),
     ("lookahead:alpha=1.5", r"lookahead: alpha is above 0 and up to 1, not 1\.5"),
+    ("lookahead:decay=1.5", r"lookahead: decay is 0 to 1, not 1\.5"),
+    ("lookahead:power=0", r"lookahead: power is above 0, not 0\.0"),
     ("lookahead:alfa=1", "lookahead: no option 'alfa'; did you mean 'alpha'?"),
 ])
 def test_a_wrong_option_is_refused(net, batches, spec, message):
@@ -278,6 +326,6 @@ def test_a_wrong_option_is_refused(net, batches, spec, message):
         train(net, sgd, batches, 1, [spec])
 
 
-@pytest.mark.parametrize("check", plugin_checks(Lookahead, {"k": 3}))
+@pytest.mark.parametrize("check", plugin_checks(Lookahead, {"k": 3}) + plugin_checks(Lookahead, {"k": 2, "decay": 0.8, "buffers": True}))
 def test_it_passes_the_checks_for_all_plugins(check):
     check()
