@@ -75,15 +75,23 @@ def make_batches(sizes, seed=0):
 # Options for the built-ins that require some, or that have an effect in a short run only with other options than the default.
 EXAMPLES = checks.EXAMPLES | {
     "accumulate": "every=3", "amp": "dtype=float16", "clip": "max_norm=0.1", "early_stopping": "patience=1,min_delta=9,restore_best=true",
-    "ema": "decay=0.9", "freeze": "patterns=0,until=1ep", "layerwise_lr": "decay=0.5,no_decay=true", "lr_finder": "num_steps=5", "max_time": "limit=1h",
+    "ema": "decay=0.9", "freeze": "patterns=0,until=1ep", "layerwise_lr": "decay=0.5,no_decay=true", "lora": "target_modules=0,modules_to_save=4", "lr_finder": "num_steps=5", "max_time": "limit=1h",
     "plateau": "patience=0", "profile": "start=1,steps=2", "tensorboard": "every_steps=2", "throughput": "peak=1", "warmup": "length=50%",
 }
+
+
+# The library that a built-in needs and that may not be installed; its tests are skipped then.
+LIBRARIES = {"lora": "peft"}
 
 
 @pytest.fixture
 def example():
     """Return the command-line text of a built-in, by its name, with options from EXAMPLES."""
-    return lambda name: f"{name}:{EXAMPLES[name]}" if name in EXAMPLES else name
+    def spec(name):
+        if name in LIBRARIES:
+            pytest.importorskip(LIBRARIES[name])
+        return f"{name}:{EXAMPLES[name]}" if name in EXAMPLES else name
+    return spec
 
 
 @pytest.fixture

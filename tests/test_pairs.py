@@ -9,7 +9,7 @@ from loopctl import UsageError, available, fit
 NAMES = sorted({*available()} - {"cudagraph"})        # cudagraph needs a GPU; its test file combines it with the others
 REFUSED = {("cyclic", "onecycle"): "cycles the momentum too", ("amp", "sam"): "one gradient computation per step",
            ("ddp", "fsdp"): "choose one", ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support", ("fsdp", "lr_finder"): "cannot be copied",
-           ("fsdp", "prune"): "the weights are sharded"}
+           ("fsdp", "prune"): "the weights are sharded", ("fsdp", "lora"): "shards the weights", ("lora", "prune"): "sets weights to 0"}
 ORDERED = {("ema", "swa")}        # the order matters: the averaged weights of the last one are evaluated and kept
 
 

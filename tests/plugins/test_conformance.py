@@ -11,6 +11,7 @@ NAMES = sorted({*available()} - {"cudagraph"})      # it needs a GPU
 ARGUMENTS = {
     "amp": {"skip": {"never_waits": "autocast does not support the meta device, and GradScaler synchronizes with float16"}},
     "checkpoint": {"skip": {"resumes": "it resumes from its own files, which test_checkpoint.py tests"}},
+    "lora": {"draws_random": True},     # of the first values of the matrices
     "nan_guard": {"waits": True},       # on a CPU; on a GPU it does not, see test_nan_guard.py
     "sam": {"draws_random": True},      # it computes gradients twice per step, with new dropout masks
     "throughput": {"measured": ("samples_per_s", "data_wait", "memory_gb", "mfu")},
