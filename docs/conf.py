@@ -53,6 +53,7 @@ EXAMPLES = {
     "fsdp": "--devices 0,1 --plugin fsdp",
     "label_smoothing": "--plugin label_smoothing:smoothing=0.1",
     "layerwise_lr": "--lr 0.01 --plugin layerwise_lr:decay=0.75,no_decay=true",
+    "lora": "--init runs/a --plugin lora:target_modules=1,r=4,modules_to_save=7",
     "lr_finder": "--plugin lr_finder:only=true",
     "csv": "--plugin csv:every_steps=50",
     "mlflow": "--plugin mlflow:experiment=digits",

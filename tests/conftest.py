@@ -115,6 +115,7 @@ EXAMPLES = checks.EXAMPLES | {
     "ema": "decay=0.9",
     "freeze": "patterns=0,until=1ep",
     "layerwise_lr": "decay=0.5,no_decay=true",
+    "lora": "target_modules=0,modules_to_save=4",
     "lr_finder": "num_steps=5",
     "max_time": "limit=1h",
     "mixup": "prob=0.7",
@@ -124,14 +125,14 @@ EXAMPLES = checks.EXAMPLES | {
     "progressive_resizing": "delay_fraction=0.2",
     "selective_backprop": "start=0.1,keep=0.7",
     "spike": "deviations=0.5,warmup=2",
-    "tensorboard": "every_steps=2",
+    "tensorboard": "every_steps=2,histogram_steps=3",
     "throughput": "peak=1",
     "warmup": "length=50%",
 }
 
 
 # The library that a built-in needs and that may not be installed; its tests are skipped then.
-LIBRARIES = {"mlflow": "mlflow", "wandb": "wandb"}
+LIBRARIES = {"lora": "peft", "mlflow": "mlflow", "wandb": "wandb"}
 
 
 @pytest.fixture

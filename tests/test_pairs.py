@@ -18,7 +18,9 @@ REFUSED = {
     ("ddp", "fsdp"): "choose one",
     ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support",
     ("fsdp", "lr_finder"): "cannot be copied",
+    ("fsdp", "lora"): "shards the weights",
     ("fsdp", "prune"): "the weights are sharded",
+    ("lora", "prune"): "sets weights to 0",
     ("nan_guard", "spike"): "would undo the same steps",
 }
 # The order of a pair matters:

@@ -137,12 +137,15 @@ class Weights:
 
     If they are sharded, they are gathered, so all processes must make it. Values that are not tensors are left out,
     because safetensors cannot hold them. Sparse tensors become dense, and overlapping ones copies, for the same reason.
+    A plugin that changes the names in a model for training sets the model's attribute `exported_state_dict`, a function
+    that returns the state dict of the plain model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         # One tensor is gathered at a time, and only rank 0 keeps it, on the host: a device may be too small for all.
         self.tensors = {}
-        for name, value in own_state_dict(model).items():
+        exported = getattr(model, "exported_state_dict", None)
+        for name, value in (exported() if exported else own_state_dict(model)).items():
             if hasattr(value, "full_tensor"):
                 # Cloned because it may be a view of the larger buffer that was gathered into.
                 value = value.full_tensor() if rank() else value.full_tensor().clone().cpu()

@@ -55,6 +55,7 @@ EXAMPLES = {
     "inverse_sqrt": "timescale=3",
     "lambda": "lr_lambda=math:exp",
     "layerwise_lr": "decay=0.5",
+    "lora": "target_modules=0",
     "max_time": "limit=1h",
     "multiplicative": "lr_lambda=math:cos",
     "multistep": "milestones=1",
@@ -63,8 +64,6 @@ EXAMPLES = {
     "prune": "amount=0.5",
     "step": "step_size=1",
     "swa": "start=50%",
-    "torch_scheduler": "cls=torch.optim.lr_scheduler:ExponentialLR,gamma=0.9",
-    "trapezoidal": "max_lr=0.2,step_size=25%",
     "wandb": "mode=disabled",
 }
 

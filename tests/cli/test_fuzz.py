@@ -42,7 +42,7 @@ MORE = settings(deadline=None, derandomize=True, database=None, suppress_health_
 # Values of the required options, with which the other options of the plugin can be tried.
 REQUIRED = {"t_0": "1", "base_lr": "0.01", "max_lr": "0.1", "gamma": "0.9", "lr_lambda": "math:cos", "milestones": "1",
             "step_size": "1", "limit": "1h", "cls": "torch.optim.lr_scheduler:ExponentialLR",
-            "amount": "0.5", "teacher": "loopctl.testing.tiny:tiny_model"}
+            "amount": "0.5", "target_modules": "1", "teacher": "loopctl.testing.tiny:tiny_model"}
 
 
 def either(*strategies):

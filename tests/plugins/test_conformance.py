@@ -27,6 +27,7 @@ ARGUMENTS = {
     "progressive_resizing": images(),
     "selective_backprop": {"draws_random": True},
     "checkpoint": {"skip": {"resumes": "it resumes from its own files, which test_checkpoint.py tests"}},
+    "lora": {"draws_random": True},     # of the first values of the matrices
     "nan_guard": {"waits": True},       # on a CPU; on a GPU it does not, see test_nan_guard.py
     "sam": {"draws_random": True},      # it computes gradients twice per step, with new dropout masks
     "spike": {"waits": True},           # as nan_guard, see test_spike.py
