@@ -21,7 +21,7 @@ MAX_LINES = 12          # layers in a chart of the report
 
 @dataclass(eq=False)
 class Norms(StepLogger):
-    """Write the norms of the gradients, the weights and the updates of each layer, every N steps.
+    """Write the norms of the gradients, weights and updates of each layer, every N steps.
 
     A layer is a module with parameters of its own that are trained; its norm is the 2-norm of all of them together. The
     gradient is that of the whole step, unscaled and before other plugins change it, as `clip` does; the weight that

@@ -95,10 +95,13 @@ def test_the_status_says_how_the_run_ended(net, batches, sgd, tmp_path, client, 
     assert client.list_artifacts(found.info.run_id) == []                   # the weights are not final
 
 
-def test_long_options_are_cut_which_mlflow_would_refuse(net, batches, sgd, tmp_path, client):
-    fit(net, cross_entropy, sgd, batches, plugins=["mlflow", f"freeze:patterns=0,{'0,' * 2 * LONGEST}1"], out=tmp_path)
+def test_options_that_are_too_long_for_mlflow_are_cut_and_are_the_same_after_a_resume(net, batches, sgd, tmp_path, client):
+    plugins = ["checkpoint", "mlflow", f"freeze:patterns=0,{'0,' * 2 * LONGEST}1"]
+    for epochs in (1, 2):
+        fit(net, cross_entropy, sgd, batches, epochs=epochs, plugins=plugins, out=tmp_path, resume=tmp_path if epochs > 1 else None)
     found, = logged(client)
     assert len(found.data.params["plugin"]) == LONGEST
+    assert [tag for tag in found.data.tags if "from step" in tag] == ["epochs from step 8"]
 
 
 def test_a_server_that_is_away_costs_no_training(net, batches, sgd, tmp_path, client, caplog):
