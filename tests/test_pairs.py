@@ -8,7 +8,7 @@ from loopctl import UsageError, available, fit
 
 NAMES = sorted({*available()} - {"cudagraph"})        # cudagraph needs a GPU; its test file combines it with the others
 REFUSED = {("cyclic", "onecycle"): "cycles the momentum too", ("amp", "sam"): "one gradient computation per step",
-           ("ddp", "fsdp"): "choose one", ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support", ("fsdp", "lr_finder"): "cannot be copied"}
+           ("ddp", "fsdp"): "choose one", ("ddp", "local_sgd"): "choose one", ("fsdp", "local_sgd"): "choose one", ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support", ("fsdp", "lr_finder"): "cannot be copied"}
 ORDERED = {("ema", "swa")}        # the order matters: the averaged weights of the last one are evaluated and kept
 
 
