@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from loopctl import Parallel, Run, UsageError, hookimpl
 from loopctl.distributed.communication_hooks import HOOKS, PowerSgd
 from loopctl.distributed.process_group import broadcast_tensors, is_single_process
-from loopctl.errors import names
 from loopctl.model.forward import unwrapped_network
 from loopctl.model.own_names import own_parameters
 from loopctl.model.ownership import named_parameters
@@ -90,9 +89,9 @@ class Ddp(Parallel):
         if isinstance(run.optimizer, torch.optim.Optimizer | dict):
             raise UsageError("zero=true divides the state of one optimizer that does not exist yet; pass a factory, "
                              "such as partial(torch.optim.SGD, lr=0.1), or leave zero out")
-        if len(dtypes := {one.dtype for one in named_parameters(run).values() if one.requires_grad}) > 1:
-            raise UsageError(f"zero=true needs parameters of one dtype, and there are {names(map(str, dtypes))}; leave "
-                             "it out, or use fsdp")
+        if len(dtypes := {str(one.dtype) for one in named_parameters(run).values() if one.requires_grad}) > 1:
+            raise UsageError(f"zero=true needs parameters of one dtype, and there are {', '.join(sorted(dtypes))}; "
+                             "leave it out, or use fsdp")
         from loopctl.distributed.zero import ZeroOptimizer  # here, because its import takes long
         run.optimizer = partial(ZeroOptimizer, factory=run.optimizer)
 

@@ -56,6 +56,11 @@ class Parallel:
     the same way and are equal in all processes, so that plugins make the same decisions in each of them. A reason to
     stop or to leave that only one process has, such as a time limit, takes effect in all processes at the same step.
 
+    It is assumed that each process has a sample of its own, that gradients are averaged over the processes, and that
+    random numbers such as those of dropout differ. A subclass that divides layers among the processes, as tensor
+    parallelism does, has `same_data = True` and `shard = False`: then all have the same data and random numbers, and a
+    step is that of one process.
+
     All processes must be started alike: what differs is refused before training, with the values and their ranks.
 
     shard: give each process its part of the data; false if the data is sharded already, with equally many batches
@@ -68,6 +73,7 @@ class Parallel:
 
     needs_process_group: ClassVar[bool] = False         # create a process group even for a single process
     collective_forward: ClassVar[bool] = False          # the forward pass has collectives, in evaluation too
+    same_data: ClassVar[bool] = False                   # all processes compute the same step, each a part of each layer
     topic = "several processes"
 
     def __post_init__(self) -> None:
@@ -88,6 +94,8 @@ class Parallel:
         for name, other in run.hook.plugins.items():
             if other is not self and isinstance(other, Parallel):
                 raise UsageError(f"{name} trains in several processes already; choose one")
+        if self.same_data and self.shard:
+            raise UsageError("shard=true, but all processes compute the same step; use shard=false")
         self.created_group = join_process_group(run, self.needs_process_group, self.timeout)
         self.certain_length = length_is_certain(run.train)
         self.agreed_stop = ""               # the reason to stop that all processes have agreed on
@@ -95,7 +103,8 @@ class Parallel:
         self.consensus, self.leave_consensus = StopConsensus(), StopConsensus()
         self.evaluating, self.uneven, self.depth = False, False, 0
         require_same(run, self.describe_request)
-        require_distinct_samplers(run)
+        if not self.same_data:
+            require_distinct_samplers(run)
         run.out, run.resume = broadcast_from_rank0(run, (run.out, run.resume))
         # The initial seed and not a new one, so that a resumed run draws the same batches.
         self.seed = broadcast_from_rank0(run, torch.initial_seed())
@@ -139,7 +148,7 @@ class Parallel:
             run.plan()          # which is agreed on in collectives; later one process alone may ask for it
         # All processes had the same random numbers until here, for the same initial weights. From here on dropout and
         # augmentation draw different ones in each.
-        if run.rank:
+        if run.rank and not self.same_data:
             seed_everything((self.seed + run.rank) % 2**63)
 
     @hookimpl
@@ -155,7 +164,7 @@ class Parallel:
         if countable and isinstance(run.train, DataLoader) and type(run.train.batch_sampler) is BatchSampler:
             layout = run.train.batch_size, length_or_none(run.train.sampler), run.train.drop_last
         layouts = all_gather(run, layout)
-        self.equal_counts = layout is not None and all(each == layout for each in layouts)
+        self.equal_counts = self.same_data or (layout is not None and all(each == layout for each in layouts))
         classes = {stepped_class(one) for one in each_optimizer(run.optimizer)}
         self.single_closure_call = classes <= SINGLE_CLOSURE_CALL
 

@@ -26,7 +26,7 @@ class ZeroOptimizer(ZeroRedundancyOptimizer):
     _default_device: Any
 
     def __init__(self, groups: list[dict[str, Any]], factory: Callable[[list[dict[str, Any]]], Optimizer]) -> None:
-        super().__init__(groups, factory)       # type: ignore[arg-type]   # any callable, in place of a class
+        super().__init__(groups, factory)               # type: ignore[arg-type]   # any callable, in place of a class
         self.defaults = self.optim.defaults
 
     @property

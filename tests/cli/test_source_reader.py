@@ -154,7 +154,7 @@ def test_a_plugin_of_another_package_declares_its_topic(write, installed):
     assert list(topics)[-1] == "other"
     assert "amp" in topics["precision and speed"]
     assert {"cosine", "plateau"} <= set(topics["learning-rate schedules"])
-    assert {"ddp", "fsdp"} == set(topics["several processes"])
+    assert {"ddp", "fsdp", "local_sgd"} == set(topics["several processes"])
 
 
 def test_every_built_in_declares_a_topic_that_several_share():
