@@ -83,7 +83,7 @@ def make_two(text: str, specs: list[str], lr: float | None, device: str) -> dict
                              "file.py:name")
         made[name] = factory
     try:
-        made[name]([torch.zeros(1, requires_grad=True)])
+        made[name]([{"params": [torch.zeros(1, requires_grad=True)]}])
     except UsageError as error:
         raise UsageError(f"{error}; the second optimizer has everything that is no hidden matrix, so put {name} "
                          "first") from error
@@ -94,7 +94,7 @@ def make_one(spec: str, lr: float | None, device: str) -> tuple[Any, float | Non
     """Return what `make` does for one optimizer."""
     import torch
 
-    from loopctl.optim.fast_step import KNOWN, without_dynamo_wrappers
+    from loopctl.optim.fast_step import KNOWN, takes_model, without_dynamo_wrappers
 
     classes = {name.lower(): cls for name, cls in vars(torch.optim).items()
                if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer}
@@ -123,12 +123,21 @@ def make_one(spec: str, lr: float | None, device: str) -> tuple[Any, float | Non
     def factory(params: Any) -> Any:
         try:
             return cls(params, **options)
+        except UsageError:
+            raise
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise UsageError(f"optimizer {name}: {one_line(error)}") from error
+        except Exception as error:              # their messages mean little without the type, such as KeyError's
+            raise UsageError(f"optimizer {name}: {type(error).__name__}: {one_line(error)}") from error
 
-    weight = torch.full((1, 1), 2.5, requires_grad=True)
+    weight = torch.nn.Parameter(torch.full((1, 1), 2.5))
+    groups: Any = [{"params": [weight]}]
+    if takes_model(cls):
+        factory.__dict__["__signature__"] = inspect.signature(cls)
+        groups = torch.nn.Module()
+        groups.weight = weight
     with without_dynamo_wrappers():
-        optimizer = factory([weight])                              # raises UsageError for a wrong option
+        optimizer = factory(groups)                                # raises UsageError for a wrong option
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(f"optimizer {name} returned a {type(optimizer).__name__}, not a torch.optim.Optimizer")
     if cls in classes.values() and device == "cpu":                # fused kernels of a GPU refuse a weight on the CPU

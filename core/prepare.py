@@ -28,7 +28,7 @@ from loopctl.model.hidden_matrices import hidden_matrices
 from loopctl.model.ownership import describe_untrained, modules_of, named_parameters, owns_any, untrained_parameters
 from loopctl.model.parameter_matching import matching_parameters
 from loopctl.model.weight_averages import WeightAverage
-from loopctl.optim.fast_step import without_dynamo_wrappers
+from loopctl.optim.fast_step import takes_model, without_dynamo_wrappers
 from loopctl.optim.group_numbers import initial_key
 from loopctl.optim.learning_rate import scheduled_values
 from loopctl.optim.optimizer_mode import with_modes
@@ -281,12 +281,15 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
         optimizer = run.optimizer
         check_ready_made(run, optimizer)
     else:
+        whole = takes_model(run.optimizer)
+        if whole and (plugins := run.hook.acting["param_groups"]):
+            raise UsageError(f"{plugins[0]} sets the parameter groups, but the optimizer makes its own of the model; "
+                             f"leave out {plugins[0]}, or use another optimizer")
         groups = run.hook.param_groups(run=run)
         if not any(group["params"] for group in groups):
             raise UsageError("no parameter of the model has requires_grad=True; leave at least one trainable")
-        optimizer = call_factory(run.optimizer, groups)
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", float(group["lr"]))
+        optimizer = call_factory(run.optimizer, run.model if whole else groups)
+    note_rates(optimizer)
     return optimizer
 
 
@@ -313,6 +316,8 @@ def make_optimizers(run: Run) -> Optimizers:
             if not own:
                 raise UsageError(f"the optimizer {name!r} has no parameters: they do not require gradients, or an "
                                  "earlier optimizer has them; put it first")
+            if takes_model(getattr(optimizer, "factory", optimizer)):
+                raise UsageError(f"the optimizer {name!r} takes the whole model, so it cannot be one of several")
             optimizer = call_factory(optimizer, [{"params": own}])
         if not run.turns and isinstance(optimizer, torch.optim.LBFGS):
             raise UsageError(f"the optimizer {name!r} computes the loss several times in a step, so it cannot be "
@@ -326,8 +331,7 @@ def make_optimizers(run: Run) -> Optimizers:
         raise UsageError(f"no optimizer has the parameters {names(few)}; add one under the name '*', which has what no "
                          "earlier one has, or freeze them")
     for optimizer in made.values():
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", float(group["lr"]))
+        note_rates(optimizer)
     return Optimizers(made)
 
 
@@ -348,10 +352,22 @@ def check_ready_made(run: Run, optimizer: torch.optim.Optimizer) -> None:
                 del group[initial_key(name)]        # the user has set another value since
 
 
-def call_factory(factory: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return the optimizer that the user's factory makes of parameter groups. Raises UsageError if it makes none."""
+def note_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Set `initial_lr` in each parameter group. Raises UsageError where one has no learning rate."""
+    for group in optimizer.param_groups:
+        if group.get("lr") is None:
+            raise UsageError(f"the optimizer {type(optimizer).__name__} has a parameter group without a learning rate; "
+                             "pass lr=..., or use another optimizer if it takes none")
+        group.setdefault("initial_lr", float(group["lr"]))
+
+
+def call_factory(factory: Any, argument: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that the user's factory makes of parameter groups, or of the model if it `takes_model`.
+
+    Raises UsageError if it makes none.
+    """
     with without_dynamo_wrappers():
-        optimizer = factory(groups)
+        optimizer = factory(argument)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(f"optimizer returned a {type(optimizer).__name__}, not a torch.optim.Optimizer")
     return optimizer

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
+from enum import Enum
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,9 +199,13 @@ def load_state(run: Run, saved: dict[str, Any], file: Path) -> None:
     load_model(run.model, saved["model"] | trained.get("model", {}))
     load_loss_tensors(run, saved["loss_fn"] | trained.get("loss_fn", {}))
     names = [group.get("name") for group in run.optimizer.param_groups]
+    code = [{key: value for key, value in group.items() if is_code(value)} for group in run.optimizer.param_groups]
+    state = {key: value for key, value in saved["optimizer"].items() if key not in ("class", "defaults")}
+    if groups := state.get("param_groups"):
+        state["param_groups"] = [group | own for group, own in zip(groups, code, strict=False)]
     with without_dynamo_wrappers():
-        run.optimizer.load_state_dict({key: value for key, value in saved["optimizer"].items()
-                                       if key not in ("class", "defaults")})
+        run.optimizer.load_state_dict(state)
+    keep_lengths(run.optimizer, state.get("state", {}))
     for group, name in zip(run.optimizer.param_groups, names, strict=True):
         group |= {"name": name} if name else {}         # the checkpoint may be older than the name
     for name, plugin in stateful(run).items():
@@ -215,6 +221,16 @@ def load_state(run: Run, saved: dict[str, Any], file: Path) -> None:
                 reason = f"({type(error).__name__}: {one_line(error)})"
                 raise UsageError(f"resume: {file} cannot be loaded: plugin {name} cannot load its state {reason}; use "
                                  "the version that has saved it") from error
+
+
+def keep_lengths(optimizer: Any, saved: dict[Any, Any]) -> None:
+    """Give each deque in the state of the optimizer the maximum length that it had: torch loads it without one."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entries in saved.items():
+        for key, value in entries.items() if isinstance(entries, dict) else ():
+            if isinstance(value, deque):
+                own = optimizer.state[parameters[number]]
+                own[key] = deque(own[key], value.maxlen)
 
 
 def load_model(model: nn.Module, state: dict[str, Any]) -> None:
@@ -335,8 +351,20 @@ def parameter_names(run: Run) -> list[list[str]]:
 
 def optimizer_defaults(run: Run) -> dict[str, Any]:
     """Return the optimizer's default options, without those that only choose an implementation for the device."""
-    return {key: value for key, value in run.optimizer.defaults.items()
+    return {key: describe_code(value) if is_code(value) else value for key, value in run.optimizer.defaults.items()
             if key.partition(" of ")[0] not in ("foreach", "fused", "capturable", "differentiable")}
+
+
+def is_code(value: Any) -> bool:
+    """Whether an option of a parameter group is a function, a class or a member of an enumeration.
+
+    A checkpoint does not hold these, which the run's own optimizer has.
+    """
+    return isinstance(value, Enum) or callable(value)
+
+
+def describe_code(value: Any) -> str:
+    return str(value) if isinstance(value, Enum) else getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def stateful(run: Run) -> dict[str, Any]:
@@ -383,16 +411,18 @@ def plain_content(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def optimizer_state(run: Run, own: bool = False) -> dict[str, Any]:
-    """Return the state dict of the optimizer. One that is divided among processes is gathered in rank 0; others get {}.
+    """Return the state dict of the optimizer, without the options of its parameter groups that are code.
 
+    One that is divided among processes is gathered in rank 0; others get {}.
     own: return the part of this process, without gathering, in which all processes take part
     """
     optimizer = run.optimizer
     with without_dynamo_wrappers():
-        if is_divided(optimizer):
-            if own:
-                return optimizer.optim.state_dict()
+        if is_divided(optimizer) and not own:
             optimizer.consolidate_state_dict(to=0)
             if run.rank:
                 return {}
-        return optimizer.state_dict()
+        state = (optimizer.optim if is_divided(optimizer) and own else optimizer).state_dict()
+    groups = [{key: value for key, value in group.items() if not is_code(value)}
+              for group in state.get("param_groups", [])]
+    return state | ({"param_groups": groups} if groups else {})

@@ -104,6 +104,14 @@ def takes_closure(optimizer: Any) -> bool:
     return True
 
 
+def takes_model(factory: Any) -> bool:
+    """Whether a factory of optimizers takes the model in place of parameter groups: its first argument is `model`."""
+    try:
+        return next(iter(inspect.signature(factory).parameters), "") == "model"
+    except (TypeError, ValueError):         # some callables written in C have no signature
+        return False
+
+
 def zero_grad(optimizer: Optimizer, others: Iterable[Tensor] = ()) -> None:
     """Do what `optimizer.zero_grad()` does; call that method where the optimizer's class overrides it.
 

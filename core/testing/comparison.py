@@ -35,7 +35,7 @@ def first_difference(one: Any, other: Any, where: str = "") -> str:
         if unmatched := [*map(str, one.keys() ^ other.keys())]:
             return f"{where or 'the result'} has {min(unmatched)} in only one of the two cases"
         items = [(f"{where}[{key!r}]" if where else str(key), one[key], other[key]) for key in one]
-    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+    elif isinstance(one, list | tuple | deque) and isinstance(other, list | tuple | deque):
         if len(one) != len(other):
             return f"{where} has {len(one)} items and {len(other)} items"
         items = [(f"{where}[{index}]", *both) for index, both in enumerate(zip(one, other, strict=True))]
