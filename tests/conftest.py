@@ -94,7 +94,7 @@ def make_batches(sizes, seed=0):
 # Options for the built-ins that require some, or that have an effect in a short run only with other options than the default.
 EXAMPLES = checks.EXAMPLES | {
     "accumulate": "every=3", "amp": "dtype=float16", "clip": "max_norm=0.1", "early_stopping": "patience=1,min_delta=9,restore_best=true",
-    "ema": "decay=0.9", "freeze": "patterns=0,until=1ep", "layerwise_lr": "decay=0.5,no_decay=true", "lr_finder": "num_steps=5", "max_time": "limit=1h",
+    "ema": "decay=0.9", "freeze": "patterns=0,until=1ep", "layerwise_lr": "decay=0.5,no_decay=true", "max_time": "limit=1h",
     "plateau": "patience=0", "profile": "start=1,steps=2", "tensorboard": "every_steps=2", "throughput": "peak=1", "warmup": "length=50%",
 }
 

@@ -43,12 +43,13 @@ from loopctl.testing.probes import (
 )
 from loopctl.testing.tiny import default_arguments, scratch_folder, tiny_run
 
-# Options for the built-ins that `composes` cannot run with their defaults.
+# Options for the built-ins that `composes` cannot run with their defaults, or not quickly.
 EXAMPLES = {
     "compile": "backend=eager", "cosine_restarts": "t_0=1", "cyclic": "base_lr=0.01,max_lr=0.1,step_size_up=3",
     "exponential": "gamma=0.9", "freeze": "patterns=0", "lambda": "lr_lambda=math:exp", "layerwise_lr": "decay=0.5",
-    "max_time": "limit=1h", "multiplicative": "lr_lambda=math:cos", "multistep": "milestones=1",
-    "onecycle": "max_lr=0.1", "profile": "start=1,steps=1", "step": "step_size=1", "swa": "start=50%",
+    "lr_finder": "num_steps=5", "max_time": "limit=1h", "multiplicative": "lr_lambda=math:cos",
+    "multistep": "milestones=1", "onecycle": "max_lr=0.1", "profile": "start=1,steps=1", "step": "step_size=1",
+    "swa": "start=50%",
     "torch_scheduler": "cls=torch.optim.lr_scheduler:ExponentialLR,gamma=0.9",
     "trapezoidal": "max_lr=0.2,step_size=25%",
 }
