@@ -43,7 +43,7 @@ from loopctl.testing.probes import (
 )
 from loopctl.testing.tiny import default_arguments, scratch_folder, tiny_run
 
-# Options for the built-ins that `composes` cannot run with their defaults.
+# Options for the built-ins that `composes` cannot run with their defaults, or not quickly.
 EXAMPLES = {
     "activation_checkpointing": "modules=*",
     "compile": "backend=eager",
@@ -56,6 +56,7 @@ EXAMPLES = {
     "lambda": "lr_lambda=math:exp",
     "layerwise_lr": "decay=0.5",
     "lora": "target_modules=0",
+    "lr_finder": "num_steps=5",
     "max_time": "limit=1h",
     "multiplicative": "lr_lambda=math:cos",
     "multistep": "milestones=1",
@@ -64,6 +65,8 @@ EXAMPLES = {
     "prune": "amount=0.5",
     "step": "step_size=1",
     "swa": "start=50%",
+    "torch_scheduler": "cls=torch.optim.lr_scheduler:ExponentialLR,gamma=0.9",
+    "trapezoidal": "max_lr=0.2,step_size=25%",
     "wandb": "mode=disabled",
 }
 

@@ -26,6 +26,8 @@ from loopctl.testing.tiny import default_arguments
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @dataclass(eq=False)
 class ScaleGradients:
