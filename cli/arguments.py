@@ -102,11 +102,13 @@ def task_of(settings: dict[str, Any], dataset: Data, replaced: bool) -> dict[str
     return {"loss": loss, "forward": forward, "metric": list(settings["metric"]) or default}
 
 
-def used_batch_size(given: int | None, dataset: Data) -> int | None:
+def used_batch_size(given: Any, dataset: Data) -> int | None:
     """Return the batch size, as given or the default; None where the data makes its batches itself.
 
     Raises UsageError where one is given that would not be used.
     """
+    if given == "auto":
+        raise UsageError("--batch-size auto: `loopctl run` finds it before it trains; pass a number here")
     if dataset.needs_batch_size:
         return given or DEFAULT_BATCH_SIZE
     if given:

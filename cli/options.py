@@ -10,7 +10,7 @@ import click
 
 from loopctl.cli.completion import completer
 from loopctl.cli.grouped_help import MAIN, GroupedOption
-from loopctl.cli.parameters import DevicesType, FloatType, IntegerType, LimitType, PathType, TextType
+from loopctl.cli.parameters import BatchSizeType, DevicesType, FloatType, IntegerType, LimitType, PathType, TextType
 from loopctl.cli.specs import DATA, DEFAULT_PLUGINS
 from loopctl.errors import nearest
 
@@ -110,8 +110,8 @@ SHARED_OPTIONS = (
     shared_option("--lr", group=MAIN, type=FloatType(), metavar="F",
                   help="Learning rate.  [default: the optimizer's own]"),
     shared_option("--epochs", group=MAIN, default=20, type=COUNT, metavar="N", help="Passes over the training data."),
-    shared_option("--batch-size", group=MAIN, type=COUNT, metavar="N",
-                  help="Samples per batch, in each process.  [default: 64]"),
+    shared_option("--batch-size", group=MAIN, type=BatchSizeType(1), metavar="N|auto",
+                  help="Samples per batch, in each process; auto is the most that fits on a GPU.  [default: 64]"),
     shared_option("--plugin", plugin_names, group=MAIN, multiple=True, type=TextType(), metavar="NAME[:OPTIONS]",
                   help="Add one of `loopctl plugins`, as in clip:max_norm=1; repeat it for more, which act in the "
                        "order given."),

@@ -27,6 +27,13 @@ class IntegerType(click.IntRange):
         return number
 
 
+class BatchSizeType(IntegerType):
+    """A number of samples, or auto."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
 class FloatType(click.types.FloatParamType):
     """A number, such as 0.1 or 1e-3."""
 

@@ -22,6 +22,7 @@ from loopctl.checkpoint.finding import step_number
 from loopctl.checkpoint.folder_lock import LostLock
 from loopctl.cli import data, evaluation, launch, saved_run
 from loopctl.cli.arguments import build_arguments, build_plugins, has_checkpoint
+from loopctl.cli.batch_size import find_batch_size
 from loopctl.cli.lasting_output import lasting_output
 from loopctl.cli.run_folder import Recorder, named_folder, run_folder
 from loopctl.composition.compose import blame_plugin
@@ -61,6 +62,11 @@ def run(settings: dict[str, Any], arguments: list[str]) -> None:
         out, resume = (None, folder) if folder.name and folder.exists() else (out, None)
     with lasting_output():
         try:
+            if settings["batch_size"] == "auto":
+                if resume:
+                    raise UsageError("--batch-size auto with --resume: a resumed run keeps its batch size; leave it "
+                                     "out")
+                settings["batch_size"] = find_batch_size(settings)
             if few:
                 fast_dev_run(settings)
             else:
