@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from loopctl import Run, UsageError, hookimpl
 from loopctl.distributed.process_group import broadcast_from_rank0
 from loopctl.model.ownership import named_parameters
-from loopctl.optim.optimizer_mode import has_modes
+from loopctl.optim.optimizer_mode import with_modes
 from loopctl.optim.several import each_optimizer
 from loopctl.optim.stand_ins import exchange, round_stochastically
 
@@ -63,7 +63,7 @@ class Bf16:
         for one in each_optimizer(run.optimizer):
             if isinstance(one, torch.optim.LBFGS):
                 raise UsageError("LBFGS computes gradients several times per step; use another optimizer")
-            if has_modes(one):
+            if with_modes(one):
                 raise UsageError(f"{type(one).__name__} changes weights outside of its steps; use another one")
 
     @hookimpl(wrapper=True)
