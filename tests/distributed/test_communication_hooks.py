@@ -60,6 +60,7 @@ def train(spec, plugins=(), epochs=3, **settings):
 
 
 @pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.compares(use="ddp:comm_hook", technique="compressed gradients between processes", source="the loop by hand", tolerance="to the bit")
 def test_a_hook_of_torch_gives_the_weights_of_a_plain_loop_with_it(ranks, name):
     spec = POWER_SGD if name == "powersgd" else f"ddp:comm_hook={name}"
     found, expected, without = ranks(2, train, spec), ranks(2, train_by_hand, name, 3), ranks(2, train, "ddp")

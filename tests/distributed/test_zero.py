@@ -45,6 +45,7 @@ def train_by_hand():
     return {name: value.clone() for name, value in model.module.state_dict().items()}
 
 
+@pytest.mark.compares(use="ddp:zero", technique="optimizer state divided among processes", source="torch.distributed.optim.ZeroRedundancyOptimizer", tolerance="to the bit")
 def test_the_weights_are_those_of_a_plain_loop_with_torchs_optimizer(ranks):
     for (weights, _, _), expected in zip(ranks(2, train, "ddp:zero=true", []), ranks(2, train_by_hand), strict=True):
         assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -50,6 +50,7 @@ def by_hand(optimizer, set_numbers, epochs=2):
     return model
 
 
+@pytest.mark.compares(use="cosine:option=weight_decay", technique="a schedule of the weight decay beside one of the rate", source="the loop by hand", tolerance="to the bit")
 def test_the_weight_decay_schedule_of_dino_beside_a_cosine_of_the_rate_equals_a_plain_loop(same):
     """dino/utils.py (arXiv:2104.14294): final + 0.5 (base - final) (1 + cos), of the first group alone; it is 0 in the second."""
     def groups(model):

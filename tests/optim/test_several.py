@@ -352,6 +352,7 @@ def kinds_by_hand(first, second, epochs=2, every=1, max_norm=None, scale=None, r
       "linear:start_factor=0.5,total_iters=8st,by=step,optimizer=rest"],
      {"rates": lambda step, of: (of * (1 - 0.5 * min(step, 4) / 4), 0.01 * (0.5 + 0.5 * min(step, 8) / 8))}),
 ])
+@pytest.mark.compares(use="--optimizer muon,adamw", technique="Muon for hidden matrices, AdamW for the rest", source="torch.optim.Muon", tolerance="to the bit")
 def test_a_split_by_kind_equals_the_loop_with_two_optimizers(first, plugins, arguments):
     if rates := arguments.get("rates"):
         arguments = {"rates": lambda step: rates(step, first.keywords["lr"])}

@@ -97,6 +97,7 @@ def test_a_module_whose_output_depends_on_what_its_forward_changes_is_the_same()
     assert not difference(train(net=model(True)), train("activation_checkpointing", net=model(True)))
 
 
+@pytest.mark.compares(use="activation_checkpointing", technique="blocks computed again in the backward pass", source="torch.utils.checkpoint.checkpoint", tolerance="to the bit")
 def test_it_is_what_torch_does_by_hand():
     net, batches = model(), tiny_batches(8, 8)
     for block in list(net)[1:-1]:

@@ -60,6 +60,7 @@ def images():
     ("agc:exclude_head=false,exclude=*.bias,3", ["0.bias", "3.weight", "3.bias", "5.bias"], {}),
     ("agc:clip_factor=1e-5,eps=1e-5", ["5.weight", "5.bias"], {"clip_factor": 1e-5, "eps": 1e-5}),
 ])
+@pytest.mark.compares(use="agc", technique="adaptive clipping by unit", source="arXiv:2102.06171", tolerance="to the bit")
 def test_equals_the_formula_of_the_paper_to_the_bit(images, clone, same, sgd, spec, left_out, options):
     net, data = images
     other = clone(net)
@@ -80,6 +81,7 @@ def test_gradients_near_zero_are_as_in_the_formula(images, clone, same, sgd):
     same(net, other)
 
 
+@pytest.mark.compares(use="agc", technique="adaptive clipping by unit", source="timm.utils.agc.adaptive_clip_grad, timm 1.0", tolerance="to the bit")
 def test_equals_timm_to_the_bit(images, clone, same, sgd):
     agc = pytest.importorskip("timm.utils.agc")
     net, data = images

@@ -94,6 +94,7 @@ def test_auto_equals_a_plain_loop_that_sorts_all_norms_to_the_bit(net, batches, 
     assert [row["grad_norm"] for row in run.history] == [norm.item() for norm in norms[7::8]]
 
 
+@pytest.mark.compares(use="clip:auto", technique="clipping at a percentile of past norms", source="arXiv:2007.14469", tolerance="1e-6: NumPy computes the percentile in double precision")
 def test_auto_equals_the_loop_of_the_paper_with_numpy(plain, batches, clone, same, sgd):
     """Within a tolerance: numpy interpolates in double precision, and torch multiplies the limit by a reciprocal."""
     other, history = clone(plain), []

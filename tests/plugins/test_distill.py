@@ -54,6 +54,7 @@ def by_hand(model, optimizer, batches, teacher, temperature=4.0, alpha=0.9, feat
     {}, {"temperature": 2.0, "alpha": 0.5}, {"alpha": 1.0}, {"features": {"0": "0", "2": "2"}, "feature_weight": 0.5},
     {"alpha": 0.0, "features": {"[02]": "[02]"}},
 ], ids=str)
+@pytest.mark.compares(use="distill", technique="divergence from the teacher's outputs at a temperature, and of features", source="arXiv:1503.02531", tolerance="to the bit")
 def test_equals_the_formula_in_a_plain_loop_to_the_bit(net, batches, valid, sgd, clone, same, teacher, options):
     other, untouched = clone(net), clone(teacher)
     indices = {"features": (0, 2)} if "features" in options else {}

@@ -39,6 +39,7 @@ def images():
 @pytest.mark.parametrize(("plugins", "above", "max_norm"), [
     (["grad_centralize"], 1, None), (["grad_centralize:gc_conv_only=true"], 3, None),
     (["clip:max_norm=0.1", "grad_centralize"], 1, 0.1), (["grad_centralize", "clip:max_norm=0.1"], 1, 0.1)], ids=str)
+@pytest.mark.compares(use="grad_centralize", technique="gradients without the mean of each unit", source="arXiv:2004.01461", tolerance="to the bit")
 def test_equals_the_formula_of_the_paper_to_the_bit(images, clone, same, sgd, plugins, above, max_norm):
     net, data = images
     other = clone(net)

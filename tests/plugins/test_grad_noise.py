@@ -42,6 +42,7 @@ def by_hand(model, optimizer, batches, eta, gamma, epochs=2, every=1, max_norm=N
 @pytest.mark.parametrize(("plugins", "options"), [
     (["grad_noise"], {}), (["grad_noise:eta=0.3,gamma=0"], {"eta": 0.3, "gamma": 0}), (["grad_noise", "accumulate:every=3"], {"every": 3}),
     (["grad_noise:eta=1", "clip:max_norm=0.1"], {"eta": 1, "max_norm": 0.1}), (["clip:max_norm=0.1", "grad_noise:eta=1"], {"eta": 1, "max_norm": 0.1})], ids=str)
+@pytest.mark.compares(use="grad_noise", technique="Gaussian noise whose variance falls", source="arXiv:1511.06807", tolerance="to the bit")
 def test_equals_the_formula_of_the_paper_to_the_bit(net, batches, clone, same, sgd, plugins, options):
     other = clone(net)
     fit(net, cross_entropy, sgd, batches, epochs=2, plugins=plugins, seed=1)

@@ -40,6 +40,7 @@ def by_hand(model, optimizer, batches, valid, loss_fn, epochs=2, groups=1, conte
     (functional.cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1)),
     (partial(functional.cross_entropy, ignore_index=2), nn.CrossEntropyLoss(ignore_index=2, label_smoothing=0.1)),
 ], ids=["module", "weighted", "function", "partial"])
+@pytest.mark.compares(use="label_smoothing", technique="targets mixed with the uniform distribution", source="torch.nn.CrossEntropyLoss", tolerance="to the bit")
 def test_equals_a_plain_loop_to_the_bit_and_validation_stays_plain(net, batches, valid, sgd, clone, same, loss_fn, same_loss):
     plain = clone(net)
     train_loss, val_loss = by_hand(plain, sgd(plain.parameters()), batches, valid, same_loss)

@@ -57,6 +57,7 @@ def by_hand(model, optimizer, batches, plan, scope, epochs=2, clip=None):
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3), partial(torch.optim.AdamW, lr=0.01)], ids=["sgd", "adamw"])
+@pytest.mark.compares(use="prune", technique="magnitude pruning along a cubic schedule (arXiv:1710.01878)", source="torch.nn.utils.prune.l1_unstructured", tolerance="to the bit")
 def test_equals_torchs_pruning_in_a_plain_loop_to_the_bit(net, batches, clone, scope, optimizer):
     other = clone(net)
     found = by_hand(other, optimizer(other.parameters()), batches, shares(0.8, 2, 12, 4), scope, clip=0.5)

@@ -214,6 +214,7 @@ def test_inverse_sqrt_with_a_warmup_is_that_of_fairseq():
     assert_close(plugin_rates("warmup:length=8%,start_factor=0", "inverse_sqrt:start=8%"), expected)
 
 
+@pytest.mark.compares(use="inverse_sqrt", technique="inverse square root of the steps", source="transformers.get_inverse_sqrt_schedule", tolerance="to the bit")
 def test_inverse_sqrt_with_a_timescale_is_that_of_transformers_to_the_bit():
     """get_inverse_sqrt_schedule(num_warmup_steps=400, timescale=1500)"""
     shift = 1500 - 400

@@ -114,6 +114,7 @@ def rows(folder):
 @pytest.mark.parametrize(("monitor", "only", "seen"), [
     ("both", "", True), ("loss", "", True), ("norm", "", True), ("both", "loss", True), ("both", "gradient", True),
     ("loss", "gradient", False), ("norm", "loss", False)])
+@pytest.mark.compares(use="spike", technique="steps far above the running mean are left out", source="the loop by hand", tolerance="to the bit")
 def test_equals_the_loop_that_leaves_spikes_out_to_the_bit(net, batches, clone, same, tmp_path, factory, monitor, only, seen):
     other, skipped = clone(net), Skipped()
     run = fit(net, Loss(only=only), factory, batches, epochs=3, plugins=[Spike(**OPTIONS, monitor=monitor), skipped], seed=1, out=tmp_path)
