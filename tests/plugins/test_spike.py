@@ -169,7 +169,7 @@ def test_a_loss_that_falls_or_no_longer_changes_has_no_spikes(sgd, tmp_path):
     def loss(output, target):
         return output.sum() * 0 + next(losses)
 
-    run = fit(nn.Linear(6, 3), loss, sgd, [(torch.zeros(2, 6), torch.zeros(2))] * 300, plugins=["spike"], out=tmp_path)
+    run = fit(nn.Linear(6, 3), loss, sgd, [(torch.zeros(2, 6), torch.zeros(2))] * 300, plugins=["spike:decay=0.9"], out=tmp_path)
     assert run.step == 300
 
 
