@@ -113,7 +113,8 @@ def test_equals_steps_without_a_graph_to_the_bit(net, batches, valid, clone, sam
 
 
 REFUSED = {
-    "activation_checkpointing", "amp", "bf16", "cyclic", "ddp", "freeze", "fsdp", "grad_noise", "nan_guard", "onecycle", "sam", "spike", "split",
+    "activation_checkpointing", "amp", "bf16", "cyclic", "ddp", "freeze", "fsdp", "grad_noise", "nan_guard", "offload_activations", "onecycle", "sam",
+    "spike", "split",
 }      # with the options that `example` passes
 
 
