@@ -94,7 +94,7 @@ def test_the_same_plugins_in_another_order_are_shown():
 def test_runs_from_python_without_epochs_or_with_another_csv_file(runs):
     make_run("python", log="epoch,val_loss\n1,nan\nnan,\n3,oops\n4,7\n")         # a run by fit() has no run.toml
     make_run("young", "epochs = 3\nlr = 0.1\n")                                # no epoch was completed
-    make_run("elsewhere", "plugin = ['csv:path=logs/my.csv']\nepochs = 9\n")
+    make_run("elsewhere", "plugin = ['csv:path=logs/my.csv,every_steps=50']\nepochs = 9\n")
     (runs / "elsewhere" / "logs").mkdir()
     (runs / "elsewhere" / "logs" / "my.csv").write_text("epoch,val_loss\n1,1.125\n")
     make_run("headless", "epochs = 3", "")

@@ -83,6 +83,29 @@ def test_half_precision_is_measured_in_single_precision(plain, batches, tmp_path
     assert rows(tmp_path / "norms.csv")[0][3] == hypot(*norms)
 
 
+def test_with_a_scaled_loss_the_gradient_is_unscaled(plain, batches, sgd, tmp_path):
+    run = fit(plain, cross_entropy, sgd, batches[:1], plugins=["norms", "amp:dtype=float16", "clip:max_norm=inf"], out=tmp_path)
+    found = hypot(*[row[2] for row in rows(tmp_path / "norms.csv")])
+    assert found == pytest.approx(run.metrics["grad_norm"], rel=1e-6)          # which adds up in float32
+
+
+def of_two_processes(spec, out):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(8, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)) for _ in range(4)]
+    fit(model, cross_entropy, lambda groups: torch.optim.SGD(groups, lr=0.1), data, plugins=[spec, "norms:every_steps=1"], out=out)
+
+
+def test_of_sharded_weights_the_norms_are_those_of_the_whole(ranks, tmp_path):
+    found = []
+    for spec in ("ddp", "fsdp"):
+        ranks(2, of_two_processes, spec, tmp_path / spec)
+        found.append([value for row in rows(tmp_path / spec / "norms.csv") for value in row[2:]])
+    assert len(found[0]) == 2 * 2 * 3
+    assert found[1] == pytest.approx(found[0], rel=1e-5)           # sums of two shards
+
+
 def test_a_step_that_is_not_measured_copies_no_weights(net, batches, sgd, tmp_path):
     plugin, copies = Norms(every_steps=4), []
 
