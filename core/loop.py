@@ -34,7 +34,7 @@ from loopctl.model.forward import new_pass
 from loopctl.model.ownership import modules_of
 from loopctl.optim.fast_step import zero_grad
 from loopctl.optim.learning_rate import apply_schedules, recorded_rates
-from loopctl.optim.optimizer_mode import optimizer_eval_mode, set_eval_mode, set_train_mode
+from loopctl.optim.optimizer_mode import set_eval_mode, set_train_mode
 from loopctl.optim.several import step_in_turn
 from loopctl.prepare import build_run, rates_remembered
 from loopctl.rehearsal import rehearse
@@ -237,6 +237,7 @@ def evaluate_if_due(run: Run) -> None:
     if due and run.counters.evaluated != run.attempts:
         evaluate(run)
         record_metrics(run)
+        set_train_mode(run.optimizer)
 
 
 def evaluate(run: Run) -> None:
@@ -246,13 +247,13 @@ def evaluate(run: Run) -> None:
     """
     if run.counters.evaluated == run.attempts:
         return
-    with optimizer_eval_mode(run.optimizer):
-        found = run.meters.result(run) if run.attempts else {}          # before the first step there are no means
-        with new_pass(run):
-            found |= run.hook.evaluate(run=run)
-        run.metrics = broadcast_from_rank0(run, on_host(without_placeholders(run.metrics, found) | found))
-        run.counters.finish_evaluation()
-        run.hook.after_evaluate(run=run)
+    set_eval_mode(run.optimizer)            # until the next step, so that the end of an epoch has the weights in use
+    found = run.meters.result(run) if run.attempts else {}          # before the first step there are no means
+    with new_pass(run):
+        found |= run.hook.evaluate(run=run)
+    run.metrics = broadcast_from_rank0(run, on_host(without_placeholders(run.metrics, found) | found))
+    run.counters.finish_evaluation()
+    run.hook.after_evaluate(run=run)
 
 
 def on_host(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from loopctl.model.own_names import load_own_state_dict, own_parameters, own_sta
 from loopctl.model.ownership import load_loss_tensors, loss_tensors
 from loopctl.optim.fast_step import is_divided, stepped_class, without_dynamo_wrappers
 from loopctl.optim.learning_rate import scheduled_rates
-from loopctl.optim.optimizer_mode import used_weights
+from loopctl.optim.optimizer_mode import set_train_mode, used_weights
 from loopctl.optim.schedule import Schedule
 from loopctl.rng import loader_generators, rng_state, set_rng_state
 
@@ -191,6 +191,7 @@ def roll_back(run: Run) -> None:
     assert run.last_checkpoint
     run.last_checkpoint, saved = find_checkpoint(run.last_checkpoint.parent, run.device, run)
     load_state(run, load_sharded(run, saved, run.last_checkpoint.parent), run.last_checkpoint)
+    set_train_mode(run.optimizer)           # which it is not in where an epoch ended
 
 
 def load_state(run: Run, saved: dict[str, Any], file: Path) -> None:

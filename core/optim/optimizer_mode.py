@@ -5,8 +5,6 @@ Schedule-free optimizers (arXiv:2405.15682) are of this kind. Their authors ask 
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -37,16 +35,6 @@ def set_eval_mode(optimizer: Any) -> None:
     for one in with_modes(optimizer):
         one.eval()
         TRAINING.discard(one)
-
-
-@contextmanager
-def optimizer_eval_mode(optimizer: Any) -> Iterator[None]:
-    """Have the weights that are used in the model inside the block, and those that are trained after it."""
-    set_eval_mode(optimizer)
-    try:
-        yield
-    finally:
-        set_train_mode(optimizer)
 
 
 @torch.no_grad()
