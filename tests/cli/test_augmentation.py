@@ -31,6 +31,7 @@ def assert_same_images(part, images, transform):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("augment", POLICIES)
+@pytest.mark.compares(use="--data random:augment", technique="augmentations by name", source="torchvision.transforms.v2.TrivialAugmentWide", tolerance="to the bit")
 def test_random_images_are_augmented_as_by_torchvision(augment, channels):
     dataset = data.make(f"fake:size=6,channels={channels},augment={augment},erase=0.5", "", download=False)
     half, raw = [0.5] * channels, FakeData(6, (channels, 32, 32), 10)

@@ -22,6 +22,7 @@ def in_batches(scores, targets, inputs, size=32, worst=12):
     return found
 
 
+@pytest.mark.compares(use="confusion", technique="confusion matrix", source="sklearn.metrics.confusion_matrix", tolerance="to the bit")
 def test_the_matrix_is_that_of_scikit_learn():
     scores, targets = outputs()
     counts, _ = merged([in_batches(scores, targets, scores).on_host()], 12)

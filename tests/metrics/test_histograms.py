@@ -8,6 +8,7 @@ from loopctl.metrics.histograms import BINS, bin_edges, histogram
 
 
 @pytest.mark.parametrize("values", [torch.randn(1000), torch.randn(20, 30).bfloat16(), torch.arange(65.0), torch.zeros(7), torch.tensor(3.0)])
+@pytest.mark.compares(use="tensorboard:histogram_steps", technique="histograms of weights and gradients", source="torch.histc", tolerance="to the bit")
 def test_the_counts_are_those_of_torch(values):
     low, high, total, squares, *counts = histogram(values).tolist()
     exact = values.float().flatten()

@@ -224,6 +224,7 @@ def test_what_does_not_go_well_with_such_an_optimizer_is_a_warning(arguments, wo
 
 
 @pytest.mark.parametrize("name", ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree"])
+@pytest.mark.compares(use="--optimizer schedulefree:AdamWScheduleFree", technique="averaged weights in evaluation and checkpoints (arXiv:2405.15682)", source="schedulefree, 1.4", tolerance="to the bit")
 def test_the_optimizers_of_schedulefree_equal_the_loop_of_their_authors(name, tmp_path):
     schedulefree = pytest.importorskip("schedulefree")
     make = partial(getattr(schedulefree, name), lr=0.05)

@@ -125,6 +125,7 @@ def freeze_by_hand(model, optimizer, batches, epochs, spans):
     (["patterns=0,start=4st", "patterns=1,start=1ep,until=20st"], {"0": (4, NEVER), "1": (8, 20)}),
     (["keep=0,1,start=5st", "patterns=0,1,start=3st,until=5st"], {"0": (3, 5), "1": (3, 5), "4": (5, NEVER)}),
 ], ids=str)
+@pytest.mark.compares(use="freeze:start", technique="parts frozen from later on", source="the loop by hand", tolerance="to the bit")
 def test_freezing_from_later_on_equals_a_plain_loop(net, batches, valid, clone, same, optimizer, specs, spans):
     other = clone(net)
     fit(net, cross_entropy, optimizer, batches, valid, epochs=4, plugins=[f"{FREEZE}:{spec}" for spec in specs], seed=1)

@@ -49,6 +49,7 @@ def test_equals_the_formula_of_the_paper_to_the_bit(images, clone, same, sgd, pl
 
 
 @pytest.mark.parametrize("only", [False, True])
+@pytest.mark.compares(use="grad_centralize", technique="gradients without the mean of each unit", source="pytorch_optimizer.optimizer.centralize_gradient, 3", tolerance="to the bit")
 def test_equals_pytorch_optimizer_to_the_bit(images, clone, same, sgd, only):
     library = pytest.importorskip("pytorch_optimizer.optimizer.gradient_centralization")
     net, data = images

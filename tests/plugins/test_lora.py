@@ -42,6 +42,7 @@ adamw = partial(torch.optim.AdamW, lr=0.01)
     ({"target_modules": ["0"], "r": 2, "lora_alpha": 4.0, "lora_dropout": 0.25}, ()),
     ({"target_modules": ["0"]}, ("4.weight", "4.bias")), ({"target_modules": ["0", "4"], "r": 1}, ()),
 ], ids=["one", "head", "both"])
+@pytest.mark.compares(use="lora", technique="small matrices beside frozen weights (arXiv:2106.09685)", source="peft.LoraConfig, peft 0.15", tolerance="to the bit")
 def test_equals_peft_in_a_plain_loop_to_the_bit(net, batches, valid, clone, same, options, full):
     other, names, flags = clone(net), [*net.state_dict()], [parameter.requires_grad for parameter in net.parameters()]
     by_hand(other, batches, full, **options)

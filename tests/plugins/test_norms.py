@@ -43,6 +43,7 @@ def by_hand(model, optimizer, batches, every, epochs=2):
 
 
 @pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.compares(use="norms", technique="norms of gradients, weights and updates by layer", source="the loop by hand", tolerance="to the bit")
 def test_the_norms_are_those_of_a_plain_loop_bit_for_bit(net, batches, sgd, clone, same, tmp_path, order):
     """The gradient is that before clipping, whichever plugin is named first."""
     other = clone(net)

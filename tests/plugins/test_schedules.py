@@ -192,6 +192,7 @@ def test_trapezoidal_ends_with_the_run_without_anneal_start():
 @pytest.mark.parametrize(("decay_type", "shape"), [
     ("linear", lambda done: 1.0 - done), ("cosine", lambda done: 0.5 * (1.0 + cos(pi * 0.5 * 2.0 * done))), ("1-sqrt", lambda done: 1.0 - sqrt(done))])
 @pytest.mark.parametrize("lowest", [0.0, 0.25])
+@pytest.mark.compares(use="trapezoidal:decay_type", technique="1-sqrt and cosine cooldown after a stable rate", source="arXiv:2405.18392", tolerance="1e-14: products are in another order")
 def test_trapezoidal_is_the_warmup_stable_decay_of_transformers(decay_type, shape, lowest):
     """get_wsd_schedule(num_warmup_steps=300, num_stable_steps=3700, num_decay_steps=1000); 1-sqrt is eq. 1 of arXiv:2405.18392."""
     def factor(step):
@@ -207,6 +208,7 @@ def test_trapezoidal_is_the_warmup_stable_decay_of_transformers(decay_type, shap
     assert plugin_rates(f"trapezoidal:{options},by=epoch,step_size=12,step_size_down=40".replace("step_size=300,step_size_down=1000,", ""))[:25] == [[0.5 * lowest] * 2] * 25
 
 
+@pytest.mark.compares(use="inverse_sqrt", technique="inverse square root after a warmup", source="arXiv:1706.03762", tolerance="1e-12: products are in another order")
 def test_inverse_sqrt_with_a_warmup_is_that_of_fairseq():
     """fairseq/optim/lr_scheduler/inverse_square_root_schedule.py, from arXiv:1706.03762; update 0 has the initial rate, 0."""
     expected = [[lr * (step / 400) if step < 400 else lr * 400**0.5 * step**-0.5 for lr in (0.1, 0.03)] for step in range(TOTAL)]
