@@ -67,7 +67,7 @@ def test_with_clipping_and_accumulation_it_is_the_loop_by_hand(plugin, same):
 
 
 def test_rounding_is_right_on_average_and_between_the_two_neighbours():
-    """Stochastic rounding as in arXiv:2010.06192, equation 1: up with the probability of the distance from below."""
+    """Stochastic rounding as in arXiv:2010.06192: up with the probability of the distance from below."""
     random = torch.Generator().manual_seed(0)
     low, step = 1.0, 2 ** -7                    # neighbours of bfloat16 above 1
     value = torch.full((100_000,), low + 0.3 * step)
