@@ -28,7 +28,7 @@ def complete(*args, incomplete, shell="fish"):
     ("--plugin", "cli", ["clip"]),
     ("--model", "cnn:", ["cnn:width=", "cnn:dropout="]),
     ("--model", "cnn:width=2,d", ["cnn:width=2,dropout="]),
-    ("--data", "fake:", ["fake:size=", "fake:image=", "fake:classes=", "fake:channels=", "fake:on_device="]),
+    ("--data", "fake:", ["fake:size=", "fake:image=", "fake:classes=", "fake:channels=", "fake:augment=", "fake:erase=", "fake:on_device="]),
     ("--data", "digits:on_device=", ["digits:on_device=true", "digits:on_device=false"]),
     ("--optimizer", "sgd:mo", ["sgd:momentum="]),
     ("--optimizer", "sgd:nesterov=t", ["sgd:nesterov=true"]),
