@@ -379,13 +379,13 @@ class Pauses:
 
 def wait_for_a_process(spec, rank, how, failed):
     try:
-        fit(network(), LOSS, SGD, batches(16), plugins=[f"{spec}:timeout=3", Pauses(rank, how, failed)], seed=0)
+        fit(network(), LOSS, SGD, batches(16), plugins=[f"{spec}:timeout=5", Pauses(rank, how, failed)], seed=0)
     except Exception as error:
         (failed / os.environ["RANK"]).touch()
         return f"{type(error).__name__}: {error}"
 
 
-NAMED = "TimeoutError: process {} did not answer for 3 seconds; see whether it is stopped or slow, or pass a larger timeout"
+NAMED = "TimeoutError: process {} did not answer for 5 seconds; see whether it is stopped or slow, or pass a larger timeout"
 
 
 @pytest.mark.fault(row="F3", given="one rank is stopped with SIGSTOP", right="the others end after ddp:timeout or fsdp:timeout, naming the rank")
