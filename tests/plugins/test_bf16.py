@@ -50,6 +50,7 @@ def by_hand(net, make_optimizer, batches, epochs, masters, max_norm=None, per_st
 
 @BOTH
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["sgd", "adamw", "adam"])
+@pytest.mark.compares(use="bf16", technique="weights in bfloat16 with stochastic rounding (arXiv:2010.06192) or master weights", source="the loop by hand", tolerance="to the bit")
 def test_it_is_the_loop_by_hand(plugin, optimizer, same):
     batches, net = tiny_batches(8, 8, 5), plain_net()
     masters = [weight.detach().clone() for weight in net.parameters()] if "master" in plugin else []

@@ -87,6 +87,7 @@ def by_hand(loop, steps):
 
 
 @pytest.mark.parametrize(("spec", "loop"), [(POST_LOCAL, post_local_by_hand), (DILOCO, diloco_by_hand)], ids=["post-local", "DiLoCo"])
+@pytest.mark.compares(use="local_sgd", technique="weights averaged every few steps (arXiv:1808.07217), DiLoCo (arXiv:2311.08105)", source="torch.distributed.algorithms.model_averaging.averagers.PeriodicModelAverager", tolerance="to the bit")
 def test_the_weights_are_those_of_a_plain_loop(ranks, spec, loop):
     for (found, _), expected in zip(ranks(2, train, spec), ranks(2, by_hand, loop, 12), strict=True):
         assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -30,6 +30,7 @@ def copied(monkeypatch):
 
 @pytest.mark.parametrize("others", [[], ["split:into=2", "accumulate:every=2"], ["amp"], ["sam"], ["ema", "swa:start=50%"],
                                     ["activation_checkpointing:modules=*"], ["activation_checkpointing:modules=*,save=addmm"], ["bf16"]], ids=str)
+@pytest.mark.compares(use="offload_activations", technique="activations in the host's memory", source="torch.autograd.graph.save_on_cpu", tolerance="to the bit")
 def test_the_run_is_the_same_to_the_bit(copied, others):
     plain, offloaded = tiny_run(*others), tiny_run("offload_activations", *others)
     assert not first_difference(run_result(plain, ()), run_result(offloaded, ()))
