@@ -14,10 +14,11 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from timing import LR, Batches, make, sgd, timed
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 from torch.optim import lr_scheduler, swa_utils
 
@@ -166,6 +167,91 @@ def guarded(net, optimizer):
     return step
 
 
+def mixed(net, optimizer):
+    beta = torch.distributions.Beta(torch.tensor(0.2), torch.tensor(0.2))
+
+    def step(input, target):
+        share, aim = beta.sample().item(), one_hot(target, 10).float()
+        input = input.roll(1, 0) * (1 - share) + input * share
+        aim = aim.roll(1, 0) * (1 - share) + aim * share
+        optimizer.zero_grad()
+        cross_entropy(net(input), aim).backward()
+        optimizer.step()
+    return step
+
+
+def smoothed(net, optimizer):
+    def step(input, target):
+        optimizer.zero_grad()
+        cross_entropy(net(input), target, label_smoothing=0.1).backward()
+        optimizer.step()
+    return step
+
+
+def selected(net, optimizer):
+    update, number = plain(net, optimizer), 0
+
+    def step(input, target):
+        nonlocal number
+        if number % 2:
+            net.eval()
+            with torch.no_grad():
+                losses = cross_entropy(net(input), target, reduction="none")
+            net.train()
+            chances = (losses.argsort().argsort() + 0.5) / len(losses)
+            kept = torch.multinomial(chances, len(losses) // 2)
+            input, target = input[kept], target[kept]
+        number += 1
+        update(input, target)
+    return step
+
+
+def taught(net, optimizer):
+    teacher = make().eval()
+
+    def step(input, target):
+        optimizer.zero_grad()
+        output = net(input)
+        with torch.no_grad():
+            expected = teacher(input)
+        divergence = kl_div(log_softmax(output / 4, 1), log_softmax(expected / 4, 1), reduction="batchmean",
+                            log_target=True)
+        (0.9 * 16 * divergence + 0.1 * cross_entropy(output, target)).backward()
+        optimizer.step()
+    return step
+
+
+@torch.no_grad()
+def clip_units(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters[:-2]:
+        dims = tuple(range(1, parameter.ndim)) or 0
+        limit = torch.linalg.vector_norm(parameter, dim=dims, keepdim=True).clamp(min=1e-3) * 0.01
+        norm = torch.linalg.vector_norm(parameter.grad, dim=dims, keepdim=True)
+        parameter.grad.mul_(torch.where(norm < limit, 1.0, limit / norm.clamp(min=1e-6)))
+
+
+def clip_by_history(net, optimizer):
+    history: list[float] = []
+
+    def clip(parameters):
+        history.append(get_total_norm([parameter.grad for parameter in parameters]).item())
+        clip_grad_norm_(parameters, np.percentile(history, 10))
+    return before_update(clip)(net, optimizer)
+
+
+@torch.no_grad()
+def centralize(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.ndim > 1:
+            parameter.grad.sub_(parameter.grad.mean(dim=tuple(range(1, parameter.ndim)), keepdim=True))
+
+
+@torch.no_grad()
+def add_noise(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad.add_(torch.randn_like(parameter.grad), alpha=0.1)
+
+
 def rise_and_fall(number: int) -> float:
     return 1 + 9 * max(0.0, min(1.0, number / 100, (TOTAL - number) / 100))
 
@@ -185,6 +271,22 @@ ROWS: list[tuple[str, Callable[..., Step]]] = [
     ("ema", averaged),
     ("ema:warmup=false", averaged_at_once),
     ("swa", plain),
+    ("mixup", mixed),
+    ("label_smoothing", smoothed),
+    ("selective_backprop:start=0,end=1", selected),
+    ("distill:teacher=timing:make", taught),
+    ("agc", before_update(clip_units)),
+    ("clip:auto=10", clip_by_history),
+    ("grad_centralize", before_update(centralize)),
+    ("grad_noise", before_update(add_noise)),
+    ("spike", guarded),
+    ("prune:amount=0.5", plain),
+    ("accumulate:every=1,2@50st", plain),
+    ("bf16", plain),
+    ("activation_checkpointing:modules=*", plain),
+    ("norms:every_steps=50", plain),
+    ("csv:every_steps=50", plain),
+    ("inverse_sqrt:timescale=100", plain),
     ("freeze:patterns=0", frozen),
     ("layerwise_lr:decay=0.5", two_groups),
     ("step:step_size=100,by=step", scheduled(lr_scheduler.StepLR, 100)),

@@ -180,17 +180,11 @@ def test_the_page_on_tasks_works_as_written(tmp_path, monkeypatch):
     assert ran > 2
 
 
-# What the page names and this version does not have yet: plugins, and specs of plugins with a new option. To be emptied.
-PENDING = {"accumulate:every=1,4@5ep", "activation_checkpointing", "agc", "bf16", "cosine:option=weight_decay", "cutmix",
-           "freeze:patterns=0,start=50%", "label_smoothing", "lora", "mixup", "mlflow", "norms", "progressive_resizing", "prune",
-           "selective_backprop", "spike", "transform_batch", "wandb"}
-
-
 def specs(text):
     """The plugin specs in the right column of a page's tables."""
     cells = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ") and " | " in line]
     words = [word for cell in cells for word in re.findall(r"`([^`]+)`", cell)]
-    return sorted({word for word in words if word.split(":")[0] in available()} - PENDING)
+    return sorted({word for word in words if word.split(":")[0] in available()})
 
 
 @pytest.mark.parametrize("spec", specs((DOCS / "coming-from.md").read_text()))
@@ -201,7 +195,7 @@ def test_a_plugin_spec_on_the_page_for_users_of_other_libraries_is_valid(spec):
 def test_the_hooks_and_options_on_the_page_for_users_of_other_libraries_exist():
     page = (DOCS / "coming-from.md").read_text()
     cells = " ".join(line.split(" | ")[1] for line in page.splitlines() if line.startswith("| ") and " | " in line)
-    known = {*available(), *SPECS, "fit", "until", *inspect.signature(fit).parameters, *PENDING}
+    known = {*available(), *SPECS, "fit", "until", *inspect.signature(fit).parameters}
     assert set(re.findall(r"`([a-z_]+)`", cells)) <= known
     options = {option for command in main.commands.values() for parameter in command.params for option in parameter.opts}
     assert set(re.findall(r"(--[a-z-]+)", cells)) <= options
