@@ -1,6 +1,9 @@
 """Known recipes as one command: each equals the loop that somebody who knows the recipe would write, to the bit."""
+import re
 import shlex
+import shutil
 from math import cos, pi
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,15 +51,30 @@ def data():
 '''
 
 
+PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+LOOKAHEAD = Path(__file__).parents[1] / "docs" / "examples" / "loopctl-lookahead" / "loopctl_lookahead.py"
+DATA_AND_LENGTH = ("--data", "--model", "--batch-size", "--epochs")
+
+
+def command_of(title):
+    """The options of a command on the page, without data, model and length; 5 epochs of warmup are one here."""
+    text = re.search(rf"^## {title}\n.*?```console\n\$ loopctl run (.*?)```", PAGE, re.DOTALL | re.MULTILINE)[1]
+    words = shlex.split(text.replace("\\\n", " ").replace("5ep", "1ep"))
+    pairs = [words[number:number + 2] for number in range(0, len(words), 2)]
+    return [word for pair in pairs if pair[0] not in DATA_AND_LENGTH for word in pair]
+
+
 @pytest.fixture
-def run_command(tmp_path, monkeypatch):
-    """Run a command in a folder with the network above; return its weights."""
+def run_recipe(tmp_path, monkeypatch):
+    """Run a recipe of the page in a folder with the network above; return its weights."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(NETWORK)
+    shutil.copy(LOOKAHEAD, tmp_path)
 
-    def call(options):
-        arguments = ["run", "--model", "net.py:Network", "--data", "net.py:data", "--loss", "cross_entropy", "--seed", "1", "--device", "cpu",
-                     "--without", "progress", "--out", "out", *shlex.split(options)]
+    def call(title, epochs):
+        loss = [] if "--loss" in command_of(title) else ["--loss", "cross_entropy"]
+        arguments = ["run", "--model", "net.py:Network", "--data", "net.py:data", "--seed", "1", "--device", "cpu", "--without", "progress",
+                     "--epochs", str(epochs), "--out", "out", *loss, *command_of(title)]
         done = CliRunner().invoke(command_line, arguments, catch_exceptions=False)
         assert done.exit_code == 0, done.output
         return load_file(tmp_path / "out" / "weights.safetensors")
@@ -110,21 +128,19 @@ def layers(model):
 
 @pytest.mark.compares(use="mixup, cutmix, label_smoothing, ema, warmup, cosine, layerwise_lr, agc", technique="timm's recipe in one command",
                       source="the loop by hand", tolerance="to the bit")
-def test_timm_s_recipe_is_one_command(run_command):
+def test_timm_s_recipe_is_one_command(run_recipe):
     """Mixup and cutmix, label smoothing, weight averages, warmup then cosine, layer-wise decay, adaptive clipping."""
-    found = run_command("--optimizer adamw:weight_decay=0.05 --lr 0.01 --epochs 3 --plugin mixup:alpha=0.8 --plugin cutmix:alpha=1,switch_prob=0.5 "
-                        "--plugin label_smoothing:smoothing=0.1 --plugin agc:clip_factor=0.02 --plugin layerwise_lr:decay=0.75,no_decay=true "
-                        "--plugin warmup:length=1ep,start_factor=0.1 --plugin cosine:by=step --plugin ema:decay=0.9,warmup=false")
+    found = run_recipe("timm's recipe for transformers", epochs=3)
     model, train, valid = start()
-    groups = [{"params": [p for p in layer.parameters() if (p.ndim <= 1) == vector], "lr": 0.01 * 0.75 ** (3 - depth), "weight_decay": 0.0 if vector else 0.05}
+    groups = [{"params": [p for p in layer.parameters() if (p.ndim <= 1) == vector], "lr": 0.001 * 0.75 ** (3 - depth), "weight_decay": 0.0 if vector else 0.05}
               for depth, layer in enumerate(layers(model)) for vector in (False, True)]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.01)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.001)
     rates = [group["lr"] for group in optimizer.param_groups]
-    mixup, cutmix, average = v2.MixUp(alpha=0.8, num_classes=4), v2.CutMix(alpha=1.0, num_classes=4), Average(model, 0.9)
+    mixup, cutmix, average = v2.MixUp(alpha=0.8, num_classes=4), v2.CutMix(alpha=1.0, num_classes=4), Average(model, 0.9998)
     step, total = 0, 3 * len(train)
     for _ in range(3):
         for images, classes in train:
-            factor = (0.1 + 0.9 * min(1.0, step / len(train))) * ((1 + cos(pi * step / total)) / 2)
+            factor = (0.001 + (1 - 0.001) * min(1.0, step / len(train))) * ((1 + cos(pi * step / total)) / 2)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             images, soft = (cutmix if torch.rand(()) < 0.5 else mixup)(images, classes)
@@ -151,19 +167,17 @@ def clip_by_units(parameter, factor):
 
 @pytest.mark.compares(use="mixup, cutmix, label_smoothing, ema, warmup, cosine, layerwise_lr", technique="torchvision's ResNet recipe in one command",
                       source="the loop by hand", tolerance="to the bit")
-def test_torchvision_s_recipe_is_one_command(run_command):
+def test_torchvision_s_recipe_is_one_command(run_recipe):
     """SGD without weight decay of norms, label smoothing, mixup or cutmix, a linear warmup and a cosine by epoch, and
     weight averages from the end of the warmup on, here of every update."""
-    found = run_command("--optimizer sgd:momentum=0.9,weight_decay=2e-5 --lr 0.5 --epochs 4 --plugin mixup:alpha=0.2 --plugin cutmix --plugin label_smoothing "
-                        "--plugin layerwise_lr:no_decay=[norms] --plugin warmup:length=2,start_factor=0.01,by=epoch --plugin cosine:start=2,by=epoch "
-                        "--plugin ema:decay=0.99,warmup=false,start=2ep")
+    found = run_recipe("torchvision's recipe for ResNet", epochs=4)
     model, train, valid = start()
     norms = [p for module in model.modules() if isinstance(module, nn.BatchNorm2d) for p in module.parameters()]
     others = [p for p in model.parameters() if not any(p is norm for norm in norms)]
     optimizer = torch.optim.SGD([{"params": others}, {"params": norms, "weight_decay": 0.0}], lr=0.5, momentum=0.9, weight_decay=2e-5)
-    mixup, cutmix, average = v2.MixUp(alpha=0.2, num_classes=4), v2.CutMix(alpha=1.0, num_classes=4), Average(model, 0.99)
+    mixup, cutmix, average = v2.MixUp(alpha=0.2, num_classes=4), v2.CutMix(alpha=1.0, num_classes=4), Average(model, 0.9998)
     for epoch in range(4):
-        factor = 0.01 + 0.99 * epoch / 2 if epoch < 2 else (1 + cos(pi * (epoch - 2) / 2)) / 2
+        factor = 0.01 if epoch < 1 else (1 + cos(pi * (epoch - 1) / 3)) / 2
         for group in optimizer.param_groups:
             group["lr"] = 0.5 * factor
         for number, (images, classes) in enumerate(train, 1):
@@ -171,7 +185,7 @@ def test_torchvision_s_recipe_is_one_command(run_command):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), soft, label_smoothing=0.1).backward()
             optimizer.step()
-            if epoch >= 2 or (epoch == 1 and number == len(train)):
+            if epoch >= 1 or number == len(train):
                 average.update()
         pass_over(model, valid)
     assert_equal(found, average.values)
@@ -179,13 +193,10 @@ def test_torchvision_s_recipe_is_one_command(run_command):
 
 @pytest.mark.compares(use="label_smoothing, freeze, layerwise_lr, channels_last", technique="the speed run's recipe for CIFAR-10 in one command",
                       source="the loop by hand", tolerance="to the bit")
-def test_the_speed_run_s_recipe_is_one_command(run_command):
+def test_the_speed_run_s_recipe_is_one_command(run_recipe):
     """As airbench has it: summed losses, Nesterov momentum, a frozen first convolution, norm biases 64 times as fast, a
-    triangular rate, channels last. Its lookahead is the example package of the documentation, with a test of its own."""
-    found = run_command("--optimizer sgd:momentum=0.85,nesterov=true,weight_decay=0.0005 --lr 0.002 --epochs 3 --loss cross_entropy:reduction=sum "
-                        "--plugin label_smoothing:smoothing=0.2 --plugin freeze:patterns=stem.weight --plugin layerwise_lr:rates=*.norm.bias=x64 "
-                        "--plugin warmup:length=4st,start_factor=0.2 --plugin linear:start=4st,start_factor=1,end_factor=0.07,total_iters=14,by=step "
-                        "--plugin channels_last")
+    triangular rate, channels last, Lookahead with a factor that falls."""
+    found = run_recipe("The speed run for CIFAR-10", epochs=3)
     model, train, valid = start()
     model = model.to(memory_format=torch.channels_last)
     model.stem.weight.requires_grad_(False)
@@ -193,9 +204,11 @@ def test_the_speed_run_s_recipe_is_one_command(run_command):
     others = [p for p in model.parameters() if p.requires_grad and not any(p is bias for bias in fast)]
     optimizer = torch.optim.SGD([{"params": others, "lr": 0.002}, {"params": fast, "lr": 0.002 * 64}], lr=0.002, momentum=0.85, nesterov=True, weight_decay=5e-4)
     rates, step = [group["lr"] for group in optimizer.param_groups], 0
+    moved = [p.detach() for p in model.parameters()] + [b for b in model.buffers() if b.is_floating_point()]
+    slow = [tensor.clone() for tensor in moved]
     for _ in range(3):
         for images, classes in train:
-            factor = 0.2 + 0.8 * (step / 4) if step < 4 else 1 + (0.07 - 1) * min(step - 4, 14) / 14
+            factor = 0.2 + 0.8 * (step / 3.6) if step < 4 else 1 + (0.07 - 1) * min(step - 4, 14.4) / 14.4
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             optimizer.zero_grad()
@@ -203,5 +216,13 @@ def test_the_speed_run_s_recipe_is_one_command(run_command):
             nn.functional.cross_entropy(model(images), classes, label_smoothing=0.2, reduction="sum").backward()
             optimizer.step()
             step += 1
+            if step % 5 == 0:
+                with torch.no_grad():
+                    for slow_one, fast_one in zip(slow, moved, strict=True):
+                        slow_one.lerp_(fast_one, 1 - 0.774 * (step / 18) ** 3)
+                        fast_one.copy_(slow_one)
         pass_over(model, valid)
+    with torch.no_grad():
+        for slow_one, fast_one in zip(slow, moved, strict=True):
+            fast_one.copy_(slow_one)
     assert_equal(found, model.state_dict())
