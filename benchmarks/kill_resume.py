@@ -47,6 +47,9 @@ class Noisy(Dataset):
 def digits():
     plain = data.digits()
     return data.Data(Noisy(plain.train), plain.valid, plain.classes, plain.shape)
+
+def teacher():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
 """
 # A run from Python in two processes, with a loss function that has a parameter and a buffer, and two validation metrics
 # that keep a state over all evaluations.
@@ -120,14 +123,18 @@ RUN = ["--data", "noisy.py:digits", "--model", "cnn:width=8,dropout=0.2", "--wor
 FEATURED = ["amp", "accumulate:every=2", "clip:max_norm=1", "warmup:length=1ep", "cosine", "ema:decay=0.99"]
 # Options that a plugin requires, or with which it does something in a short run.
 EXAMPLES = checks.EXAMPLES | {
+    "accumulate": "every=1,3@30st", "activation_checkpointing": "modules=*", "clip": "auto=20", "csv": "every_steps=3",
+    "distill": "teacher=noisy.py:teacher", "mixup": "prob=0.7", "norms": "every_steps=3",
+    "selective_backprop": "start=0.1", "spike": "deviations=0.5,warmup=5",
+    "tensorboard": "every_steps=3,histogram_steps=9",
     "amp": "dtype=float16,growth_interval=7", "cyclic": "base_lr=0.001,max_lr=0.01,cycle_momentum=false",
     "early_stopping": "patience=30,restore_best=true", "freeze": "patterns=0,until=50st",
     "layerwise_lr": "decay=0.5,no_decay=true", "multistep": "milestones=1,2", "nan_guard": "action=skip",
     "onecycle": "max_lr=0.01", "plateau": "patience=0", "swa": "start=1", "trapezoidal": "max_lr=0.01,step_size=25%",
     "warmup": "length=50%",
 }
-# cudagraph needs a GPU. throughput reports measured times, which differ between any two runs.
-LEFT_OUT = {"cudagraph", "throughput"}
+# cudagraph needs a GPU. throughput reports measured times, which differ between any two runs. Others need a library.
+LEFT_OUT = {"cudagraph", "lora", "mlflow", "throughput", "wandb"}
 
 
 def command(plugins: list[str], epochs: int, *more: str) -> list[str]:
