@@ -105,13 +105,13 @@ SHARED_OPTIONS = (
     shared_option("--data", lambda: DATA, group=MAIN, default="digits", type=TextType(), metavar="D",
                   help="One of `loopctl data`, package.module:factory or file.py:factory."),
     shared_option("--optimizer", optimizer_names, group=MAIN, default="adamw", type=TextType(), metavar="O",
-                  help="One of `loopctl optimizers`, package.module:Class or file.py:Class; or two, as in "
-                       "muon:lr=0.02,adamw:lr=3e-4, for the hidden matrices and for everything else."),
+                  help="One of `loopctl optimizers`, package.module:Class or file.py:Class; or two by kind of weight, "
+                       "muon,adamw."),
     shared_option("--lr", group=MAIN, type=FloatType(), metavar="F",
                   help="Learning rate.  [default: the optimizer's own]"),
     shared_option("--epochs", group=MAIN, default=20, type=COUNT, metavar="N", help="Passes over the training data."),
     shared_option("--batch-size", group=MAIN, type=BatchSizeType(1), metavar="N|auto",
-                  help="Samples per batch, in each process; auto is the most that fits on a GPU.  [default: 64]"),
+                  help="Samples per batch, in each process; auto: what fits.  [default: 64]"),
     shared_option("--plugin", plugin_names, group=MAIN, multiple=True, type=TextType(), metavar="NAME[:OPTIONS]",
                   help="Add one of `loopctl plugins`, as in clip:max_norm=1; repeat it for more, which act in the "
                        "order given."),

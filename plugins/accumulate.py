@@ -25,7 +25,7 @@ class Accumulate:
     topic = "gradients"
 
     def __post_init__(self) -> None:
-        if self.every == []:
+        if isinstance(self.every, list) and not self.every:
             raise ValueError("every has no number; write one, such as 4")
         first, *later = self.every if isinstance(self.every, list) else [self.every]
         self.first = batches_per_update(first)
@@ -60,7 +60,10 @@ def parse_change(text: Any) -> tuple[int, str, int]:
 
 def batches_per_update(number: Any) -> int:
     """A number of at least 1, also where it is written as text. Raises ValueError for another value."""
-    text = str(number)
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise ValueError(f"every is a number of at least 1, not {number!r}")
-    return int(text)
+    if isinstance(number, str):
+        whole = number.isascii() and number.isdigit()
+    else:
+        whole = not isinstance(number, bool) and float(number).is_integer()
+    if not whole or int(number) < 1:
+        raise ValueError(f"every takes a whole number of at least 1, not {number!r}")
+    return int(number)

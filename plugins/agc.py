@@ -52,8 +52,11 @@ class Agc:
                              "or fewer patterns in exclude")
 
     @hookimpl
-    @torch.no_grad()
     def grads_ready(self, run: Run) -> None:
+        self.clip_units(run)
+
+    @torch.no_grad()
+    def clip_units(self, run: Run) -> None:
         parameters = [parameter for parameter in parameters_with_gradients(run) if parameter not in self.excluded]
         if not parameters:
             return

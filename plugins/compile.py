@@ -64,8 +64,10 @@ class Compile:
     def train(self) -> Generator[None, None, None]:
         try:
             # torch stops compiling a forward method after a number of recompilations. All blocks of a class, and all
-            # runs in this process, share that limit.
-            with quiet_cpp_extension(), torch._dynamo.config.patch(recompile_limit=64):
+            # runs in this process, share that limit. Code that was compiled for a model without hooks, in an earlier
+            # run, would be used for a like model with hooks, and leave them out.
+            limits = torch._dynamo.config.patch(recompile_limit=64, skip_nnmodule_hook_guards=False)
+            with quiet_cpp_extension(), limits:
                 for block in self.blocks:
                     block.compile(**self.settings)
                 return (yield)

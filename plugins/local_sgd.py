@@ -10,13 +10,14 @@ from torch import Tensor
 from loopctl import Parallel, Run, UsageError, hookimpl
 from loopctl.data.batch import map_nested
 from loopctl.distributed.process_group import OfThisRank, average_tensors, broadcast_tensors, is_single_process
+from loopctl.model.own_names import own_parameters
 from loopctl.model.weight_averages import WeightAverage, copy_weights, is_averaged, named_tensors, swapped_weights
 from loopctl.optim.fast_step import fast_step, without_dynamo_wrappers
 
 
 @dataclass(eq=False)
 class LocalSgd(Parallel):
-    """Train in several processes that average their weights every few steps, in place of the gradients of every step.
+    """Train in several processes that average weights every few steps, and no gradients.
 
     Post-local SGD (arXiv:1808.07217), as torch's PeriodicModelAverager; with outer_lr it is DiLoCo (arXiv:2311.08105):
     the mean change of the weights is the gradient of an outer SGD with Nesterov momentum. Evaluation, the best weights
@@ -89,7 +90,7 @@ class LocalSgd(Parallel):
     def begin(self, run: Run) -> None:
         """Note the weights from which all processes begin the first round, for the outer optimizer."""
         if self.outer_lr is not None:
-            self.outer = {name: one.detach().clone() for name, one in run.model.named_parameters()}
+            self.outer = {name: one.detach().clone() for name, one in own_parameters(run.model).items()}
             momentum = self.outer_momentum
             with without_dynamo_wrappers():
                 self.optimizer = torch.optim.SGD(self.outer.values(), self.outer_lr, momentum, nesterov=momentum > 0)

@@ -17,7 +17,7 @@ from loopctl.model.ownership import modules_of
 
 @dataclass(eq=False)
 class SelectiveBackprop:
-    """Train on the samples of a batch that have large losses; the others take a forward pass only.
+    """Train on the samples of a batch that have large losses, and leave the others out.
 
     Jiang et al., arXiv:1910.00762, with the option names of MosaicML's Composer. The losses come from a forward pass in
     eval mode, without gradients. Samples are drawn without replacement, with a probability that grows with the rank of

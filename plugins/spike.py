@@ -21,7 +21,7 @@ FLOOR = 0.01        # of the mean: a loss that hardly changes any more has no sp
 
 @dataclass(eq=False)
 class Spike(StepGuard):
-    """Undo every step whose loss or gradient norm is far above its running mean, and write down its batch.
+    """Undo every step whose loss or gradient norm is far above its running mean.
 
     The limit is the mean plus a number of standard deviations, both running as in ZClip, arXiv:2504.02507, for the loss
     of the step over all processes and for the norm before clipping. Steps that are undone do not change them. Losses

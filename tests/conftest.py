@@ -23,6 +23,7 @@ from torch import nn
 
 from loopctl.distributed.process_group import leave_process_group
 from loopctl.testing import checks
+from loopctl.testing.tiny import tiny_model
 
 # Subprocesses of tests use one thread too, because pytest may run as many tests at once as there are cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -53,6 +54,16 @@ def _no_fsync():
 def undrawn(monkeypatch):
     """Figures of matplotlib are written as empty files: drawing one takes ten times as long as a short run."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: None)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    """Discard compiled code after each test: torch stops compiling a forward method after a number of recompilations."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo and dynamo.utils.counters["frames"]:
+        dynamo.utils.counters.clear()
+        dynamo.reset()
 
 
 @pytest.fixture
@@ -103,6 +114,21 @@ def as_images(batches):
     """Batches of images of 6 channels and 8 x 8 pixels, from batches of 6 inputs."""
     pattern = torch.linspace(0.5, 1.5, 64).view(8, 8)
     return [(input[..., None, None] * pattern, target) for input, target in batches]
+
+
+def teacher_of_images():
+    """The teacher of `distill` where another plugin needs images."""
+    net = tiny_model()
+    net.register_forward_pre_hook(pool_images)
+    return net
+
+
+def data_for(specs, net, *data):
+    """The data that plugins need, of batches of 6 inputs: images where one of them needs these, which `net` then takes too."""
+    if not any(spec.partition(":")[0] in IMAGES for spec in specs):
+        return data
+    net.register_forward_pre_hook(pool_images)
+    return tuple(map(as_images, data))
 
 
 # Options for the built-ins that require some, or that have an effect in a short run only with other options than the default.

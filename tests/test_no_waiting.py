@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from loopctl import Run, available, fit, hookimpl
+from tests.conftest import data_for
 
 # Autocast, CUDA graphs and collectives do not support the meta device. nan_guard and spike have tests in their own files. lr_finder reads
 # losses, but of a copy of the model, before the first step; it implements no hook of a step. confusion needs validation data.
@@ -28,7 +29,7 @@ class RaiseAfterSteps:
 @pytest.mark.parametrize("name", sorted({*available()} - EXCLUDED))
 def test_a_plugin_reads_no_tensor_value_within_a_step(name, example, batches, tmp_path):
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)).to("meta")
-    data = batches[:7] * 9
+    (data,) = data_for([example(name)], model, batches[:7] * 9)
     with pytest.raises(EnoughSteps):
         fit(model, nn.CrossEntropyLoss(), lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9), data,
             epochs=4, plugins=[example(name), RaiseAfterSteps()], metrics={"right": lambda output, target: (output.argmax(1) == target).float().mean()},

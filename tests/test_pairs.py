@@ -5,7 +5,7 @@ import pytest
 from torch import nn
 
 from loopctl import UsageError, available, fit
-from tests.conftest import IMAGES, as_images, pool_images
+from tests.conftest import data_for
 
 NAMES = sorted({*available()} - {"cudagraph"})        # cudagraph needs a GPU; its test file combines it with the others
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -39,9 +39,10 @@ ORDERED = {
 
 def train(net, batches, valid, sgd, plugins, out):
     plugins = [*plugins]
-    if any(plugin.partition(":")[0] in IMAGES for plugin in plugins):
-        net.register_forward_pre_hook(pool_images)
-        batches, valid = as_images(batches), as_images(valid)
+    images = data_for(plugins, net, batches, valid)
+    if images != (batches, valid):
+        plugins = ["distill:teacher=tests.conftest:teacher_of_images" if plugin.startswith("distill") else plugin for plugin in plugins]
+    batches, valid = images
     batches = [*batches[:4], tuple(part[:6] for part in batches[4])]      # an even last batch: `split` must not give BatchNorm a single sample
     return fit(net, nn.CrossEntropyLoss(), sgd, batches, valid, epochs=2, plugins=plugins, seed=1, out=out)
 

@@ -33,7 +33,7 @@ def tables():
             topics.setdefault(cls.topic, []).append(f"| `{name}` | {about} | {options} | {hooks_of(cls)} |")
     lines = []
     for topic in sorted(topics):
-        lines += [f"### Plugins for {topic}", "", "| plugin | what it does | options | hooks |", "|---|---|---|---|", *topics[topic], ""]
+        lines += [f"## Plugins for {topic}", "", "| plugin | what it does | options | hooks |", "|---|---|---|---|", *topics[topic], ""]
     return "\n".join(lines)
 
 

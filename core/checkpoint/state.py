@@ -92,7 +92,7 @@ def exchange_weights(run: Run, weights: dict[str, dict[str, Any]]) -> dict[str, 
     if not used:
         return {}
     parameters: dict[str, dict[str, Any]] = {
-        "model": dict(run.model.named_parameters(remove_duplicate=False)), "loss_fn": dict(loss_tensors(run))}
+        "model": own_parameters(run.model, remove_duplicate=False), "loss_fn": dict(loss_tensors(run))}
     trained: dict[str, dict[str, Any]] = {}
     for part, tensors in weights.items():
         names = [name for name, parameter in parameters[part].items() if id(parameter) in used and name in tensors]

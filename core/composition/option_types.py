@@ -266,6 +266,13 @@ def takes_mapping(hint: Any) -> bool:
     return any(map(is_dict, (hint, *get_args(hint))))
 
 
+def describe_several(hint: Any) -> str:
+    """Return several values of a type in words."""
+    words = describe_type(hint).removeprefix("an ").removeprefix("a ")
+    noun = re.split(r",| \(", words)[0]
+    return f"{noun}{'s' * (get_origin(hint) is not Literal)}{words[len(noun):]}"
+
+
 def describe_type(hint: Any) -> str:
     """Return a type in words, for help and messages."""
     origin, args = get_origin(hint), get_args(hint)
@@ -279,9 +286,8 @@ def describe_type(hint: Any) -> str:
         return "|".join(map(str, args))
     if is_list(hint):
         item = next(item_hints(hint))
-        words = describe_type(item).removeprefix("an ").removeprefix("a ")
-        noun = re.split(r",| \(", words)[0]
-        return f"a list of {noun}{'s' * (get_origin(item) is not Literal)}{words[len(noun):]}"
+        kinds = get_args(item) if get_origin(item) in (Union, types.UnionType) else [item]
+        return f"a list of {' or '.join(map(describe_several, kinds))}"
     if is_dict(hint):
         return "pairs, name=value"
     if is_callable(hint):

@@ -15,8 +15,8 @@ def complete(*args, incomplete, shell="fish"):
 
 
 @pytest.mark.parametrize(("option", "incomplete", "expected"), [
-    ("--plugin", "clip:", ["clip:max_norm=", "clip:norm_type=", "clip:value="]),
-    ("--plugin", "clip:max_norm=1,", ["clip:max_norm=1,norm_type=", "clip:max_norm=1,value="]),
+    ("--plugin", "clip:", ["clip:max_norm=", "clip:norm_type=", "clip:value=", "clip:auto="]),
+    ("--plugin", "clip:max_norm=1,", ["clip:max_norm=1,norm_type=", "clip:max_norm=1,value=", "clip:max_norm=1,auto="]),
     ("--plugin", "clip:no", ["clip:norm_type="]),
     ("--plugin", "clip:max_norm=", []),
     ("--plugin", "amp:dtype=", ["amp:dtype=auto", "amp:dtype=float16", "amp:dtype=bfloat16"]),
@@ -63,7 +63,7 @@ def bash(line, word, **environment):
 
 
 @pytest.mark.parametrize(("line", "word", "expected"), [
-    ("loopctl run --plugin clip:", ":", ["max_norm=", "norm_type=", "value="]),
+    ("loopctl run --plugin clip:", ":", ["max_norm=", "norm_type=", "value=", "auto="]),
     ("loopctl run --plugin clip:max_norm=1,no", "1,no", ["1,norm_type="]),
     ("loopctl run --plugin=clip:va", "va", ["value="]),
     ('loopctl run --plugin "clip:va', '"clip:va', ["clip:value="]),

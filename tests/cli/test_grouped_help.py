@@ -58,7 +58,7 @@ def test_a_command_without_groups_shows_its_options_under_one_heading():
 
 def test_the_help_shows_defaults_and_no_bounds():
     text = " ".join(" ".join(help_of(main, "run")).split())
-    assert "Samples per batch, in each process; auto is the most that fits on a GPU. [default: 64]" in text
+    assert "Samples per batch, in each process; auto: what fits. [default: 64]" in text
     assert "x>=" not in text
     assert "<=x" not in text
 

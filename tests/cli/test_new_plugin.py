@@ -108,19 +108,19 @@ def test_a_run_with_all_four_plugins_can_be_resumed(tmp_path, monkeypatch):
 
 def test_the_output_lists_the_files_and_the_next_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert invoke("new-plugin", "grad-noise").stdout == """written:
-  loopctl-grad-noise/pyproject.toml
-  loopctl-grad-noise/README.md
-  loopctl-grad-noise/loopctl_grad_noise.py
-  loopctl-grad-noise/test_grad_noise.py
+    assert invoke("new-plugin", "weight-noise").stdout == """written:
+  loopctl-weight-noise/pyproject.toml
+  loopctl-weight-noise/README.md
+  loopctl-weight-noise/loopctl_weight_noise.py
+  loopctl-weight-noise/test_weight_noise.py
 next:
-  pip install -e 'loopctl-grad-noise[test]'
-  python -m pytest loopctl-grad-noise
-  loopctl run --plugin grad_noise
+  pip install -e 'loopctl-weight-noise[test]'
+  python -m pytest loopctl-weight-noise
+  loopctl run --plugin weight_noise
 """
-    output = invoke("new-plugin", "grad_noise", "--out", "new/with a space").stdout
+    output = invoke("new-plugin", "weight_noise", "--out", "new/with a space").stdout
     assert "pip install -e 'new/with a space[test]'\n  python -m pytest 'new/with a space'\n" in output
-    assert (tmp_path / "new" / "with a space" / "loopctl_grad_noise.py").is_file()
+    assert (tmp_path / "new" / "with a space" / "loopctl_weight_noise.py").is_file()
 
 
 def test_the_packages_pass_the_linter(packages):

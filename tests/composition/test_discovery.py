@@ -61,7 +61,7 @@ def test_a_plugin_is_called_by_its_entry_point_or_by_its_class_in_snake_case():
 
 @pytest.mark.parametrize(("name", "message"), [
     ("clp", "no plugin is called 'clp'; did you mean 'clip'"),
-    ("zzzz", "there are: accumulate, amp"),
+    ("zzzz", "there are: accumulate, activation_checkpointing"),
     ("no_such_package.x:C", "no_such_package.x:C: no_such_package.x cannot be imported"),
     ("json.decoder:JSONDecodr", "json.decoder has no 'JSONDecodr'; did you mean 'JSONDecoder'"),
     ("nowhere/file.py:C", "there is no file nowhere/file.py"),

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from loopctl import Run, UsageError, available, fit, hookimpl
 from loopctl.plugins import cudagraph
+from tests.conftest import data_for
 
 cross_entropy = nn.CrossEntropyLoss()
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True)
@@ -113,8 +114,8 @@ def test_equals_steps_without_a_graph_to_the_bit(net, batches, valid, clone, sam
 
 
 REFUSED = {
-    "activation_checkpointing", "amp", "bf16", "cyclic", "ddp", "freeze", "fsdp", "grad_noise", "nan_guard", "offload_activations", "onecycle", "sam",
-    "spike", "split",
+    "activation_checkpointing", "amp", "bf16", "cyclic", "ddp", "freeze", "fsdp", "grad_noise", "local_sgd", "nan_guard", "norms", "offload_activations",
+    "onecycle", "sam", "spike", "split", "tensorboard",
 }      # with the options that `example` passes
 
 
@@ -122,6 +123,8 @@ REFUSED = {
 def test_every_other_plugin_equals_a_run_without_a_graph_or_is_refused(net, batches, valid, clone, same, graphs, example, tmp_path, name):
     one, other = clone(net), clone(net)
     batches = [*batches[:7], tuple(part[:6] for part in batches[6])]
+    data_for([example(name)], one)
+    batches, valid = data_for([example(name)], other, batches, valid)
     runs = [lambda model=model, more=more, number=number: fit(
         model, cross_entropy, sgd, batches, valid, epochs=3, plugins=[*more, example(name)], seed=1, out=tmp_path / str(number))
         for number, (model, more) in enumerate(((one, []), (other, ["cudagraph"])))]

@@ -407,11 +407,11 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("owner", PARTS)
-@pytest.mark.parametrize(("state", "what"), [
-    (UserClass(), "has a .*UserClass"), (Fraction(1, 3), "has a fractions.Fraction"), ({"a": [UserClass]}, "has a builtins.type"),
-    ([slice(3)], "has a builtins.slice"), (lambda: 0, "has a builtins.function"),
-], ids=["an object", "a fraction", "a class", "a slice", "a function"])
+@pytest.mark.parametrize(("owner", "state", "what"), [
+    (owner, state, what) for owner in PARTS for state, what in [
+        (UserClass(), "has a .*UserClass"), (Fraction(1, 3), "has a fractions.Fraction"), ({"a": [UserClass]}, "has a builtins.type"),
+        ([slice(3)], "has a builtins.slice"), (lambda: 0, "has a builtins.function")]
+    if not (owner == "optimizer" and callable(state))])         # a function in a parameter group is the run's own, and is not saved
 def test_state_that_a_checkpoint_cannot_hold_is_refused_before_training(owner, state, what, tmp_path):
     class FailInStep(Observer):
         @hookimpl
