@@ -31,7 +31,8 @@ class Qat:
         in int8, integer weights alone, or int4 weights for its kernels in bfloat16
     weight_dtype: integer type of the weights
     group_size: how many weights of a row share a scale; 0 is the whole row
-    modules: which linear layers: globs, names of modules or regular expressions, as in freeze; all if left out
+    modules: which layers of the class torch.nn.Linear: globs, names of modules or regular expressions, as in freeze;
+        all of them if left out
     """
 
     base_config: Literal["Int8DynamicActivationIntxWeightConfig", "IntxWeightOnlyConfig",
