@@ -11,8 +11,10 @@ from loopctl.model.parameter_matching import matching_parameters
 from loopctl.report.terminal import one_line
 
 # Plugins that it cannot work with, and why.
-REFUSED = {"fsdp": "shards the weights that the matrices are added to; use ddp",
-           "prune": "sets weights to 0 that the matrices are added to; leave out one of the two"}
+REFUSED = {"float8": "replaces the layers that the matrices are beside; leave out one of the two",
+           "fsdp": "shards the weights that the matrices are added to; use ddp",
+           "prune": "sets weights to 0 that the matrices are added to; leave out one of the two",
+           "qat": "rounds the weights, and would round the matrices apart; leave out one of the two"}
 
 
 @dataclass(eq=False)

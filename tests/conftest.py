@@ -158,7 +158,7 @@ EXAMPLES = checks.EXAMPLES | {
 
 
 # The library that a built-in needs and that may not be installed; its tests are skipped then.
-LIBRARIES = {"lora": "peft", "mlflow": "mlflow", "wandb": "wandb"}
+LIBRARIES = {"float8": "torchao", "lora": "peft", "mlflow": "mlflow", "qat": "torchao", "wandb": "wandb"}
 
 
 @pytest.fixture

@@ -17,12 +17,17 @@ REFUSED = {
     ("cyclic", "onecycle"): "cycles the momentum too",
     ("ddp", "fsdp"): "choose one",
     ("ddp", "local_sgd"): "choose one",
+    ("float8", "fsdp"): "shards the weights",
+    ("float8", "lora"): "replaces the layers",
+    ("float8", "qat"): "the same layers in float8",
     ("freeze", "fsdp"): "frozen for a while, which fully_shard does not support",
     ("fsdp", "lr_finder"): "cannot be copied",
     ("fsdp", "local_sgd"): "choose one",
     ("fsdp", "lora"): "shards the weights",
     ("fsdp", "prune"): "the weights are sharded",
+    ("fsdp", "qat"): "shards the weights",
     ("lora", "prune"): "sets weights to 0",
+    ("lora", "qat"): "would round the matrices apart",
     ("nan_guard", "spike"): "would undo the same steps",
 }
 # The order of a pair matters:
