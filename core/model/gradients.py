@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from loopctl.errors import UsageError
+from loopctl.model.own_names import own_modules
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -20,7 +21,7 @@ def parameters_with_gradients(run: Run) -> list[nn.Parameter]:
 
 def require_dense_gradients(run: Run) -> None:
     """Raise UsageError if a module computes sparse gradients. Call it in `train_start`."""
-    for name, module in run.model.named_modules():
+    for name, module in own_modules(run.model):
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
             raise UsageError(f"the gradient of {name or 'the model'} is sparse, which is not supported; "
                              f"use {type(module).__name__}(..., sparse=False)")
