@@ -64,10 +64,8 @@ class Compile:
     def train(self) -> Generator[None, None, None]:
         try:
             # torch stops compiling a forward method after a number of recompilations. All blocks of a class, and all
-            # runs in this process, share that limit. Code that was compiled for a model without hooks, in an earlier
-            # run, would be used for a like model with hooks, and leave them out.
-            limits = torch._dynamo.config.patch(recompile_limit=64, skip_nnmodule_hook_guards=False)
-            with quiet_cpp_extension(), limits:
+            # runs in this process, share that limit.
+            with quiet_cpp_extension(), torch._dynamo.config.patch(recompile_limit=64):
                 for block in self.blocks:
                     block.compile(**self.settings)
                 return (yield)
@@ -77,6 +75,13 @@ class Compile:
         finally:
             for block in self.blocks:
                 block._compiled_call_impl = None
+
+    # torch would use the code that it has compiled for a model without hooks, in an earlier run of this process, for a
+    # like model with hooks, and leave these out.
+    @hookimpl
+    def train_start(self, run: Run) -> None:
+        if any(module._forward_hooks or module._forward_pre_hooks for module in run.model.modules()):
+            torch._dynamo.reset()
 
     def check_one_backward_per_step(self, run: Run) -> None:
         """Raise UsageError if a plugin makes several backward passes in a step."""

@@ -249,10 +249,12 @@ def test_on_cuda_it_equals_the_plain_loop_except_for_rounding(plain, batches, va
     same(plain, other, tolerance=1e-4)
 
 
-def test_hooks_of_a_model_run_although_a_like_model_without_hooks_was_compiled_before(plain, batches, sgd, clone):
-    """torch would reuse the code that it has compiled for the first one."""
-    other, calls = clone(plain), []
-    fit(plain, nn.CrossEntropyLoss(), sgd, batches, plugins=["compile:backend=eager"])
-    other[1].register_forward_hook(lambda module, inputs, output: calls.append(1))
-    fit(other, nn.CrossEntropyLoss(), sgd, batches, plugins=["compile:backend=eager"])
-    assert len(calls) == len(batches)
+def test_hooks_of_a_model_run_although_a_like_model_was_compiled_before(plain, batches, sgd, clone):
+    """torch would use the code of the model before, which has no hooks."""
+    calls = []
+    for hooked in (False, True, False):
+        model, before = clone(plain), len(calls)
+        if hooked:
+            model[1].register_forward_hook(lambda module, inputs, output: calls.append(1))
+        fit(model, nn.CrossEntropyLoss(), sgd, batches, plugins=["compile:backend=eager"])
+        assert len(calls) - before == hooked * len(batches)
