@@ -39,7 +39,7 @@ class Csv(StepLogger):
 
     def __post_init__(self) -> None:
         if self.every_steps is None:
-            for hook in ("train", "epoch_start", "after_step", "after_evaluate"):
+            for hook in ("train", "epoch_start", "after_step", "after_evaluate", "train_end"):
                 setattr(self, hook, None)               # it is not called at these hooks
         elif self.every_steps < 1:
             raise ValueError(f"every_steps is at least 1, not {self.every_steps}")

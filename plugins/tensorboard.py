@@ -129,6 +129,7 @@ class Tensorboard(StepLogger):
 
     @hookimpl
     def train_end(self, run: Run) -> None:
+        super().train_end(run)
         self.attempt(self.write_hyperparameters, run)
 
     def write(self, where: str, tag: str, value: float, step: int) -> None:

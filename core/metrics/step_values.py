@@ -81,6 +81,14 @@ class StepLogger:
 
     @hookimpl
     def epoch_start(self, run: Run) -> None:
+        self.begin_once(run)
+
+    # The first hook of a run that was killed when only its end was missing.
+    @hookimpl
+    def train_end(self, run: Run) -> None:
+        self.begin_once(run)
+
+    def begin_once(self, run: Run) -> None:
         if not self.begun:              # only now is it known where the run resumes
             self.saved = run.last_checkpoint
             self.attempt(self.begin, run)

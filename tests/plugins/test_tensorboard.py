@@ -302,3 +302,20 @@ def test_it_does_not_mix_runs(net, batches, sgd, tmp_path):
     assert {file: file.read_bytes() for file in tmp_path.rglob("events*")} == before
     refused("tensorboard: tensorboard.2 writes to dir=x too; choose another dir in one of them",
             ["tensorboard:dir=x", "tensorboard:dir=x,every_steps=1"], net, batches, sgd, tmp_path)
+
+
+@pytest.mark.parametrize("plugin", ["tensorboard", "csv:every_steps=2", "norms:every_steps=2"])
+def test_a_run_that_was_killed_when_only_its_end_was_missing_is_resumed(net, batches, sgd, tmp_path, plugin):
+    class Killed(Exception):
+        pass
+
+    class Kill:
+        @hookimpl
+        def train_end(self):
+            raise Killed
+
+    arguments = {"epochs": 2, "out": tmp_path}
+    with pytest.raises(Killed):
+        fit(net, nn.CrossEntropyLoss(), sgd, batches, plugins=["checkpoint", Kill(), plugin], **arguments)
+    run = fit(net, nn.CrossEntropyLoss(), sgd, batches, plugins=["checkpoint", plugin], resume=tmp_path, **arguments)
+    assert run.epoch == 2
