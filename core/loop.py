@@ -26,7 +26,7 @@ from loopctl.data.micro_batches import MicroBatches, metric_target, transform_ba
 from loopctl.data.resumable_loader import open_loaders
 from loopctl.distributed.data_parallel import step_weight
 from loopctl.distributed.process_group import broadcast_from_rank0, restart_count
-from loopctl.errors import UsageError
+from loopctl.errors import UsageError, names
 from loopctl.hooks import hookimpl
 from loopctl.metrics.meters import Meters, without_placeholders
 from loopctl.metrics.weights import counts_nothing, reported_loss, weighted_batches
@@ -186,7 +186,8 @@ def run_step(run: Run, batches: Sequence[Any]) -> None:
     run.log_target = whole_step = run.meters, run.weight
     hook.before_step(run=run)
     if run.batches is not batches:
-        raise UsageError("a plugin replaced run.batches in before_step, when they are weighed; use transform_batch")
+        raise UsageError(f"before_step of {names(hook.acting['before_step'])} replaced run.batches, which are weighed "
+                         "by then; change them in transform_batch")
     if counts_nothing(run.weight):
         skip_step(run)
     else:

@@ -201,9 +201,15 @@ class Run:
     def note_epoch_length(self) -> None:
         """Compare the epoch that ends with the data's length. If it differs, schedules count by the epoch's own."""
         found = self.counters.attempts_in_epoch, self.seen_in_epoch
-        # Where the number of batches is right, so is that of the steps: then no plugin has to group numbers for a plan.
         as_long = self.steps_per_epoch is None and length_or_none(self.train) == self.seen_in_epoch
-        if as_long or self.should_stop or found == self.plan():
+        # Where the number of batches is right, so is that of the steps, unless a plugin groups them in another way now.
+        grouping = self.hook.replaced.get("group_batches") if as_long else None
+        if (as_long and not grouping) or self.should_stop or found == self.plan():
+            return
+        if grouping:
+            self.say_once("grouping", f"{grouping} made {counted(found[0], 'step')} of epoch {self.epoch + 1}, and "
+                                      f"{self.plan()[0]:,} were planned, so schedules end elsewhere; it needs "
+                                      "grouping_changes = True")
             return
         self.say_once("length", f"train gave {counted(found[1], 'batch')} in epoch {self.epoch + 1}, but its length is "
                                 f"{self.plan()[1]:,}; schedules count {counted(found[0], 'step')} per epoch from here "

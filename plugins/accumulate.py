@@ -52,7 +52,10 @@ class Accumulate:
 def parse_change(text: Any) -> tuple[int, str, int]:
     """The number, the unit and the position of a text such as 4@5ep. Raises ValueError for another text."""
     number, at, where = str(text).partition("@")
-    position, unit = parse_duration(where) if at else (0.0, "")
+    try:
+        position, unit = parse_duration(where) if at else (0.0, "")
+    except ValueError:
+        unit = ""
     if unit not in ("epoch", "step"):
         raise ValueError(f"every has {text!r}; write from which epoch or step on, such as 4@5ep or 4@500st")
     return batches_per_update(number), unit, ceil(position - 1e-9)

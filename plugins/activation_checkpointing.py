@@ -29,7 +29,7 @@ class ActivationCheckpointing:
     and a resumed run may add the plugin or leave it out. On a CPU it saves memory too.
 
     modules: what to compute again: names of modules, or globs (layers.*); if left out, each repeated block of the
-        model, such as the layers of a transformer
+        model, such as the layers of a transformer. Of modules inside of each other, the outer ones
     every: only every so many of these modules; 2 is the second, the fourth and so on
     save: operators of torch.ops.aten whose results are stored all the same, such as mm and
         _scaled_dot_product_flash_attention; all others are computed again
@@ -78,7 +78,9 @@ class ActivationCheckpointing:
             if not any(fnmatchcase(name, pattern) for name in named):
                 some = ", ".join([*named][:8]) + (" ..." if len(named) > 8 else "")
                 raise UsageError(f"no module matches {pattern!r}; the model's modules are {some}")
-        return [module for name, module in named.items() if any(fnmatchcase(name, each) for each in self.modules)]
+        chosen = [module for name, module in named.items() if any(fnmatchcase(name, each) for each in self.modules)]
+        inner = {part for module in chosen for part in module.modules() if part is not module}
+        return [module for module in chosen if module not in inner]         # which the outer one computes again
 
     @hookimpl(wrapper=True)
     def train(self) -> Generator[None, None, None]:

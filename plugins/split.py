@@ -23,8 +23,8 @@ class Split:
     compute_loss and backward get the parts: run.outputs are concatenated, and schedules and the number of steps do not
     change. BatchNorm computes the statistics of each part. GPipe, arXiv:1811.06965, calls the parts micro-batches.
 
-    into: number of parts; auto starts with 1 and doubles it when a forward or backward pass runs out of memory, then
-        repeats the step with the same random numbers
+    into: number of parts, of which part i begins at sample i * N // into of N; auto starts with 1 and doubles it when a
+        forward or backward pass runs out of memory, then repeats the step with the same random numbers
     """
 
     into: int | Literal["auto"] = 2

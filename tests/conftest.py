@@ -134,6 +134,7 @@ def data_for(specs, net, *data):
 # Options for the built-ins that require some, or that have an effect in a short run only with other options than the default.
 EXAMPLES = checks.EXAMPLES | {
     "accumulate": "every=3",
+    "activation_checkpointing": "modules=*",
     "amp": "dtype=float16",
     "clip": "max_norm=0.1",
     "csv": "every_steps=2",

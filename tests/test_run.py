@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl import Run, fit
+from loopctl import Run, fit, hookimpl
 from loopctl.composition.compose import compose
+from loopctl.data.batch import chunked
 from loopctl.loop import DEFAULTS
 from loopctl.optim.duration import parse_duration
 
@@ -94,3 +95,14 @@ def test_counters_cannot_be_set_through_the_run():
 def test_text_that_is_no_duration_is_refused(text):
     with pytest.raises(ValueError, match="takes a duration"):
         parse_duration(text)
+
+
+def test_a_plugin_that_groups_otherwise_later_without_saying_so_is_named(plain, batches, sgd, caplog):
+    class Grouping:
+        @hookimpl
+        def group_batches(self, run: Run, batches):
+            return chunked(batches, 4 if run.epoch < 1 else 1)
+
+    run = fit(plain, nn.CrossEntropyLoss(), sgd, batches, epochs=3, plugins=[Grouping(), "cosine:by=step"])
+    assert run.step == 2 + 8 + 8
+    assert caplog.messages == ["grouping made 8 steps of epoch 2, and 2 were planned, so schedules end elsewhere; it needs grouping_changes = True"]

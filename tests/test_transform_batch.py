@@ -329,13 +329,21 @@ def test_a_plugin_that_returns_no_batch_is_named(plain, batches, sgd):
         fit(plain, cross_entropy, sgd, batches, plugins=[Forgetful(), Scale(2)])
 
 
+def test_a_plugin_that_breaks_its_promise_of_the_number_of_samples_is_named(plain, batches, sgd):
+    class Liar(Half):
+        keeps_sample_count = True
+
+    with pytest.raises(UsageError, match="transform_batch of liar changed the number of samples from 8 to 4; leave out keeps_sample_count"):
+        fit(plain, cross_entropy, sgd, batches, plugins=[Liar()])
+
+
 def test_batches_are_not_replaced_when_they_are_weighed(plain, batches, sgd):
     class Late:
         @hookimpl
         def before_step(self, run: Run):
             run.batches = [Half().transform_batch(batch) for batch in run.batches]
 
-    with pytest.raises(UsageError, match="replaced run.batches in before_step, when they are weighed; use transform_batch"):
+    with pytest.raises(UsageError, match="before_step of late replaced run.batches, which are weighed by then; change them in transform_batch"):
         fit(plain, cross_entropy, sgd, batches, plugins=[Late()])
 
 

@@ -18,7 +18,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from loopctl.data.batch import target_of
+from loopctl.data.batch import sample_count, target_of
+from loopctl.errors import UsageError, names
 
 if TYPE_CHECKING:
     from loopctl.run import Run
@@ -74,9 +75,13 @@ class TransformedBatches(MicroBatches):
     def read_next(self) -> Any:
         batch = super().read_next()
         self.run.metric_target = None
-        batch = self.run.hook.transform_batch(run=self.run, batch=batch)
+        changed = self.run.hook.transform_batch(run=self.run, batch=batch)
         self.targets.append(self.run.metric_target)
-        return batch
+        if self.weights and (samples := sample_count(batch)) != (now := sample_count(changed)):
+            plugins = names(self.run.hook.acting["transform_batch"])
+            raise UsageError(f"transform_batch of {plugins} changed the number of samples from {samples} to {now}; "
+                             "leave out keeps_sample_count = True")
+        return changed
 
 
 def transform_batches(run: Run) -> TransformedBatches:

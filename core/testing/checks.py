@@ -45,7 +45,6 @@ from loopctl.testing.tiny import default_arguments, scratch_folder, tiny_run
 
 # Options for the built-ins that `composes` cannot run with their defaults, or not quickly.
 EXAMPLES = {
-    "activation_checkpointing": "modules=*",
     "compile": "backend=eager",
     "cosine_restarts": "t_0=1",
     "cyclic": "base_lr=0.01,max_lr=0.1,step_size_up=3",
