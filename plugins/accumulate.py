@@ -28,6 +28,9 @@ class Accumulate:
         if isinstance(self.every, list) and not self.every:
             raise ValueError("every has no number; write one, such as 4")
         first, *later = self.every if isinstance(self.every, list) else [self.every]
+        if "@" in str(first):
+            raise ValueError(f"every={self.every}: the first number holds from the start and has no position; write "
+                             "1,4@1ep")
         self.first = batches_per_update(first)
         self.later = [parse_change(item) for item in later]         # (number, unit, position)
         for unit in ("epoch", "step"):
@@ -39,6 +42,14 @@ class Accumulate:
     @hookimpl
     def group_batches(self, run: Run, batches: Iterable[Any]) -> Iterator[Sequence[Any]]:
         return grouped(run, batches, partial(self.number, run.epoch))
+
+    @hookimpl
+    def train_start(self, run: Run) -> None:
+        for number, unit, position in self.later:
+            length = run.epochs if unit == "epoch" else run.planned_steps
+            if position >= length:
+                run.say_once("accumulate", f"accumulate: every={number} from {unit} {position:,} on is never reached, "
+                                           f"as the run has {length:,}")
 
     def number(self, epoch: int, step: int) -> int:
         """How many batches make the update of a step, in an epoch; both count from 0."""

@@ -101,4 +101,4 @@ def per_sample(loss_fn: Any) -> Iterator[Any]:
         yield partial(loss_fn, reduction="none")
     else:
         raise UsageError("loss_fn has no option reduction='none', as torch's losses have, so a sample's loss is "
-                         "unknown; leave out selective_backprop")
+                         "unknown; give yours an argument `reduction`, or leave out selective_backprop")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from loopctl import hooks
@@ -41,8 +42,8 @@ def describe_plan(run: Run) -> list[str]:
     plan = run.planned.per_epoch
     steps, micro_batches = plan[0]
     size = getattr(run.train, "batch_size", None) or sample_count(next(iter(run.train)))
-    effective = [counted(size * -(-batches // updates) * run.world_size, "sample")
-                 for updates, batches in (plan[0], plan[-1])]
+    phases = [(len([*same]), *each) for each, same in groupby(plan)]        # where epochs differ
+    effective = [counted(size * -(-batches // updates) * run.world_size, "sample") for _, updates, batches in phases]
     rates, numbers = [], []
     for _, values in lr_curve(run):
         rates.append(values)
@@ -50,13 +51,13 @@ def describe_plan(run: Run) -> list[str]:
     curves = distinct_curves(rates)
     others = {(values[0][0], tuple(value for _, value in values)) for values in zip(*numbers, strict=True)}
     each = f", {micro_batches / steps:.3g} micro-batches each" if micro_batches != steps else ""
-    if plan[-1] != plan[0]:
-        last, of_last = plan[-1]
-        each += f", at the end of {last:,}, {of_last / last:.3g} micro-batches each"
+    epochs = f"{counted(run.epochs, 'epoch')} of {steps:,}{each}"
+    if len(phases) > 1:
+        epochs = ", then ".join(f"{counted(length, 'epoch')} of {updates:,}" for length, updates, _ in phases)
     return [
-        f"updates          {run.planned_steps:,}: {counted(run.epochs, 'epoch')} of {steps:,}{each}",
+        f"updates          {run.planned_steps:,}: {epochs}",
         *[f"processes        {run.world_size}, each with batches of {counted(size, 'sample')}"] * (run.world_size > 1),
-        f"effective batch  {', at the end '.join(dict.fromkeys(effective))}",
+        f"effective batch  {', then '.join(dict.fromkeys(effective))}",
         *[f"{'' if number else 'learning rate':17}"
           f"{f'{describe_groups(run.optimizer, groups)}: ' * (len(curves) > 1)}"
           f"{lrs[0]:.3g} at the start, {max(lrs):.3g} at its peak, {lrs[-1]:.3g} at the end"

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Beta
+from torch.nn import functional
 from torch.nn.functional import one_hot
 
 from loopctl.data.batch import iter_tensors, map_nested, target_name
@@ -17,6 +18,10 @@ from loopctl.model.layers import last_layer
 
 if TYPE_CHECKING:
     from loopctl.run import Run
+
+# Losses whose targets are numbers of classes and cannot be probabilities.
+ONLY_CLASSES = (nn.NLLLoss, nn.MultiMarginLoss, nn.MultiLabelMarginLoss)
+ONLY_CLASSES_FUNCTIONS = (functional.nll_loss, functional.multi_margin_loss, functional.multilabel_margin_loss)
 
 
 @dataclass(eq=False)
@@ -51,6 +56,10 @@ class Mixing:
         self.plugins = [plugin for plugin in run.hook.plugins.values() if isinstance(plugin, Mixing)]
         if [type(plugin) for plugin in self.plugins].count(type(self)) > 1:
             raise UsageError("is given twice, and a batch is mixed once; give it once")
+        if isinstance(run.loss_fn, ONLY_CLASSES) or run.loss_fn in ONLY_CLASSES_FUNCTIONS:
+            loss = getattr(run.loss_fn, "__name__", type(run.loss_fn).__name__)
+            raise UsageError(f"mixed targets are probabilities of the classes, which {loss} does not take; use "
+                             "torch.nn.CrossEntropyLoss(), on the command line --loss cross_entropy")
         self.beta = Beta(torch.tensor(float(self.alpha)), torch.tensor(float(self.alpha)))
         self.classes = self.num_classes or output_classes(run)
 
@@ -94,7 +103,12 @@ class Mixing:
                              f"targets have shape {tuple(target.shape)} and type {target.dtype}")
         if self.classes is None:
             raise UsageError(f"the number of classes is not known; pass {name}:num_classes=...")
-        return one_hot(target, self.classes).to(dtype)
+        try:
+            return one_hot(target, self.classes).to(dtype)
+        except RuntimeError as error:
+            first, last = target.min().item(), target.max().item()
+            raise UsageError(f"the targets of a batch are {first} to {last}, and there are {self.classes} classes, from "
+                             f"0 on; pass {name}:num_classes=...") from error
 
 
 def output_classes(run: Run) -> int | None:

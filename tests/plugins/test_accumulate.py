@@ -205,8 +205,13 @@ def test_an_epoch_of_another_length_than_promised_changes_the_plan_of_all(plain,
 
 
 @pytest.mark.parametrize(("every", "message"), [
-    (0, "every takes a whole number of at least 1, not 0"), ([1, 4], "'?4'?; write from which epoch or step on"), (["2@1ep"], "at least 1, not '2@1ep'"), ([1, "4@50%"], "write from which"),
+    (0, "every takes a whole number of at least 1, not 0"), ([1, 4], "'?4'?; write from which epoch or step on"), (["2@1ep"], "the first number holds from the start and has no position"), ([1, "4@50%"], "write from which"),
     ([1, "x@2ep"], "not 'x'"), ([1, "2@2ep", "4@1ep"], "do not increase"), ([], "every has no number")])
 def test_a_wrong_number_of_batches_is_refused(every, message):
     with pytest.raises(ValueError, match=message):
         Accumulate(every)
+
+
+def test_a_change_that_is_never_reached_is_said(plain, batches, sgd, caplog):
+    fit(plain, cross_entropy, sgd, batches, epochs=2, plugins=["accumulate:every=1,4@5ep"])
+    assert caplog.messages == ["accumulate: every=4 from epoch 5 on is never reached, as the run has 2"]

@@ -208,3 +208,8 @@ def test_a_start_after_the_end_is_refused(plain, batches, sgd):
     fit(plain, cross_entropy, sgd, batches, epochs=5, plugins=[Ema(start="5ep")])
     with pytest.raises(UsageError, match="ema: start=41st is after the run's end, so nothing would be averaged"):
         fit(plain, cross_entropy, sgd, batches, epochs=5, plugins=[Ema(start="41st")])
+
+
+def test_an_average_of_the_first_weights_is_warned_of(net, batches, sgd, caplog):
+    fit(net, nn.CrossEntropyLoss(), sgd, batches, plugins=["ema:decay=0.999,warmup=false"])
+    assert caplog.messages == ["ema: with decay=0.999 the average has 99% of the first weights at the end of the run, after 8 updates; use a smaller decay, or warmup=true"]

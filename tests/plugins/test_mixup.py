@@ -229,6 +229,17 @@ def test_what_cannot_be_mixed_is_refused(plugins, batch, message):
         fit(nn.Linear(3, 4), None if forward else cross_entropy, sgd, [batch], plugins=plugins, forward=forward)
 
 
+@pytest.mark.parametrize("loss_fn", [nn.MultiMarginLoss(), nn.functional.nll_loss])
+def test_a_loss_that_takes_no_probabilities_is_refused_before_training(loss_fn):
+    with pytest.raises(UsageError, match="which (MultiMarginLoss|nll_loss) does not take; use torch.nn.CrossEntropyLoss"):
+        fit(nn.Linear(3, 4), loss_fn, sgd, [(torch.zeros(8, 3), torch.zeros(8, dtype=torch.long))], plugins=["mixup"])
+
+
+def test_a_class_beyond_the_number_of_classes_is_named():
+    with pytest.raises(UsageError, match="the targets of a batch are 2 to 2, and there are 2 classes, from 0 on; pass mixup:num_classes="):
+        fit(nn.Linear(3, 4), cross_entropy, sgd, [(torch.zeros(8, 3), torch.full((8,), 2))], plugins=["mixup:num_classes=2"])
+
+
 def test_an_unknown_number_of_classes_is_asked_for():
     class Table(nn.Module):
         def __init__(self):
