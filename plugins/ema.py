@@ -40,8 +40,9 @@ class Ema(WeightAverage):
         if not self.warmup:
             updates = run.planned_steps - (0 if self.start is None else run.duration(self.start, "step"))
             if (kept := self.decay ** updates) > 0.5:
-                run.say_once("ema", f"ema: with decay={self.decay} the average has {kept:.0%} of the first weights at the "
-                                    f"end of the run, after {updates:,.0f} updates; use a smaller decay, or warmup=true")
+                run.say_once("ema", f"ema: with decay={self.decay} the average has {kept:.0%} of the first weights at "
+                                    f"the end of the run, after {updates:,.0f} updates; use a smaller decay, or "
+                                    "warmup=true")
         self.average: dict[str, Any] = {}       # empty until it starts
         self.count = 0
         weights = {name: weight for name, weight in named_parameters(run).items() if is_averaged(weight)}

@@ -84,6 +84,9 @@ class TransformedBatches(MicroBatches):
         return changed
 
 
+OF_KNOWN_WEIGHTS = (MicroBatches, TransformedBatches)
+
+
 def transform_batches(run: Run) -> TransformedBatches:
     """Return the micro-batches in `run.batches` as plugins transform them.
 
@@ -101,7 +104,7 @@ def transform_batches(run: Run) -> TransformedBatches:
 
 def metric_target(run: Run, batch: Any) -> Any:
     """What metrics compare the outputs for one micro-batch of the step with."""
-    if isinstance(run.batches, TransformedBatches):
+    if type(run.batches) is TransformedBatches:
         for transformed, target in zip(run.batches.read, run.batches.targets, strict=True):
             if transformed is batch and target is not None:
                 return target

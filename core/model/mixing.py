@@ -107,8 +107,8 @@ class Mixing:
             return one_hot(target, self.classes).to(dtype)
         except RuntimeError as error:
             first, last = target.min().item(), target.max().item()
-            raise UsageError(f"the targets of a batch are {first} to {last}, and there are {self.classes} classes, from "
-                             f"0 on; pass {name}:num_classes=...") from error
+            raise UsageError(f"the targets of a batch are {first} to {last}, and there are {self.classes} classes, "
+                             f"from 0 on; pass {name}:num_classes=...") from error
 
 
 def output_classes(run: Run) -> int | None:
