@@ -22,7 +22,7 @@ from loopctl.checkpoint.sharded_tensors import full_tensor
 from loopctl.checkpoint.state import restore
 from loopctl.composition.compose import blame_plugin
 from loopctl.data.batch import batches_to_device
-from loopctl.data.micro_batches import OF_KNOWN_WEIGHTS, metric_target, transform_batches
+from loopctl.data.micro_batches import MicroBatches, TransformedBatches, metric_target, transform_batches
 from loopctl.data.resumable_loader import open_loaders
 from loopctl.distributed.data_parallel import step_weight
 from loopctl.distributed.process_group import broadcast_from_rank0, restart_count
@@ -180,7 +180,8 @@ def run_step(run: Run, batches: Sequence[Any]) -> None:
         apply_schedules(run)
     if hook.acting["transform_batch"]:
         batches = run.batches = transform_batches(run)
-    weights: list[Any] = (batches.weights if type(batches) in OF_KNOWN_WEIGHTS          # isinstance takes longer
+    # The type is asked for, because isinstance takes longer.
+    weights: list[Any] = (batches.weights if type(batches) is MicroBatches or type(batches) is TransformedBatches
                           else [hook.batch_weight(run=run, batch=batch) for batch in batches])
     run.weight, run.skipped = step_weight(run, weights), False
     run.log_target = whole_step = run.meters, run.weight

@@ -84,9 +84,6 @@ class TransformedBatches(MicroBatches):
         return changed
 
 
-OF_KNOWN_WEIGHTS = (MicroBatches, TransformedBatches)
-
-
 def transform_batches(run: Run) -> TransformedBatches:
     """Return the micro-batches in `run.batches` as plugins transform them.
 
