@@ -5,7 +5,7 @@
 A small convolutional network learns from 100 of the training images of scikit-learn's digits, or from all of them with
 40 % of the labels drawn at random. The accuracy is that on the validation images, whose labels are right, after the
 last epoch: nothing is chosen by it. The teacher of `distill` is the plain network of the same seed. Prints a table of
-docs/catalogue.md.
+docs/recipes.md.
 """
 import sys
 from functools import partial
