@@ -175,6 +175,10 @@ class Checkpoint:
             if run.rank == 0:
                 check_serializable(run)
                 self.lock_folder()
+                # What a killed run has left half written. Not later: the best weights may be written while a checkpoint
+                # is, in the background.
+                for left in (*self.folder.glob("best.*.new"), *self.folder.glob("step-*.new")):
+                    self.try_write(run, left, partial(left.unlink, missing_ok=True))
             self.checked = True
             # Checkpoints later than the one resumed from are damaged.
             last = step_number(run.last_checkpoint) if run.last_checkpoint else -1
@@ -253,7 +257,7 @@ class Checkpoint:
             self.try_write(run, self.folder / "best.pt", partial(link_or_copy, file, self.folder / "best.pt"))
             self.best_sharded = content.get("sharded", {}).get("folder")
         self.kept = [*dict.fromkeys((file, *self.kept))][:self.keep]
-        for old in (*checkpoints_in(self.folder), *self.folder.glob("*.new")):
+        for old in (*checkpoints_in(self.folder), *self.folder.glob("step-*.new")):
             if old not in self.kept and step_number(old) <= step_number(file) and not old.is_dir():
                 self.try_write(run, old, partial(old.unlink, missing_ok=True))
         for folder in self.folder.glob("step-*.sharded"):

@@ -1,5 +1,6 @@
 """Communication hooks of ddp: torch's own, and those that a plugin registers, also where the model is wrapped again."""
 import logging
+import time
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from loopctl import Run, UsageError, fit, hookimpl
+from loopctl.distributed.process_group import leave_process_group
 
 LOSS = nn.CrossEntropyLoss()
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -36,7 +38,14 @@ def bf16_under_another_name(state, bucket):
     return default_hooks.bf16_compress_hook(state, bucket)
 
 
-HOOKS = {"fp16": default_hooks.fp16_compress_hook, "bf16": bf16_under_another_name, "powersgd": powerSGD_hook}
+def power_sgd_waited_for(state, bucket):
+    """Otherwise gloo's threads may be the last to hold the process group, and torch aborts the process."""
+    result = powerSGD_hook(state, bucket)
+    result.wait()
+    return result
+
+
+HOOKS = {"fp16": default_hooks.fp16_compress_hook, "bf16": bf16_under_another_name, "powersgd": power_sgd_waited_for}
 
 
 def train_by_hand(name, epochs):
@@ -50,7 +59,9 @@ def train_by_hand(name, epochs):
             LOSS(model(input), target).backward()
             optimizer.step()
     found = weights(model.module)
-    dist.destroy_process_group()
+    time.sleep(0.3)         # until gloo's threads hold the process group no more; the last to do so would wait for itself
+    del model, optimizer
+    leave_process_group()
     return found
 
 

@@ -218,3 +218,24 @@ def test_resuming_a_finished_run_trains_nothing(net, batches, sgd, tmp_path, clo
     run = fit(net, cross_entropy, sgd, batches, epochs=2, plugins=["checkpoint"], out=tmp_path, resume=tmp_path)
     same(net, before)
     assert (run.epoch, len(run.history)) == (2, 2)
+
+
+def test_the_best_weights_may_be_written_while_a_checkpoint_is(net, batches, valid, sgd, tmp_path):
+    """In the background, a checkpoint of sharded tensors removes old files, and none that is being written."""
+    half = tmp_path / "checkpoints" / "best.other.new"          # a name that the run itself does not write
+
+    class Writing:
+        @hookimpl
+        def after_step(self):
+            half.parent.mkdir(exist_ok=True)
+            half.write_bytes(b"being written")
+
+        @hookimpl
+        def epoch_end(self):
+            assert half.exists()
+
+    fit(net, nn.CrossEntropyLoss(), sgd, batches, valid, epochs=2, plugins=[Writing(), "checkpoint:every_steps=2,monitor=train_loss"], eval_every=3, out=tmp_path)
+    half.parent.mkdir(exist_ok=True)
+    half.write_bytes(b"left by a killed run")
+    fit(net, nn.CrossEntropyLoss(), sgd, batches, valid, epochs=3, plugins=["checkpoint:every_steps=2,monitor=train_loss"], eval_every=3, resume=tmp_path, out=tmp_path)
+    assert not half.exists()
