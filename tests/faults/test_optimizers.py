@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from loopctl import Run, UsageError, fit, hookimpl
+from tests.conftest import ScheduleFree
 
 cross_entropy = nn.CrossEntropyLoss()
 
@@ -156,40 +157,6 @@ def test_a_rate_that_is_set_between_two_runs_counts(plain, batches, plugins):
             optimizer.param_groups[0]["lr"] = start
         fit(plain, cross_entropy, optimizer, batches, plugins=[*plugins, Rates()])
         assert rates[0] == start        # a second run starts where the first did, unless the rate was set
-
-
-class ScheduleFree(torch.optim.Optimizer):
-    """The arithmetic of schedule-free SGD (arXiv:2405.15682): `train` and `eval` switch between two sets of weights."""
-
-    def __init__(self, params, lr=0.1, beta=0.9):
-        super().__init__(params, {"lr": lr, "beta": beta, "train_mode": True, "k": 0})
-
-    @torch.no_grad()
-    def switch(self, training):
-        for group in self.param_groups:
-            if group["train_mode"] != training:
-                for parameter in group["params"]:
-                    if "z" in self.state[parameter]:
-                        weight = 1 - group["beta"] if training else 1 - 1 / group["beta"]
-                        parameter.lerp_(self.state[parameter]["z"], weight)
-                group["train_mode"] = training
-
-    def train(self):
-        self.switch(True)
-
-    def eval(self):
-        self.switch(False)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        assert self.param_groups[0]["train_mode"], "step in evaluation mode"
-        for group in self.param_groups:
-            group["k"] += 1
-            for parameter in group["params"]:
-                z = self.state[parameter].setdefault("z", parameter.clone())
-                parameter.lerp_(z, 1 / group["k"])
-                parameter.add_(parameter.grad, alpha=group["lr"] * (group["beta"] * (1 - 1 / group["k"]) - 1))
-                z.sub_(parameter.grad, alpha=group["lr"])
 
 
 @pytest.mark.fault(row="G5", given="an optimizer with train() and eval()", right="called beside those of the model, and eval() at the end")

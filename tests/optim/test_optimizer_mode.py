@@ -12,43 +12,10 @@ from loopctl.optim.several import by_kind
 from loopctl.testing import tiny_run
 from loopctl.testing.tiny import tiny_batches
 from loopctl.trial_run import trial_run
+from tests.conftest import ScheduleFree
 
 TRAIN, VALID = tiny_batches(8, 8, 8, 8, 5), tiny_batches(8, 5, seed=1)
 cross_entropy = nn.CrossEntropyLoss()
-
-
-class ScheduleFree(torch.optim.Optimizer):
-    """The arithmetic of schedule-free SGD (arXiv:2405.15682): `train` and `eval` switch between two sets of weights."""
-
-    def __init__(self, params, lr=0.1, beta=0.9):
-        super().__init__(params, {"lr": lr, "beta": beta, "train_mode": False, "k": 0})
-
-    @torch.no_grad()
-    def switch(self, training):
-        for group in self.param_groups:
-            if group["train_mode"] != training:
-                for parameter in group["params"]:
-                    if "z" in self.state[parameter]:
-                        weight = 1 - group["beta"] if training else 1 - 1 / group["beta"]
-                        parameter.lerp_(self.state[parameter]["z"], weight)
-                group["train_mode"] = training
-
-    def train(self):
-        self.switch(True)
-
-    def eval(self):
-        self.switch(False)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        assert self.param_groups[0]["train_mode"], "step in evaluation mode"
-        for group in self.param_groups:
-            group["k"] += 1
-            for parameter in group["params"]:
-                z = self.state[parameter].setdefault("z", parameter.clone())
-                parameter.lerp_(z, 1 / group["k"])
-                parameter.add_(parameter.grad, alpha=group["lr"] * (group["beta"] * (1 - 1 / group["k"]) - 1))
-                z.sub_(parameter.grad, alpha=group["lr"])
 
 
 def new_model():
