@@ -38,11 +38,10 @@ class Csv(StepLogger):
     topic = "logging and reports"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.every_steps is None:
             for hook in ("train", "epoch_start", "after_step", "after_evaluate", "train_end"):
                 setattr(self, hook, None)               # it is not called at these hooks
-        elif self.every_steps < 1:
-            raise ValueError(f"every_steps is at least 1, not {self.every_steps}")
 
     @hookimpl
     def train_start(self, run: Run) -> None:

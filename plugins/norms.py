@@ -40,10 +40,6 @@ class Norms(StepLogger):
     observer_only: ClassVar[bool] = True        # it changes no gradient
     topic = "logging and reports"
 
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"every_steps is at least 1, not {self.every_steps}")
-
     @hookimpl
     def train_start(self, run: Run) -> None:
         held = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}

@@ -45,11 +45,11 @@ class Tensorboard(StepLogger):
     topic = "logging and reports"
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "histogram_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
+        super().__post_init__()
         if self.histogram_steps is None:
             self.grads_ready = None         # type: ignore[assignment, method-assign]
+        elif self.histogram_steps < 1:
+            raise ValueError(f"histogram_steps is at least 1, not {self.histogram_steps}")
         self.writers: dict[str, Any] = {}                           # by folder: train, valid, and . for all else
 
     @hookimpl

@@ -39,10 +39,6 @@ class Wandb(StepLogger):
     failures: ClassVar[tuple[type[Exception], ...]] = (Exception,)      # a service that is away costs no training
     topic = "logging and reports"
 
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"every_steps is at least 1, not {self.every_steps}")
-
     @hookimpl
     def train_start(self, run: Run) -> None:
         try:

@@ -60,6 +60,10 @@ class StepLogger:
     every_steps: Any
     failures: ClassVar[tuple[type[Exception], ...]] = (OSError,)         # what `attempt` makes a warning
 
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(f"every_steps is at least 1, not {self.every_steps}")
+
     @hookimpl(wrapper=True)
     def train(self, run: Run) -> Generator[None, Any, Any]:
         self.steps, self.begun, self.refused = StepValues(self.every_steps), False, False
