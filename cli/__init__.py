@@ -26,7 +26,7 @@ from loopctl.cli.options import (
     training_options,
     weights_option,
 )
-from loopctl.cli.parameters import IntegerType, PathType, TextType, TimeType
+from loopctl.cli.parameters import FloatType, IntegerType, PathType, TextType, TimeType
 from loopctl.cli.specs import DATA
 from loopctl.errors import UsageError, one_line
 from loopctl.report.terminal import say, use_plain_letters
@@ -152,6 +152,26 @@ def lr(out: Path | None, **settings: Any) -> None:
     """Draw the learning rate over a whole run, without training."""
     from loopctl.cli import curve
     say(curve.draw(settings, out))
+
+
+@main.command()
+@training_options
+@shared_option("--seconds", group=MAIN, default=60.0, type=FloatType(), metavar="S",
+               help="How long the search may take.")
+@shared_option("--tolerance", group=MAIN, type=FloatType(), metavar="F",
+               help="The largest relative difference from the loss of the run as given with which something may be "
+                    "chosen.  [default: 0.002; in half precision 0.02]")
+@shared_option("--write", group=MAIN, type=PathType(), metavar="FILE.toml",
+               help="Also write what was found to this new file, for `loopctl run --config`.")
+@click.pass_context
+def tune(ctx: click.Context, **settings: Any) -> None:
+    """Find what makes a run faster, and print the command line to use.
+
+    Half precision, memory format, compilation, CUDA graphs, loader processes and more are tried for a few seconds each,
+    on copies of the run with its own model and data. What is tried does not change the recipe.
+    """
+    from loopctl.cli.tune import tune as search  # by its full path, for `tune` is this command
+    say(search(settings, ctx.meta["loopctl.arguments"]))
 
 
 @main.command()

@@ -34,6 +34,7 @@ def build_arguments(
     resume: the folder of a run; if it has a checkpoint, the files of weights to begin with are not read again
     trains: false where nothing will be trained, so that a loss may be missing
     """
+    chosen_torch_settings(settings)           # raises where they contradict each other
     specs, plugins = build_plugins(settings)
     begins = not has_checkpoint(resume, plugins)
     device = find_device(device_name(settings))
@@ -137,6 +138,18 @@ def build_plugins(settings: dict[str, Any]) -> tuple[list[str], list[Any]]:
         plugins = [*plugins, MaxTime(limit)]
     compose(plugins)                          # refuses a wrong combination before the data is read
     return specs, plugins
+
+
+def chosen_torch_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `torch_settings` that the settings name. A flag that was not given changes nothing.
+
+    Raises UsageError where one contradicts --deterministic.
+    """
+    benchmark = settings["cudnn_benchmark"] or None
+    if benchmark and settings["deterministic"]:
+        raise UsageError("--cudnn-benchmark with --deterministic: cuDNN would choose its algorithms by their time, so "
+                         "by chance; leave out one of the two")
+    return {"matmul": settings["matmul"], "cudnn_benchmark": benchmark, "threads": settings["threads"]}
 
 
 def device_name(settings: dict[str, Any]) -> str:

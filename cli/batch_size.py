@@ -12,7 +12,7 @@ import click
 import torch
 
 from loopctl import fit, hookimpl
-from loopctl.checkpoint.state import TRAINING_HOOKS
+from loopctl.checkpoint.state import acts_in_training
 from loopctl.cli.arguments import DEFAULT_BATCH_SIZE, build_arguments, build_plugins, device_name
 from loopctl.data.batch import length_or_none
 from loopctl.distributed.process_group import launched_processes
@@ -71,8 +71,7 @@ def largest_that_fits(fits: Callable[[int], bool], start: int, most: int | None)
 def fits(settings: dict[str, Any], size: int) -> bool:
     """Whether two steps with batches of this size, and a batch of the validation data, fit in memory."""
     arguments = build_arguments(settings | {"batch_size": size, "limit_valid": "1", "overfit": None})[0]
-    changing = [plugin for plugin in arguments["plugins"]
-                if any(hasattr(getattr(type(plugin), hook, None), "loopctl_impl") for hook in TRAINING_HOOKS)]
+    changing = [plugin for plugin in arguments["plugins"] if acts_in_training(plugin)]
     log, full = logging.getLogger("loopctl"), False
     level = log.level
     log.setLevel(logging.ERROR)             # what there is to say, the run itself says

@@ -111,6 +111,7 @@ def make_one(spec: str, lr: float | None, device: str) -> tuple[Any, float | Non
         raise UsageError(f"optimizer {name}: lr is given twice, as --lr and as an option; leave one out")
     lr_in_spec = "lr" in options
     options |= {} if lr is None else {"lr": lr}
+    given = dict(options)
     excluded = {"foreach", "fused", "differentiable"} & set(options)
     if device == "cuda" and "fused" in inspect.signature(cls).parameters and not excluded:
         options["fused"] = True
@@ -120,9 +121,9 @@ def make_one(spec: str, lr: float | None, device: str) -> tuple[Any, float | Non
     if cls in classes.values():
         check_tuple_options(name, cls, options)
 
-    def factory(params: Any) -> Any:
+    def factory(params: Any, **more: Any) -> Any:
         try:
-            return cls(params, **options)
+            return cls(params, **options | more)
         except UsageError:
             raise
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
@@ -130,6 +131,7 @@ def make_one(spec: str, lr: float | None, device: str) -> tuple[Any, float | Non
         except Exception as error:              # their messages mean little without the type, such as KeyError's
             raise UsageError(f"optimizer {name}: {type(error).__name__}: {one_line(error)}") from error
 
+    factory.__dict__.update(func=cls, keywords=given)              # as of a functools.partial, for `tune`
     weight = torch.nn.Parameter(torch.full((1, 1), 2.5))
     groups: Any = [{"params": [weight]}]
     if takes_model(cls):

@@ -166,6 +166,11 @@ SHARED_OPTIONS = (
                   metavar="P",
                   help="Precision of float32 matrix products (torch.set_float32_matmul_precision): highest, high or "
                        "medium; the last two are faster on recent GPUs."),
+    shared_option("--cudnn-benchmark", group=DEVICES, is_flag=True,
+                  help="Let cuDNN try its algorithms for each shape of a convolution and keep the fastest "
+                       "(torch.backends.cudnn.benchmark)."),
+    shared_option("--threads", group=DEVICES, type=IntegerType(1, 1024), metavar="N",
+                  help="Threads that compute on the CPU (torch.set_num_threads).  [default: torch's own]"),
     shared_option("--seed", group=REPEATING, default=0, type=IntegerType(0, 2**64 - 1), metavar="N",
                   help="Seed of the random-number generators of Python, NumPy and torch."),
     shared_option("--deterministic", group=REPEATING, is_flag=True,

@@ -95,15 +95,19 @@ class Recorder:
         self.started = True
 
     def write_configuration(self, run: Run) -> None:
-        versions = f"loopctl {version('loopctl')}, torch {torch.__version__}"
-        heading = f"# {versions}\n# loopctl run --config {run.out}/run.toml\n"
-        # Strings, numbers, booleans and lists of them are written in TOML as in JSON.
-        lines = [f"{key} = {json.dumps(value, ensure_ascii=False, indent=4)}\n"
-                 for key, value in sorted(run.config.items())]
+        text = configuration_text(run.config, f"loopctl run --config {run.out}/run.toml")
         with unwritable_is_error(run.out), atomic_write(run.out / "run.toml") as file:
-            file.write_text(heading + "".join(lines), encoding="utf-8")
+            file.write_text(text, encoding="utf-8")
         with unwritable_is_error(run.out), atomic_write(run.out / saved_run.DATA) as file:
             file.write_text(self.data, encoding="utf-8")
+
+
+def configuration_text(settings: dict[str, Any], command: str) -> str:
+    """Settings as TOML, under a heading with the versions and the command that reads them."""
+    heading = f"# loopctl {version('loopctl')}, torch {torch.__version__}\n# {command}\n"
+    # Strings, numbers, booleans and lists of them are written in TOML as in JSON.
+    return heading + "".join(f"{key} = {json.dumps(value, ensure_ascii=False, indent=4)}\n"
+                             for key, value in sorted(settings.items()))
 
 
 def data_size(run: Run) -> str:

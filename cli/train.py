@@ -5,8 +5,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 import click
 import torch
 
-from loopctl import explain, fit, hookimpl
+from loopctl import explain, fit, hookimpl, torch_settings
 from loopctl.checkpoint.atomic_files import Weights, atomic_write, save_weights
 from loopctl.checkpoint.finding import step_number
 from loopctl.checkpoint.folder_lock import LostLock
 from loopctl.cli import data, evaluation, launch, saved_run
-from loopctl.cli.arguments import build_arguments, build_plugins, has_checkpoint
+from loopctl.cli.arguments import build_arguments, build_plugins, chosen_torch_settings, has_checkpoint
 from loopctl.cli.batch_size import find_batch_size
 from loopctl.cli.lasting_output import lasting_output
 from loopctl.cli.run_folder import Recorder, named_folder, run_folder
@@ -87,7 +86,7 @@ def train(settings: dict[str, Any], out: Path | None, resume: Path | None) -> No
     arguments["plugins"] += [data.BatchSize(), recorder]
     # Only rank 0 makes the folder; the other processes get its path from rank 0 when they join the process group.
     opened = run_folder(resume or out, recorder) if rank() == 0 else nullcontext(Path())
-    with opened as folder, matmul_precision(settings["matmul"]):
+    with opened as folder, torch_settings(**chosen_torch_settings(settings)):
         try:
             result = fit(**arguments, resume=resume, out=folder)
         except (KeyboardInterrupt, SystemExit) as error:
@@ -151,8 +150,8 @@ def fast_dev_run(settings: dict[str, Any]) -> None:
                 setattr(plugin, name, Path(value).name)
     arguments["plugins"] += [data.BatchSize(), Recorder(resolved, saved_run.describe_data(dataset), new=True),
                              TwoEpochs()]
-    with (TemporaryDirectory(prefix="loopctl-") if rank() == 0 else nullcontext("")) as folder, matmul_precision(
-            settings["matmul"]):
+    with (TemporaryDirectory(prefix="loopctl-") if rank() == 0 else nullcontext("")) as folder, torch_settings(
+            **chosen_torch_settings(settings)):
         result = fit(**arguments, out=folder)
         final = Weights(result.model)
         if test:
@@ -185,17 +184,6 @@ def check_losses(run: Run, weights: Path) -> None:
     if lost := run.lost_loss():
         advice = "" if "nan_guard" in run.hook.plugins else ", or --plugin nan_guard, which skips such steps"
         raise click.ClickException(f"{lost}, so {weights} is of no use; begin a new run with a lower --lr{advice}")
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Set torch's precision of float32 matrix products inside the block, and restore it afterwards."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def prepare_run(settings: dict[str, Any]) -> Run:

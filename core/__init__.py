@@ -16,20 +16,23 @@ if TYPE_CHECKING:
     from loopctl.data.dataset import Data
     from loopctl.distributed.data_parallel import Parallel
     from loopctl.evaluation import evaluate
+    from loopctl.global_settings import torch_settings
     from loopctl.loop import fit
     from loopctl.metrics.monitor import Monitor
     from loopctl.optim.duration import Duration
     from loopctl.run import Run
+    from loopctl.tuning.search import tune
 
 __all__ = ["Data", "Duration", "Monitor", "Parallel", "Run", "UsageError", "__version__", "available", "evaluate",
-           "explain", "fit", "hookimpl", "load", "load_run", "load_weights"]
+           "explain", "fit", "hookimpl", "load", "load_run", "load_weights", "torch_settings", "tune"]
 
 # Imported when first used, for most of it imports torch, and `loopctl --help` is to answer at once.
 LAZY = {
     "Data": "data.dataset", "Duration": "optim.duration", "Monitor": "metrics.monitor",
     "Parallel": "distributed.data_parallel", "Run": "run", "evaluate": "evaluation",
     "explain": "composition.explain", "fit": "loop",
-    "load_run": "cli.saved_run", "load_weights": "checkpoint.weights_file",
+    "load_run": "cli.saved_run", "load_weights": "checkpoint.weights_file", "torch_settings": "global_settings",
+    "tune": "tuning.search",
 }
 
 

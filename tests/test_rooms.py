@@ -12,6 +12,7 @@ ARROWS = {
     "errors": "",
     "rng": "",
     "counters": "",
+    "global_settings": "",
     "hooks": "",
     "optim": "errors hooks",
     "data": "errors rng",
@@ -28,9 +29,10 @@ ARROWS = {
     "loop": "errors hooks metrics optim data distributed composition checkpoint run defaults prepare model rehearsal",
     "evaluation": "hooks metrics data distributed composition run prepare loop",
     "trial_run": "errors rng metrics optim model data distributed composition checkpoint run loop",
+    "tuning": "errors rng global_settings hooks model data distributed composition checkpoint run prepare loop trial_run",
     "testing": "errors rng hooks optim model data composition checkpoint run loop",
     "plugins": "errors rng hooks report metrics optim model data distributed composition checkpoint run trial_run",
-    "cli": "errors rng hooks report metrics optim model data distributed composition checkpoint run prepare loop evaluation plugins",
+    "cli": "errors rng global_settings hooks report metrics optim model data distributed composition checkpoint run prepare loop evaluation tuning plugins",
 }
 
 

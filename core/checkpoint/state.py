@@ -41,7 +41,7 @@ TRAINING_HOOKS = ("setup", "param_groups", "wrap_model", "group_batches", "lr_sc
 
 # Options of `loopctl run` that may change on resume.
 MAY_CHANGE_ON_RESUME = ("epochs", "max_steps", "eval_every", "workers", "device", "devices", "data_root", "download",
-                        "plugin", "without", "max_time", "tag", "test")
+                        "plugin", "without", "max_time", "tag", "test", "threads", "cudnn_benchmark")
 
 log = logging.getLogger("loopctl")
 
@@ -379,6 +379,11 @@ def training_plugins(run: Run) -> list[str]:
     affecting |= {name for name, plugin in run.hook.plugins.items() if isinstance(plugin, Schedule)}
     return [name for name, plugin in run.hook.plugins.items()
             if name in affecting and not getattr(plugin, "observer_only", False)]
+
+
+def acts_in_training(plugin: Any) -> bool:
+    """Whether a plugin implements a hook that can change what is trained, or how fast."""
+    return any(hasattr(getattr(plugin, hook, None), "loopctl_impl") for hook in TRAINING_HOOKS)
 
 
 def check_serializable(run: Run) -> None:

@@ -1,0 +1,320 @@
+"""`tune`: find the fastest composition of a run by trials, greedily, within a budget of seconds."""
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from math import isnan, nan
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from loopctl.data.batch import iter_tensors, length_or_none, sample_count
+from loopctl.data.limits import draws_indices, with_batch_sampler
+from loopctl.data.on_device import OnDeviceDataset
+from loopctl.distributed.process_group import launched_processes
+from loopctl.errors import UsageError
+from loopctl.prepare import find_device
+from loopctl.rng import rng_state, set_rng_state
+from loopctl.tuning.choices import (
+    Choice,
+    Composition,
+    described,
+    optimizer_with,
+    plugins_of,
+    possible_choices,
+    settings_of,
+    worker_numbers,
+)
+from loopctl.tuning.report import Row, Tuning
+from loopctl.tuning.trial import Repeated, Result, run_trial
+
+log = logging.getLogger("loopctl")
+
+FASTER = 1.03               # a choice has to be faster by this factor, which is more than the noise of a trial
+COMPARED_STEPS = 20         # losses are compared over the first steps of the trials, at most so many
+FLOAT32, HALF = 2e-3, 2e-2  # how far a loss may stray relatively: by other sums in float32, by fewer bits
+POOL, POOL_BYTES = 8, 2**30             # how many batches the trials of the model use, and their size in memory
+SHORTEST_PASS = 1000        # batches of a pass in these trials, so that no epoch ends in between
+SHARE_OF_SEARCH, SHARE_OF_MODEL = 0.7, 0.8     # of the seconds: until then it searches, then measures the best again
+FIRST_TRIAL = 30            # seconds that the run as it was given may take in any case
+
+
+def tune(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
+    optimizer: Any,
+    train: Iterable[Any],
+    valid: Any = None,
+    *,
+    seconds: float = 60.0,
+    tolerance: float | None = None,
+    **arguments: Any,
+) -> Tuning:
+    """Try what makes the run that `fit` would make with these arguments faster, and return what was found.
+
+    Each trial trains a copy of the run for a few steps. What is tried changes the speed and not the recipe: precision,
+    memory format, compilation, CUDA graphs, the form of the optimizer's update, torch's settings, loader processes. The
+    run itself is not changed: not the model, the random-number generators nor torch's settings.
+
+    seconds: how long all of it may take
+    tolerance: the largest relative difference between the loss of a trial and that of the run as it was given, with
+        which a composition may be chosen; left out, 0.002, and 0.02 where half precision is tried
+    The other arguments are those of `fit`.
+
+    Raises UsageError where the run itself does not work, and where its data can be read only once.
+    """
+    unknown = {"resume", "out"} & {*arguments}
+    if unknown:
+        raise UsageError(f"tune takes no {min(unknown)}: it trains copies, and keeps nothing; leave it out")
+    given = {"model": model, "loss_fn": loss_fn, "optimizer": optimizer, "train": train, "valid": valid, **arguments}
+    given["plugins"] = list(arguments.get("plugins", ()))
+    return Search(given, seconds, tolerance).run()
+
+
+@dataclass(eq=False)
+class Search:
+    """The search for the fastest composition.
+
+    arguments: those of `fit`
+    loaders: other ways to read the same training data, by name: functions that return a loader
+    progress: called with what is being tried, and None at the end
+    """
+
+    arguments: dict[str, Any]
+    seconds: float = 60.0
+    tolerance: float | None = None
+    loaders: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    progress: Callable[[str | None], None] = lambda text: None
+
+    def run(self) -> Tuning:
+        self.began = perf_counter()
+        train = self.arguments["train"]
+        if launched_processes() > 1:
+            raise UsageError("tune works in one process; leave out torchrun")
+        if not self.seconds > 0:
+            raise UsageError(f"tune: seconds is above 0, not {self.seconds:g}")
+        if isinstance(train, Iterator):
+            raise UsageError("tune reads the training data more than once; pass a list or a DataLoader")
+        self.device = find_device(self.arguments.get("device"), self.arguments["model"])
+        self.rows: list[Row] = []
+        self.left_out: list[Composition] = []
+        random = rng_state(train)
+        try:
+            self.progress("the data alone")
+            batches, self.data_rate = self.read_batches(train)
+            length = length_or_none(train) or 0
+            self.pool = Repeated(batches, max(length, SHORTEST_PASS))
+            self.find_composition(on_host=any(tensor.device.type == "cpu" for tensor in iter_tensors(batches[0])))
+            self.find_loader()
+        finally:
+            self.progress(None)
+            set_rng_state(random, train)
+        return self.result()
+
+    @property
+    def spent(self) -> float:
+        return perf_counter() - self.began
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the steps of one trial are timed."""
+        return min(3.0, max(0.1, self.seconds / 30))
+
+    # The data alone.
+
+    def read_batches(self, train: Any) -> tuple[list[Any], float]:
+        """Read batches for a while. Return the first ones, and samples per second without the first batch, with which
+        loader processes start."""
+        kept: list[Any] = []
+        size, samples, end, begin = 0, 0, nan, nan
+        limit = perf_counter() + self.step_seconds
+        for batch in train:
+            end = perf_counter()
+            if isnan(begin):
+                begin = end
+            else:
+                samples += sample_count(batch)
+            size += sum(tensor.nbytes for tensor in iter_tensors(batch))
+            if not kept or (len(kept) < POOL and size <= POOL_BYTES):
+                kept.append(copy.copy(batch))
+            if end > limit and samples:
+                break
+        if not kept:
+            raise UsageError("train gave no batches")
+        return kept, samples / (end - begin) if samples and end > begin else nan
+
+    # The model alone, on a few batches again and again.
+
+    def find_composition(self, on_host: bool) -> None:
+        self.plain = best = self.measure(())
+        if isnan(best.rate):
+            raise UsageError(f"the run as it was given cannot be tried: {best.result.reason}")
+        self.seeds_differ = self.measure_seeds() if best.result.draws else 0.0
+        again: list[Choice] = []
+        for group in possible_choices(self.arguments, self.device, on_host):
+            here = best
+            for choice in group:
+                row = self.measure((*best.composition, choice), best)
+                if self.is_better(row, here):
+                    here = row
+                elif row.rate > 0.8 * best.rate:
+                    again.append(choice)
+            best = here
+        for choice in again:            # what did not pay may pay together with what was chosen after it
+            others = tuple(one for one in best.composition if one.group != choice.group)
+            if not any({*row.composition} == {*others, choice} for row in self.rows):
+                row = self.measure((*others, choice), best)
+                best = row if self.is_better(row, best) else best
+        self.best = self.confirmed(best)
+
+    def measure_seeds(self) -> float:
+        """How far the loss strays with another seed, which it may with other random numbers too."""
+        seed = (self.arguments.get("seed") or 0) + 1
+        other = run_trial(self.arguments | {"seed": seed}, (), self.pool, self.device, 0.0,
+                          limit=self.seconds - self.spent)
+        return difference(other.losses, self.plain.result.losses)
+
+    def is_better(self, row: Row, best: Row) -> bool:
+        """Whether a composition is allowed and faster; the other one is measured again, for a machine that others use
+        may have been slower then."""
+        if not (row.allowed and row.rate > FASTER * best.rate):
+            return False
+        if self.spent + 2 * best.result.seconds < SHARE_OF_SEARCH * self.seconds:
+            best.result.rate = max(best.rate, *self.rate_again(best))
+        return row.rate > FASTER * best.rate
+
+    def rate_again(self, row: Row) -> list[float]:
+        """Measure a composition again; return samples per second in a list, which is empty where that fails."""
+        self.progress(f"{described(row.composition)}, again")
+        train = self.loaders_tried[row] if row.with_data else self.pool
+        rate = run_trial(self.arguments, row.composition, train, self.device, self.step_seconds,
+                         limit=self.seconds - self.spent).rate
+        return [] if isnan(rate) else [rate]
+
+    def measure(self, composition: Composition, best: Row | None = None, train: Any = None) -> Row:
+        """Try a composition, on the same few batches or on the loader `train`, and add a row to the table.
+
+        best: the one to compare with; None for the run as it was given, which is tried however long it takes
+        """
+        row = Row(composition, Result(reason="no time was left"), with_data=train is not None)
+        left = (SHARE_OF_SEARCH if train is None else 1.0) * self.seconds - self.spent
+        if best is not None and left < max(2 * self.step_seconds, 0.7 * best.result.seconds):
+            self.left_out.append(composition)
+            return row
+        self.progress(described(composition))
+        row.result = run_trial(
+            self.arguments, composition, self.pool if train is None else train, self.device, self.step_seconds,
+            limit=left if best else max(left, FIRST_TRIAL),
+            slowest=0.5 * best.rate if best and train is None else 0.0)
+        self.rows.append(row)
+        if train is None:
+            row.strays = difference(row.result.losses, self.rows[0].result.losses)
+            row.allowed = row.strays <= self.most_straying(composition)         # false for NaN
+        return row
+
+    def most_straying(self, composition: Composition) -> float:
+        """How far the loss of a composition may be from that of the run as it was given."""
+        if self.tolerance is not None:
+            return self.tolerance
+        most = HALF if any(choice.rounds for choice in composition) else FLOAT32
+        return max(most, 2 * self.seeds_differ) if any(choice.draws for choice in composition) else most
+
+    def confirmed(self, best: Row) -> Row:
+        """Measure the fastest ones again, in turns with the run as it was given, and return the fastest.
+
+        Two trials that are far apart cannot be compared where other programs use the machine too. Of those that are
+        equally fast it is the one that changes least.
+        """
+        near = [row for row in self.rows if row.allowed and row.rate > 0.9 * best.rate]
+        finalists = [*dict.fromkeys([best, *sorted(near, key=lambda row: -row.rate)[:3], self.plain])]
+        if len(finalists) == 1:
+            return best
+        rates = {row: [row.rate] for row in finalists}
+        turn = 1.5 * sum(row.result.seconds for row in finalists)
+        while len(rates[best]) < 4 and self.spent + turn < SHARE_OF_MODEL * self.seconds:
+            for row in finalists:
+                rates[row] += self.rate_again(row)
+        for row in finalists:
+            row.result.rate = median(rates[row])
+        fastest = max(row.rate for row in finalists)
+        return min((row for row in finalists if FASTER * row.rate >= fastest), key=lambda row: len(row.composition))
+
+    # Data and model together.
+
+    def find_loader(self) -> None:
+        """Train with the data as it is read, as given and in other ways, and choose the fastest."""
+        train, chosen = self.arguments["train"], self.best.composition
+        self.loaders_tried: dict[Row, Any] = {}
+        self.before = self.measure_with(train, (), self.plain)
+        self.together = self.measure_with(train, chosen, self.best) if chosen else self.before
+        if self.best.rate > (FASTER - 1) * self.data_rate:          # else no loader could make it faster
+            for choice, loader in self.other_loaders():
+                row = self.measure_with(loader, (*chosen, choice), self.together)
+                if row.rate > FASTER * self.together.rate:
+                    self.together = row
+        self.compare_with_before()
+        if self.together.loader_choice:
+            self.progress("the data alone, again")
+            self.data_rate = self.read_batches(self.loaders_tried[self.together])[1]
+
+    def measure_with(self, loader: Any, composition: Composition, best: Row) -> Row:
+        row = self.measure(composition, best, loader)
+        self.loaders_tried[row] = loader
+        return row
+
+    def compare_with_before(self) -> None:
+        """Measure the run as it was given and as it was found in turns; keep the former where the latter is slower."""
+        pair = self.before, self.together
+        rates = {row: [row.rate] for row in pair}
+        if self.together is not self.before:
+            turn = 1.5 * sum(row.result.seconds for row in pair)
+            while len(rates[self.before]) < 4 and self.spent + turn < self.seconds:
+                for row in pair:
+                    rates[row] += self.rate_again(row)
+            for row in pair:
+                row.result.rate = median(rates[row])
+        if isnan(self.together.rate) or isnan(self.before.rate):        # there was no time to read the data
+            self.before, self.together = self.plain, self.best
+        elif self.together.rate <= self.before.rate:
+            self.together = self.before
+
+    def other_loaders(self) -> Iterator[tuple[Choice, Any]]:
+        for name, make in self.loaders.items():
+            self.progress(f"reading the data with {name}")
+            yield Choice("data", loader=name), make()
+        train = self.arguments["train"]
+        if draws_indices(train) and not isinstance(train.dataset, OnDeviceDataset):
+            for number in worker_numbers(train.num_workers):
+                yield Choice("data", workers=number), with_workers(train, number)
+
+    def result(self) -> Tuning:
+        chosen = self.together.composition
+        loader = self.together.loader_choice
+        optimizer = self.arguments["optimizer"]
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = optimizer_with(optimizer, chosen)
+        model_rate = self.best.rate if chosen else self.plain.rate
+        return Tuning(plugins_of(chosen), optimizer, settings_of(chosen), loader.workers if loader else None, chosen,
+                      self.rows, model_rate, self.data_rate, self.together.rate / self.before.rate, self.seeds_differ,
+                      self.left_out)
+
+
+def difference(losses: list[float], plain: list[float]) -> float:
+    """How far losses are from those of the plain run, relatively, in the last quarter of the compared steps."""
+    steps = min(len(losses), len(plain), COMPARED_STEPS)
+    if not steps:
+        return nan
+    last = range(steps - max(1, steps // 4), steps)
+    size = sum(abs(plain[step]) for step in last)
+    return sum(abs(losses[step] - plain[step]) for step in last) / size if size else nan
+
+
+def with_workers(loader: Any, number: int) -> Any:
+    """A copy of a DataLoader with another number of loader processes."""
+    more = {"prefetch_factor": loader.prefetch_factor or 2} if number else {"prefetch_factor": None}
+    return with_batch_sampler(loader, loader.batch_sampler, num_workers=number, **more)
