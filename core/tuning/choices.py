@@ -75,14 +75,13 @@ def optimizer_with(factory: Any, composition: Composition) -> Any:
     return partial(factory, **options) if options else factory
 
 
-def possible_choices(arguments: Mapping[str, Any], device: torch.device, on_host: bool) -> list[list[Choice]]:
+def possible_choices(arguments: Mapping[str, Any], device: torch.device) -> list[list[Choice]]:
     """What may be tried for a run on `device`, in the order in which it is tried: groups of alternatives.
 
     What the run has already is left out. What comes first is what others build on: a graph of a step is worth most for
     small networks, and the optimizer has to support it.
 
     arguments: those of `fit`
-    on_host: whether batches are copied from the host to the device
     """
     given = {name_of(plugin) for plugin in arguments.get("plugins", ())}
     cuda = device.type == "cuda"
@@ -111,8 +110,6 @@ def possible_choices(arguments: Mapping[str, Any], device: torch.device, on_host
         group("threads", *(Choice("threads", settings=(("threads", number),)) for number in other_thread_numbers()))
     modes = ["compile", *["compile:mode=reduce-overhead"] * cuda, "compile:mode=max-autotune-no-cudagraphs"]
     group("compile", *(Choice("compile", (mode,), draws=True, warmup=4) for mode in modes))
-    if cuda and on_host:
-        group("prefetch", Choice("prefetch", ("prefetch",)))
     group("split", Choice("split", ("split:into=2",)))
     return groups
 
@@ -138,6 +135,12 @@ def other_thread_numbers() -> list[int]:
     """Numbers of threads to try besides the one in use: all cores, half of them and one."""
     cores = os.cpu_count() or 1
     return [number for number in dict.fromkeys((cores, cores // 2, 1)) if number not in (0, torch.get_num_threads())]
+
+
+def copies_in_advance(arguments: Mapping[str, Any], device: torch.device) -> list[Choice]:
+    """What may be tried where batches are copied to the device, which only shows when the data is read."""
+    given = {name_of(plugin) for plugin in arguments.get("plugins", ())}
+    return [Choice("prefetch", ("prefetch",))] if device.type == "cuda" and "prefetch" not in given else []
 
 
 def worker_numbers(current: int) -> list[int]:

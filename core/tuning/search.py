@@ -23,6 +23,7 @@ from loopctl.rng import rng_state, set_rng_state
 from loopctl.tuning.choices import (
     Choice,
     Composition,
+    copies_in_advance,
     described,
     optimizer_with,
     plugins_of,
@@ -109,7 +110,7 @@ class Search:
             batches, self.data_rate = self.read_batches(train)
             length = length_or_none(train) or 0
             self.pool = Repeated(batches, max(length, SHORTEST_PASS))
-            self.find_composition(on_host=any(tensor.device.type == "cpu" for tensor in iter_tensors(batches[0])))
+            self.find_composition()
             self.find_loader()
         finally:
             self.progress(None)
@@ -150,13 +151,13 @@ class Search:
 
     # The model alone, on a few batches again and again.
 
-    def find_composition(self, on_host: bool) -> None:
+    def find_composition(self) -> None:
         self.plain = best = self.measure(())
         if isnan(best.rate):
             raise UsageError(f"the run as it was given cannot be tried: {best.result.reason}")
         self.seeds_differ = self.measure_seeds() if best.result.draws else 0.0
         again: list[Choice] = []
-        for group in possible_choices(self.arguments, self.device, on_host):
+        for group in possible_choices(self.arguments, self.device):
             here = best
             for choice in group:
                 row = self.measure((*best.composition, choice), best)
@@ -257,6 +258,11 @@ class Search:
                 row = self.measure_with(loader, (*chosen, choice), self.together)
                 if row.rate > FASTER * self.together.rate:
                     self.together = row
+        for choice in copies_in_advance(self.arguments, self.device):
+            row = self.measure_with(self.loaders_tried[self.together], (*self.together.composition, choice),
+                                    self.together)
+            if row.rate > FASTER * self.together.rate:
+                self.together = row
         self.compare_with_before()
         if self.together.loader_choice:
             self.progress("the data alone, again")

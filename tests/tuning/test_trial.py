@@ -66,6 +66,14 @@ def test_a_run_with_random_numbers_in_its_steps_is_recognised(net, batches):
     assert run_trial(arguments(net, batches), (), Repeated(batches[:7], 1000), CPU, 0.0, 60.0).draws
 
 
+def test_every_trial_starts_with_the_same_random_numbers(net, batches):
+    """Also without a seed, so that losses can be compared."""
+    before = torch.get_rng_state()
+    one, other = (run_trial(arguments(net, batches), (), Repeated(batches[:7], 1000), CPU, 0.0, 60.0) for _ in range(2))
+    assert one.losses[:8] == other.losses[:8]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_data_is_read_in_whole_epochs_with_their_evaluations_left_out(plain, batches):
     class Slow(list):
         def __init__(self, batches, seconds):
