@@ -28,6 +28,7 @@ class Choice:
     loader: the name of another loader of the same data, if it uses one
     rounds: whether it computes with fewer bits, so that a loss differs by their rounding
     draws: whether it draws other random numbers, so that a loss differs as with another seed
+    slow: whether it takes long to prepare, so that it is tried last
     warmup: how many steps pass before it is at its full speed
     """
 
@@ -39,6 +40,7 @@ class Choice:
     loader: str = ""
     rounds: bool = False
     draws: bool = False
+    slow: bool = False
     warmup: int = 2
 
     def __str__(self) -> str:
@@ -108,9 +110,9 @@ def possible_choices(arguments: Mapping[str, Any], device: torch.device) -> list
         group("matmul", Choice("matmul", settings=(("matmul", "high"),), rounds=True))
     if not cuda:
         group("threads", *(Choice("threads", settings=(("threads", number),)) for number in other_thread_numbers()))
-    modes = ["compile", *["compile:mode=reduce-overhead"] * cuda, "compile:mode=max-autotune-no-cudagraphs"]
-    group("compile", *(Choice("compile", (mode,), draws=True, warmup=4) for mode in modes))
     group("split", Choice("split", ("split:into=2",)))
+    modes = ["compile", *["compile:mode=reduce-overhead"] * cuda, "compile:mode=max-autotune-no-cudagraphs"]
+    group("compile", *(Choice("compile", (mode,), draws=True, slow=True, warmup=4) for mode in modes))
     return groups
 
 

@@ -156,22 +156,32 @@ class Search:
         if isnan(best.rate):
             raise UsageError(f"the run as it was given cannot be tried: {best.result.reason}")
         self.seeds_differ = self.measure_seeds() if best.result.draws else 0.0
-        again: list[Choice] = []
-        for group in possible_choices(self.arguments, self.device):
+        groups = possible_choices(self.arguments, self.device)
+        best, again = self.add_choices(best, [group for group in groups if not group[0].slow])
+        for choice in again:            # what did not pay may pay together with what was chosen after it
+            others = tuple(one for one in best.composition if one.group != choice.group)
+            if not any({*row.composition} == {*others, choice} for row in self.rows):
+                row = self.measure((*others, choice), best)
+                best = row if self.is_better(row, best) else best
+        best, _ = self.add_choices(best, [group for group in groups if group[0].slow])
+        self.best = self.confirmed(best)
+
+    def add_choices(self, best: Row, groups: list[list[Choice]]) -> tuple[Row, list[Choice]]:
+        """Try the choices of each group with the best composition so far, which the fastest of them joins.
+
+        Return the best one at the end, and the choices that were not taken and are not much slower.
+        """
+        others: list[Choice] = []
+        for group in groups:
             here = best
             for choice in group:
                 row = self.measure((*best.composition, choice), best)
                 if self.is_better(row, here):
                     here = row
                 elif row.rate > 0.8 * best.rate:
-                    again.append(choice)
+                    others.append(choice)
             best = here
-        for choice in again:            # what did not pay may pay together with what was chosen after it
-            others = tuple(one for one in best.composition if one.group != choice.group)
-            if not any({*row.composition} == {*others, choice} for row in self.rows):
-                row = self.measure((*others, choice), best)
-                best = row if self.is_better(row, best) else best
-        self.best = self.confirmed(best)
+        return best, others
 
     def measure_seeds(self) -> float:
         """How far the loss strays with another seed, which it may with other random numbers too."""

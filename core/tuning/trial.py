@@ -109,7 +109,7 @@ class Clock:
             state = torch_rng_state(run.device)
             self.draws, self.random = self.random is not None and not torch.equal(state, self.random), state
         if run.loss is not None:
-            self.losses.append(run.loss.detach())
+            self.losses.append(run.loss.detach().clone())     # a graph of the step overwrites its own
         if run.attempts < self.warmup:
             return
         samples = sum(map(sample_count, run.batches))

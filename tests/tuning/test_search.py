@@ -96,6 +96,14 @@ def test_what_did_not_pay_is_tried_again_with_what_was_chosen_after_it(plain, tr
     assert names(tune(plain, cross_entropy, adamw, loader())) == "b + a"
 
 
+def test_what_takes_long_to_prepare_is_tried_last(plain, trials, monkeypatch):
+    made, shown = trials
+    monkeypatch.setattr(search, "possible_choices", lambda *given: [[Choice("slow", ("slow",), slow=True)], [Choice("a", ("a",))], [Choice("b", ("b",))]])
+    shown |= {"a": 100.0, "b": 200.0, "b + a": 300.0, "b + a + slow": 400.0}
+    assert names(tune(plain, cross_entropy, adamw, loader())) == "b + a + slow"
+    assert [key for key in dict.fromkeys(made) if "data" not in key] == ["as given", "a", "b", "b + a", "b + a + slow"]
+
+
 def test_a_difference_within_the_noise_changes_nothing(plain, trials, groups):
     groups(["a"])
     trials[1].update({"a": 102.0})
