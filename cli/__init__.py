@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -110,20 +111,30 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
+def folder_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a run that is written to a folder."""
+    for option in reversed((
+        shared_option("--max-time", group=LENGTH, type=TimeType(), metavar="TIME",
+                      help="Leave the run when this time is over, such as 90s, 30m, 2h, 1h30m or 1d, with a checkpoint "
+                           "from which it can be resumed."),
+        shared_option("--name", group=REPEATING, type=TextType(), metavar="NAME",
+                      help="Write to the folder runs/NAME, which must not exist yet."),
+        shared_option("--tag", group=REPEATING, type=TextType(), multiple=True, metavar="TAG",
+                      help="A word by which `loopctl runs` and `compare` tell the run from others; repeat it for "
+                           "more."),
+        shared_option("--out", group=MAIN, type=PathType(), metavar="DIR",
+                      help="The run's folder.  [default: a new one in runs/]"),
+    )):
+        command = option(command)
+    return command
+
+
 @main.command()
 @training_options
-@shared_option("--max-time", group=LENGTH, type=TimeType(), metavar="TIME",
-               help="Leave the run when this time is over, such as 90s, 30m, 2h, 1h30m or 1d, with a checkpoint from "
-                    "which it can be resumed.")
 @shared_option("--fast-dev-run", group=LENGTH, is_flag=True,
                help="Try everything with two epochs of three batches: training, validation, plugins, checkpoints. "
                     "Leaves no folder behind.")
-@shared_option("--name", group=REPEATING, type=TextType(), metavar="NAME",
-               help="Write to the folder runs/NAME, which must not exist yet.")
-@shared_option("--tag", group=REPEATING, type=TextType(), multiple=True, metavar="TAG",
-               help="A word by which `loopctl runs` and `compare` tell the run from others; repeat it for more.")
-@shared_option("--out", group=MAIN, type=PathType(), metavar="DIR",
-               help="The run's folder.  [default: a new one in runs/]")
+@folder_options
 @shared_option("--resume", group=MAIN, type=PathType(), is_eager=True, callback=read_defaults, metavar="DIR",
                help="Resume the run in DIR from its last checkpoint.")
 @click.pass_context
@@ -156,6 +167,7 @@ def lr(out: Path | None, **settings: Any) -> None:
 
 @main.command()
 @training_options
+@folder_options
 @shared_option("--seconds", group=MAIN, default=60.0, type=FloatType(), metavar="S",
                help="How long the search may take.")
 @shared_option("--tolerance", group=MAIN, type=FloatType(), metavar="F",
@@ -168,7 +180,8 @@ def tune(ctx: click.Context, **settings: Any) -> None:
     """Find what makes a run faster, and print the command line to use.
 
     Half precision, memory format, compilation, CUDA graphs, loader processes and more are tried for a few seconds each,
-    on copies of the run with its own model and data. What is tried does not change the recipe.
+    on copies of the run with its own model and data. What is tried does not change the recipe. Nothing is written: the
+    run's folder is only part of the command line that is printed.
     """
     from loopctl.cli.tune import tune as search  # by its full path, for `tune` is this command
     say(search(settings, ctx.meta["loopctl.arguments"]))

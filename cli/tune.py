@@ -26,7 +26,9 @@ def tune(settings: dict[str, Any], arguments: list[str]) -> str:
     arguments: the words of the command line
     """
     seconds, tolerance, file = settings.pop("seconds"), settings.pop("tolerance"), settings.pop("write")
-    config = settings.pop("config")
+    config, tags = settings.pop("config"), list(settings.pop("tag"))
+    for name in ("out", "name", "max_time"):            # of the run, not of a trial
+        settings.pop(name)
     if len(launch.device_numbers(settings["devices"])) > 1:
         raise UsageError(f"tune --devices {settings['devices']}: it works in one process; name one device")
     if file is not None and file.exists():
@@ -40,7 +42,8 @@ def tune(settings: dict[str, Any], arguments: list[str]) -> str:
     if file is not None:
         plugins = [*resolved["plugin"][:len(settings["plugin"])], *plugins_of(found.chosen),
                    *resolved["plugin"][len(settings["plugin"]):]]
-        written = {key: value for key, value in (resolved | changes | {"plugin": plugins}).items() if value is not None}
+        written = {key: value for key, value in (resolved | changes | {"plugin": plugins, "tag": tags or None}).items()
+                   if value is not None}
         with unwritable_is_error(file.parent), atomic_write(file) as temporary:
             temporary.write_text(configuration_text(written, f"loopctl run --config {file}"), encoding="utf-8")
     gain = f", {found.gain:.2f} times as fast as it was given" if found.chosen else ": nothing tried was faster"

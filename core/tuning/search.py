@@ -106,7 +106,7 @@ class Search:
         self.left_out: list[Composition] = []
         random = rng_state(train)
         try:
-            self.progress("the data alone")
+            self.say("the data alone")
             batches, self.data_rate = self.read_batches(train)
             length = length_or_none(train) or 0
             self.pool = Repeated(batches, max(length, SHORTEST_PASS))
@@ -120,6 +120,9 @@ class Search:
     @property
     def spent(self) -> float:
         return perf_counter() - self.began
+
+    def say(self, what: str) -> None:
+        self.progress(f"{self.spent:.0f} of {self.seconds:.0f} s, {what}")
 
     @property
     def step_seconds(self) -> float:
@@ -201,7 +204,7 @@ class Search:
 
     def rate_again(self, row: Row) -> list[float]:
         """Measure a composition again; return samples per second in a list, which is empty where that fails."""
-        self.progress(f"{described(row.composition)}, again")
+        self.say(f"{described(row.composition)}, again")
         train = self.loaders_tried[row] if row.with_data else self.pool
         rate = run_trial(self.arguments, row.composition, train, self.device, self.step_seconds,
                          limit=self.seconds - self.spent).rate
@@ -217,7 +220,7 @@ class Search:
         if best is not None and left < max(2 * self.step_seconds, 0.7 * best.result.seconds):
             self.left_out.append(composition)
             return row
-        self.progress(described(composition))
+        self.say(described(composition))
         row.result = run_trial(
             self.arguments, composition, self.pool if train is None else train, self.device, self.step_seconds,
             limit=left if best else max(left, FIRST_TRIAL),
@@ -275,7 +278,7 @@ class Search:
                 self.together = row
         self.compare_with_before()
         if self.together.loader_choice:
-            self.progress("the data alone, again")
+            self.say("the data alone, again")
             self.data_rate = self.read_batches(self.loaders_tried[self.together])[1]
 
     def measure_with(self, loader: Any, composition: Composition, best: Row) -> Row:
@@ -301,7 +304,7 @@ class Search:
 
     def other_loaders(self) -> Iterator[tuple[Choice, Any]]:
         for name, make in self.loaders.items():
-            self.progress(f"reading the data with {name}")
+            self.say(f"reading the data with {name}")
             yield Choice("data", loader=name), make()
         train = self.arguments["train"]
         if draws_indices(train) and not isinstance(train.dataset, OnDeviceDataset):

@@ -47,6 +47,7 @@ def command(tune):
     ("", "on_device", "loopctl run --data digits:on_device=true"),
     ("--data digits:channels=3", "on_device compile", "loopctl run --plugin compile --data digits:channels=3,on_device=true"),
     ("--workers 1", "on_device", "loopctl run --workers 1"),
+    ("--out a --tag b --max-time 2h", "compile", "loopctl run --out a --tag b --max-time 2h --plugin compile"),
 ])
 def test_it_ends_with_the_command_line_to_use(command, arguments, faster, expected):
     assert command(*shlex.split(arguments), faster=faster.split()) == expected
