@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -66,7 +67,7 @@ def main() -> None:
                 until += share * seconds
                 left = until - time.perf_counter()
                 commands = {name: [word.replace("{seconds}", f"{left:.1f}") for word in stage[name]] for name in chosen}
-                outcomes |= run(commands, left, HERE.parent)
+                run(commands, left, HERE.parent, outcomes)
                 if file:
                     file.write_text(report(about, outcomes))
     finally:
@@ -92,4 +93,5 @@ def stages(device: str, tiny: bool) -> list[tuple[dict[str, list[str]], float]]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # so that nothing is left behind, and it reports
     main()

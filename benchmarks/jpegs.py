@@ -163,6 +163,8 @@ def decoders(work: Work, root: Path, window: float) -> None:
 
 def decoded(files: list[Tensor], device: str, window: float) -> dict[str, float]:
     """Pictures per second of torchvision's decoder."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("there is no GPU")       # torch would say so in forty lines
     decode_jpeg(files, device=device)
     began, done = loops.now(), 0
     while not done or time.perf_counter() - began < window:

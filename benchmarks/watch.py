@@ -21,25 +21,28 @@ class Outcome:
     seconds: float
 
 
-def run(commands: dict[str, list[str]], seconds: float, folder: Path) -> dict[str, Outcome]:
-    """Run commands side by side in `folder`. One that takes longer than `seconds` is ended with all that it started."""
+def run(commands: dict[str, list[str]], seconds: float, folder: Path, outcomes: dict[str, Outcome]) -> None:
+    """Run commands side by side in `folder`, and put what they leave into `outcomes`, after an interrupt too.
+
+    One that takes longer than `seconds` is ended with all that it has started.
+    """
     began, running = time.perf_counter(), list[Command]()
     try:
         for name, command in commands.items():
             running.append(Command(name, command, folder))
-        reasons = [one.wait(seconds - (time.perf_counter() - began)) for one in running]
-        return {one.name: Outcome(one.lines, reason, one.ended - began)
-                for one, reason in zip(running, reasons, strict=True)}
+        for one in running:
+            one.wait(seconds - (time.perf_counter() - began))
     finally:
-        for one in running:             # after an interrupt too
+        for one in running:
             one.end()
+            outcomes[one.name] = Outcome(one.lines, one.reason, one.ended - began)
 
 
 class Command:
-    """A command that runs, and the lines that it prints, which go to stderr as they come."""
+    """A command that runs, why it failed or "", and the lines that it prints, which go to stderr as they come."""
 
     def __init__(self, name: str, command: list[str], folder: Path) -> None:
-        self.name, self.lines, self.ended = name, list[str](), time.perf_counter()
+        self.name, self.lines, self.reason, self.ended = name, list[str](), "interrupted", time.perf_counter()
         self.process = subprocess.Popen(command, cwd=folder, text=True, errors="replace", start_new_session=True,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                         env=os.environ | {"PYTHONUNBUFFERED": "1"})
@@ -54,19 +57,19 @@ class Command:
                 print(f"{self.name}: {line.rstrip()}", file=sys.stderr, flush=True)
         self.ended = time.perf_counter()
 
-    def wait(self, seconds: float) -> str:
-        """Wait until the command has ended, at most so long, then end it. Return why it failed, or ""."""
-        reason = ""
+    def wait(self, seconds: float) -> None:
+        """Wait until the command has ended, at most so long, then end it."""
         try:
             self.process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
-            reason = "ended at its time limit"
             self.end()
+            self.reason = "ended at its time limit"
+        else:
+            self.reason = ""
         self.reader.join(2)             # a process that outlives its parent could hold the pipe open
-        if self.process.returncode and not reason:
+        if self.process.returncode and not self.reason:
             last = next((line for line in reversed(self.lines) if line and not line.startswith("{")), "")
-            reason = f"exit status {self.process.returncode}: {last[:300]}"
-        return reason
+            self.reason = f"exit status {self.process.returncode}: {last[:300]}"
 
     def end(self) -> None:
         """Kill the command, if it is still running, and all processes that it has started."""

@@ -112,8 +112,9 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started_and_the_others_are_
     hang = ("import subprocess, sys, time; p = subprocess.Popen(['sleep', '60'], start_new_session=True); "
             "print(p.pid); time.sleep(60)")
     began = time.perf_counter()
-    found = script("watch").run({"hangs": [sys.executable, "-c", hang], "works": [sys.executable, "-c", "print(1)"],
-                                 "fails": [sys.executable, "-c", "import no_such_library"]}, 1.5, BENCHMARKS)
+    found = {}
+    script("watch").run({"hangs": [sys.executable, "-c", hang], "works": [sys.executable, "-c", "print(1)"],
+                         "fails": [sys.executable, "-c", "import no_such_library"]}, 1.5, BENCHMARKS, found)
     assert time.perf_counter() - began < 20
     assert found["hangs"].reason == "ended at its time limit"
     (pid,) = found["hangs"].lines
