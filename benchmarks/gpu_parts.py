@@ -175,16 +175,16 @@ def tuned(work: Work, title: str, make: Callable[[], nn.Module], batches: list[A
     found = attempt(find)
     if isinstance(found, str):
         return emit(title, {"loop": "tune", RATE: found})
-    print(json.dumps({"table": title, "text": found.table}), flush=True)
+    print(json.dumps({"table": title, "text": str(found)}), flush=True)
 
     def best(*run: Any) -> None:
         from loopctl import torch_settings
         with torch_settings(**found.settings):
             loops.ours(*run, *found.plugins, optimizer=found.optimizer)
 
-    name = ", ".join([" ".join(["loopctl", *found.plugins]), *(f"{key} {value}" for key, value in
-                                                             found.settings.items()), "as tune says"])
-    compare(work, title, make, {"by hand": loops.by_hand, name: best}, batches, until - time.perf_counter())
+    from loopctl.tuning.choices import described
+    name = f"loopctl {described(found.chosen)}"
+    compare(work, title, make, {"by hand": loops.by_hand, f"{name}, as tune says": best}, batches, until - time.perf_counter())
 
 
 def jpegs(work: Work) -> None:
