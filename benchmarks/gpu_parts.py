@@ -184,7 +184,8 @@ def tuned(work: Work, title: str, make: Callable[[], nn.Module], batches: list[A
 
     from loopctl.tuning.choices import described
     name = f"loopctl {described(found.chosen)}"
-    compare(work, title, make, {"by hand": loops.by_hand, f"{name}, as tune says": best}, batches, until - time.perf_counter())
+    chosen = {"by hand": loops.by_hand, f"{name}, as tune says": best}
+    compare(work, title, make, chosen, batches, until - time.perf_counter())
 
 
 def jpegs(work: Work) -> None:
