@@ -144,7 +144,8 @@ class Search:
             else:
                 samples += sample_count(batch)
             size += sum(tensor.nbytes for tensor in iter_tensors(batch))
-            if not kept or (len(kept) < POOL and size <= POOL_BYTES):
+            full = not kept or sample_count(batch) == sample_count(kept[0])         # not the last one of a pass
+            if full and (not kept or (len(kept) < POOL and size <= POOL_BYTES)):
                 kept.append(copy.copy(batch))
             if end > limit and samples:
                 break

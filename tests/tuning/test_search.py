@@ -187,6 +187,16 @@ def test_a_loader_with_another_number_of_workers_reads_the_same_batches():
     assert own.num_workers == 0
 
 
+def test_the_trials_use_full_batches_that_fit_in_memory(plain, trials, groups, monkeypatch):
+    groups()
+    used = []
+    monkeypatch.setattr(search, "Repeated", lambda batches, length: used.append(batches) or Repeated(batches, length))
+    for size in (2**30, 2 * (8 * 6 * 4 + 8 * 8)):
+        monkeypatch.setattr(search, "POOL_BYTES", size)
+        tune(plain, cross_entropy, adamw, loader(samples=27))
+    assert [[len(target) for _, target in batches] for batches in used] == [[8, 8, 8], [8, 8]]
+
+
 def test_the_difference_is_that_of_the_last_quarter_of_the_common_steps():
     assert difference([9, 9, 9, 3], [1, 1, 1, 2, 7]) == 0.5
     assert difference([5.0] * 19 + [3.0, 99.0], [5.0] * 19 + [2.0, 1.0]) == pytest.approx(1 / 22)       # 20 steps at most
