@@ -124,6 +124,7 @@ def training_loop(run: Run) -> None:
         rehearse(run)           # in the first step, before its update
         while not (run.finished or run.leaving):
             run_epoch(run)
+    run.outputs = None          # with its autograd graph, in which gradients remember the CUDA stream of this run
     set_eval_mode(run.optimizer)
     if not run.leaving:
         run.hook.train_end(run=run)
