@@ -3,10 +3,12 @@
     python benchmarks/kill_resume.py                    50 kills of one combination of plugins, then 3 of each plugin
     python benchmarks/kill_resume.py --kills 5 --only amp,swa
     python benchmarks/kill_resume.py --kills 0 --only stateful      two processes, metrics and a loss that keep a state
+    python benchmarks/kill_resume.py --device cuda --kills 3        on a GPU, with --deterministic; cudagraph included
 
 The process and its loader workers are killed with SIGKILL at a random moment: usually during training, sometimes while
 it starts. At the end the weights, metrics.csv and the whole last checkpoint, with the optimizer state and the states of
-the random-number generators, must be bitwise equal. Exits with status 1 where they are not.
+the random-number generators, must be bitwise equal. Exits with status 1 where they are not, or where a run takes longer
+than --limit. `stateful` is always on the CPU: its two processes would need two GPUs.
 """
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from loopctl import available
+from loopctl import UsageError, available
 from loopctl.checkpoint.finding import find_candidates, find_checkpoint
+from loopctl.prepare import find_device
 from loopctl.testing import checks
 
 # Real images with noise from the random numbers of Python, NumPy and torch: if the state of one of these generators is
@@ -61,7 +64,7 @@ import sys
 from functools import partial
 import torch
 from torch import nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 from loopctl import fit
 from loopctl.checkpoint.atomic_files import save_weights
 from loopctl.checkpoint.finding import find_candidates
@@ -93,14 +96,13 @@ class Best(MeanMetric):
         self.best = max(self.best, super().compute().item())
         return torch.tensor(self.best + self.evaluations)
 
-class Seen:
-    seen = 0
-    def __call__(self, output, target): ...
-    def reset(self): ...
+class Seen(SumMetric):
+    evaluations = 0
     def update(self, output, target):
-        self.seen += len(target)
+        super().update(len(target))
     def compute(self):
-        return float(self.seen)
+        self.evaluations += 1
+        return super().compute() * self.evaluations
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -133,8 +135,9 @@ EXAMPLES = checks.EXAMPLES | {
     "onecycle": "max_lr=0.01", "plateau": "patience=0", "swa": "start=1", "trapezoidal": "max_lr=0.01,step_size=25%",
     "warmup": "length=50%",
 }
-# cudagraph needs a GPU. throughput reports measured times, which differ between any two runs. Others need a library.
-LEFT_OUT = {"cudagraph", "lora", "mlflow", "throughput", "wandb"}
+# throughput reports measured times, which differ between any two runs. Others need a library.
+LEFT_OUT = {"float8", "lora", "mlflow", "qat", "throughput", "wandb"}
+GPU_ONLY = {"cudagraph"}
 
 
 def command(plugins: list[str], epochs: int, *more: str) -> list[str]:
@@ -145,38 +148,44 @@ def command(plugins: list[str], epochs: int, *more: str) -> list[str]:
     return [sys.executable, "-m", "loopctl", "run", *RUN, "--epochs", str(epochs), *chosen, *more]
 
 
-def survive(plugins: list[str], epochs: int, kills: int, folder: Path, draw: random.Random) -> tuple[int, float]:
-    """Run once uninterrupted and once with kills; raise AssertionError where the two differ.
+def survive(plugins: list[str], epochs: int, kills: int, folder: Path, draw: random.Random, more: list[str],
+            limit: float) -> tuple[int, float]:
+    """Run once uninterrupted and once with kills; raise AssertionError where the two differ, or a run exceeds `limit`.
 
+    more: further arguments of both runs
     Returns the number of kills, and the time of the killed run over that of the uninterrupted one.
     """
     started = time.monotonic()
-    whole = start(command(plugins, epochs, "--out", "whole"), folder)
-    wait(whole, folder / "whole", [])
+    whole = start(command(plugins, epochs, "--out", "whole", *more), folder)
+    wait(whole, folder / "whole", [], started + limit)
     training = time.monotonic()
-    _, errors = whole.communicate()
+    errors = finish(whole, folder, started + limit)
     assert whole.returncode == 0, errors
     uninterrupted, training, killed = time.monotonic() - started, time.monotonic() - training, 0
     last = step_of(find_candidates(folder / "whole")[0])
+    say(f"    uninterrupted: {uninterrupted:.0f} s, {last} steps")
     started = time.monotonic()
     while True:
         resumable = (folder / "killed" / "run.toml").exists()
         options = ["--resume", "killed"] if resumable else ["--out", "killed"]
         before = find_candidates(folder / "killed")[:1]
-        process = start(command(plugins, epochs, *options), folder)
+        begun = time.monotonic()
+        process = start(command(plugins, epochs, *options, *more), folder)
         if killed < kills:
             if draw.random() < 0.1:
                 time.sleep(draw.uniform(0, 4))           # while it starts
             else:           # at a moment after a new checkpoint, also of the last kill long before the end
                 step = last * draw.uniform(killed, killed + 0.8) / (kills + 1)
-                wait(process, folder / "killed", before, step)
+                wait(process, folder / "killed", before, begun + limit, step)
                 time.sleep(draw.uniform(0, 0.05 * training))
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+                kill(process)
                 killed += 1
+                saved = find_candidates(folder / "killed")[:1]
+                say(f"    kill {killed} of {kills}, {time.monotonic() - begun:.0f} s after the start, "
+                    + (f"at step {step_of(saved[0])} or later" if saved else "before the first checkpoint"))
                 continue
-        _, errors = process.communicate()
+        errors = finish(process, folder, begun + limit)
         if killed and process.returncode == 2 and "this run is finished" in errors:
             break                                        # the last kill came when training was complete
         assert process.returncode == 0, errors
@@ -186,13 +195,42 @@ def survive(plugins: list[str], epochs: int, kills: int, folder: Path, draw: ran
 
 
 def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(arguments, cwd=folder, start_new_session=True, text=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE)
+    # Not to a pipe: a process that writes more than fits would wait for a reader.
+    with (folder / "errors.txt").open("w") as errors:
+        return subprocess.Popen(arguments, cwd=folder, start_new_session=True, text=True, stdout=subprocess.DEVNULL,
+                                stderr=errors)
 
 
-def wait(process: subprocess.Popen[str], run: Path, before: list[Path], step: float = 0) -> None:
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a process and its loader workers."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def check_time(process: subprocess.Popen[str], deadline: float) -> None:
+    """Kill the process and raise AssertionError if it is past its deadline."""
+    if time.monotonic() > deadline:
+        kill(process)
+        raise AssertionError("a run took longer than --limit and was ended")
+
+
+def finish(process: subprocess.Popen[str], folder: Path, deadline: float) -> str:
+    """Wait for the end of a process; return what it wrote to stderr."""
+    while process.poll() is None:
+        check_time(process, deadline)
+        time.sleep(0.05)
+    return (folder / "errors.txt").read_text()
+
+
+def say(text: str) -> None:
+    """Print a line at once, so that it shows how far a program is that takes long."""
+    print(text, flush=True)
+
+
+def wait(process: subprocess.Popen[str], run: Path, before: list[Path], deadline: float, step: float = 0) -> None:
     """Wait until the run has a newer checkpoint than `before`, of at least this step, or the process has ended."""
     while process.poll() is None:
+        check_time(process, deadline)
         newest = find_candidates(run)[:1]
         if newest and newest != before and step_of(newest[0]) >= step:
             break
@@ -233,9 +271,17 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=3, help="kills of each plugin alone")
     parser.add_argument("--only", help="these plugins, separated by commas; none: only the combination of plugins")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="as of loopctl run; on any but cpu with --deterministic")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that one run may take, or one resumed run")
     args = parser.parse_args()
+    try:
+        on_cpu = find_device(args.device).type == "cpu"
+    except UsageError as error:
+        parser.error(str(error))
+    more = ["--device", args.device, *["--deterministic"] * (not on_cpu)]
     draw, failed = random.Random(args.seed), 0
-    only = [name for name in available() if name not in LEFT_OUT] if args.only is None else args.only.split(",")
+    left_out = LEFT_OUT | GPU_ONLY if on_cpu else LEFT_OUT
+    only = [name for name in available() if name not in left_out] if args.only is None else args.only.split(",")
     programs = [(FEATURED, args.epochs, args.kills)] * bool(args.kills)
     programs += [([f"{name}:{EXAMPLES[name]}" if name in EXAMPLES else name], 4, args.each)
                  for name in only if name not in ("none", "stateful")]
@@ -244,13 +290,14 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             (Path(folder) / "noisy.py").write_text(DATA)
             (Path(folder) / "stateful.py").write_text(STATEFUL)
+            say(f"{', '.join(plugins)}: {kills} kills")
             try:
-                killed, slower = survive(plugins, epochs, kills, Path(folder), draw)
+                killed, slower = survive(plugins, epochs, kills, Path(folder), draw, more, args.limit)
                 result = f"equal after {killed} kills, in {slower:.1f} times the uninterrupted run's time"
             except AssertionError as error:
                 failed += 1
                 result = f"FAILED: {error}"
-        print(f"{', '.join(plugins)}: {result}", flush=True)
+        say(f"{', '.join(plugins)}: {result}")
     sys.exit(1 if failed else 0)
 
 

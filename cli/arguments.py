@@ -1,7 +1,6 @@
 """From the settings of the command line to the arguments of `fit`."""
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from loopctl import Data, Parallel
 from loopctl.checkpoint.finding import checkpoints_in, find_candidates
-from loopctl.cli import data, launch, losses, metrics, models, optimizers, pretrained
+from loopctl.cli import data, deterministic, launch, losses, metrics, models, optimizers, pretrained
 from loopctl.cli.specs import DEFAULT_PLUGINS
 from loopctl.composition.compose import compose
 from loopctl.composition.discovery import build_plugin, split_spec
@@ -39,10 +38,7 @@ def build_arguments(
     begins = not has_checkpoint(resume, plugins)
     device = find_device(device_name(settings))
     factory, lr = optimizers.make(settings["optimizer"], settings["lr"], device.type)
-    if settings["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+    deterministic.switch_on(settings["deterministic"])
     seed_everything(settings["seed"])
     dataset = data.make(settings["data"], settings["data_root"], settings["download"])
     replaced = "compute_loss" in compose(plugins).replaced

@@ -45,7 +45,11 @@ def make(spec: str, data: Data, logits: bool = True, pretrained: bool = True) ->
         next, such as that of a run that resumes.
     Raises UsageError where the model cannot be built, or does not return what it must.
     """
+    import torch
     from torch import nn
+
+    from loopctl.cli.deterministic import use_deterministic_pooling
+    from loopctl.determinism import WITHOUT_FORM
 
     small: dict[str, Callable[..., Any]] = {"cnn": cnn, "linear": linear, "mlp": mlp, "vit": vit}
     large = torchvision_names()
@@ -71,6 +75,7 @@ def make(spec: str, data: Data, logits: bool = True, pretrained: bool = True) ->
             options = without_weights(name, options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")       # check_output reports it
+        warnings.filterwarnings("ignore", WITHOUT_FORM)         # the run logs it
         check_arguments(name, factory, options | from_data)
         if name in small or name in large:
             check_model_memory(name, factory, options, from_data)
@@ -89,6 +94,8 @@ def make(spec: str, data: Data, logits: bool = True, pretrained: bool = True) ->
             replace_head(f"model {name}", model, data.classes or 0)
         if file is not None and pretrained:
             load_pretrained(f"model {name}", model, str(file))
+        if torch.are_deterministic_algorithms_enabled() and (name in small or name in large):
+            use_deterministic_pooling(model)
         if logits and data.classes is not None and data.shape:
             check_output(name, model, data)
     return model
@@ -163,6 +170,7 @@ def check_output(name: str, model: nn.Module, data: Data) -> None:
     """Run `model` on one image. Raises UsageError where that fails or does not give one logit per class."""
     import torch
 
+    from loopctl.determinism import refusal
     from loopctl.model.eval_mode import eval_mode
 
     assert data.shape is not None
@@ -171,6 +179,8 @@ def check_output(name: str, model: nn.Module, data: Data) -> None:
         with eval_mode(model), torch.no_grad():
             output = model(torch.zeros(1, *data.shape, dtype=None if data.numbers else torch.int64))
     except Exception as error:             # a model may raise anything for an image of the wrong shape
+        if refused := refusal(error):
+            raise UsageError(f"model {name}: {refused}") from error
         advice = "" if name in SMALL else "; the data may have an option for it, such as channels=3 or size=224"
         raise UsageError(f"model {name} cannot take inputs of {shape}: {one_line(error)}{advice}") from error
     if not isinstance(output, torch.Tensor):

@@ -10,7 +10,16 @@ import click
 
 from loopctl.cli.completion import completer
 from loopctl.cli.grouped_help import MAIN, GroupedOption
-from loopctl.cli.parameters import BatchSizeType, DevicesType, FloatType, IntegerType, LimitType, PathType, TextType
+from loopctl.cli.parameters import (
+    BatchSizeType,
+    DevicesType,
+    FlagOrWarnType,
+    FloatType,
+    IntegerType,
+    LimitType,
+    PathType,
+    TextType,
+)
 from loopctl.cli.specs import DATA, DEFAULT_PLUGINS
 from loopctl.errors import nearest
 
@@ -89,7 +98,7 @@ def shared_option(flag: str, names: Callable[[], list[str]] | None = None, **set
 
     group: the heading that `--help` shows it under; the options of `MAIN` fill the first screen, so choose another
     """
-    if settings.get("default") is not None and not settings.get("is_flag"):
+    if (default := settings.get("default")) is not None and default is not False:
         settings["show_default"] = True
     complete = completer(names, flag.removeprefix("--")) if names else None
     return click.option(flag, cls=GroupedOption, shell_complete=complete, **settings)
@@ -173,8 +182,10 @@ SHARED_OPTIONS = (
                   help="Threads that compute on the CPU (torch.set_num_threads).  [default: torch's own]"),
     shared_option("--seed", group=REPEATING, default=0, type=IntegerType(0, 2**64 - 1), metavar="N",
                   help="Seed of the random-number generators of Python, NumPy and torch."),
-    shared_option("--deterministic", group=REPEATING, is_flag=True,
-                  help="Use only deterministic algorithms (torch.use_deterministic_algorithms)."),
+    shared_option("--deterministic", lambda: ["warn"], group=REPEATING, is_flag=False, flag_value="true", default=False,
+                  type=FlagOrWarnType(), metavar="[=warn]",
+                  help="Use only deterministic algorithms (torch.use_deterministic_algorithms). An operation that has "
+                       "none is an error; with =warn it is allowed, and logged."),
     shared_option("--config", group=REPEATING, type=PathType(), is_eager=True, callback=read_defaults,
                   metavar="FILE.toml",
                   help="Read options from the run.toml of another run; options on the command line override them."),

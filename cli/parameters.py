@@ -72,6 +72,18 @@ class LimitType(TextType):
         return text
 
 
+class FlagOrWarnType(click.types.BoolParamType):
+    """The value of an option that needs none: true, false, or warn."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            if value in ("warn", ""):
+                return value or self.fail("")
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is not warn; pass that, or no value.", param, ctx)
+
+
 class DevicesType(click.ParamType):
     """Device numbers, such as 0,1."""
 

@@ -24,6 +24,7 @@ from loopctl.composition.compose import blame_plugin
 from loopctl.data.batch import batches_to_device
 from loopctl.data.micro_batches import MicroBatches, TransformedBatches, metric_target, transform_batches
 from loopctl.data.resumable_loader import open_loaders
+from loopctl.determinism import nondeterminism_named
 from loopctl.distributed.data_parallel import step_weight
 from loopctl.distributed.process_group import broadcast_from_rank0, restart_count
 from loopctl.errors import UsageError, names
@@ -107,7 +108,7 @@ def fit(
         eval_first=eval_first, steps_per_epoch=steps_per_epoch, forward=forward, reduction=reduction, monitor=monitor,
         out=Path(out),
         resume=Path(resume) if resume else Path(out) if restart_count() else None)
-    with blame_plugin(run.hook), rates_remembered(run.optimizer):
+    with nondeterminism_named(run), blame_plugin(run.hook), rates_remembered(run.optimizer):
         run.hook.train(run=run)
     if (lost := run.lost_loss()) and not run.config and run.rank == 0:      # the command line says it in its own words
         advice = "" if "nan_guard" in run.hook.plugins else ", or add the plugin nan_guard, which skips such steps"
@@ -124,6 +125,7 @@ def training_loop(run: Run) -> None:
         rehearse(run)           # in the first step, before its update
         while not (run.finished or run.leaving):
             run_epoch(run)
+    run.outputs = None          # with its autograd graph, in which gradients remember the CUDA stream of this run
     set_eval_mode(run.optimizer)
     if not run.leaving:
         run.hook.train_end(run=run)

@@ -1,5 +1,6 @@
 """Compilation of the model with torch.compile."""
 import logging
+import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Compile:
         try:
             # torch stops compiling a forward method after a number of recompilations. All blocks of a class, and all
             # runs in this process, share that limit.
-            with quiet_cpp_extension(), torch._dynamo.config.patch(recompile_limit=64):
+            with quiet_compiler(), torch._dynamo.config.patch(recompile_limit=64):
                 for block in self.blocks:
                     block.compile(**self.settings)
                 return (yield)
@@ -108,12 +109,24 @@ def replacing(run: Run, hook: str) -> list[str]:
 
 
 @contextmanager
-def quiet_cpp_extension() -> Iterator[None]:
-    """Suppress torch's warning that the CUDA toolkit is installed but there is no GPU."""
-    log = logging.getLogger("torch.utils.cpp_extension")
-    level = log.level
-    log.setLevel(logging.ERROR)
+def quiet_compiler() -> Iterator[None]:
+    """Suppress what torch's compiler says of itself in the block, and not of the model.
+
+    That the CUDA toolkit is installed but there is no GPU; that inductor imports something deprecated (torch 2.9 to
+    2.12); and, by the hundred, that the range of a power is not known (torch 2.8 to 2.12).
+    """
+    toolkit, ranges = logging.getLogger("torch.utils.cpp_extension"), logging.getLogger("torch.utils._sympy.interp")
+    level = toolkit.level
+    toolkit.setLevel(logging.ERROR)
+    ranges.addFilter(of_no_power)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`torch\.jit\.script_method` is ")
+            yield
     finally:
-        log.setLevel(level)
+        ranges.removeFilter(of_no_power)
+        toolkit.setLevel(level)
+
+
+def of_no_power(record: logging.LogRecord) -> bool:
+    return "failed while executing pow_by_natural(" not in record.getMessage()

@@ -9,6 +9,7 @@ from torch import Tensor
 from loopctl import Run, UsageError, hookimpl
 from loopctl.data.batch import map_nested
 from loopctl.data.micro_batches import TransformedBatches
+from loopctl.model.forward import detached
 
 DEVICES = ("cuda",)                         # types of devices that have graphs
 # The hooks that are captured, or that affect what is captured. Their code does not run in a replayed step.
@@ -104,7 +105,8 @@ class Cudagraph:
         return tuple(leaves)
 
     def step_without_graph(self, run: Run, closure: Callable[[], Tensor]) -> Tensor:
-        # On a side stream, which torch requires before a capture, because autograd remembers the stream of gradients.
+        # On the stream of the capture. An accumulator of gradients remembers the stream on which it was made, and lives
+        # as long as outputs or a loss of its pass do. On another stream torch would warn, or fail to capture.
         current = torch.cuda.current_stream(run.device)
         self.side_stream.wait_stream(current)
         with torch.cuda.stream(self.side_stream):
@@ -126,11 +128,11 @@ class Cudagraph:
         run.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.side_stream):
                 closure()
                 run.optimizer.step()
         finally:
-            self.loss, self.outputs = run.loss, run.outputs
+            self.loss, self.outputs = run.loss, map_nested(detached, run.outputs)
             self.meter_values = [(name, [*zip(mean.values, mean.weights, strict=True)])
                                  for name, mean in run.meters.means.items()]
             self.logged_values = [(name, [*zip(mean.values, mean.weights, strict=True)])

@@ -104,7 +104,8 @@ class Profile:
         """Start the profiler, and record each phase as a range of that name."""
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")          # no log of the profiler on stderr
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (run.device.type == "cuda")]
-        self.profiler = self.recording.enter_context(profile(activities=activities))
+        # acc_events changes nothing in a single cycle, of which torch 2.9 to 2.12 would warn that cycles are cleared.
+        self.profiler = self.recording.enter_context(profile(activities=activities, acc_events=True))
         # Wrap the hooks of this run only while recording: permanent wrappers would cost microseconds in every step.
         wrapped = {name: in_range(phase, getattr(run.hook, name)) for name, phase in PHASES.items()}
         wrapped["safe_point"] = self.then_data(run.hook.safe_point)

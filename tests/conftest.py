@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from functools import partial
 from multiprocessing.connection import Listener, wait
@@ -100,6 +101,23 @@ def sgd():
 def make_batches(sizes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [(torch.randn(size, 6, generator=generator), torch.randint(0, 3, (size,), generator=generator)) for size in sizes]
+
+
+@contextlib.contextmanager
+def sync_debug_mode():
+    """A function that sets what torch does where the host waits for the GPU, such as "error"; nothing after the block.
+
+    torch warns that its debug mode is a prototype, which would be an error that leaves the mode on for all later tests.
+    """
+    def set_mode(mode):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)
+            torch.cuda.set_sync_debug_mode(mode)
+
+    try:
+        yield set_mode
+    finally:
+        set_mode("default")
 
 
 class ScheduleFree(torch.optim.Optimizer):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from loopctl import Run, UsageError, fit, hookimpl
+from tests.conftest import sync_debug_mode
 
 cross_entropy = nn.CrossEntropyLoss()
 OPTIMIZERS = [
@@ -394,15 +395,16 @@ def test_a_step_on_cuda_does_not_synchronize_with_the_device(net, batches, valid
     class Strict:
         @hookimpl
         def before_step(self):
-            torch.cuda.set_sync_debug_mode("error")
+            set_mode("error")
 
         @hookimpl
         def safe_point(self):
-            torch.cuda.set_sync_debug_mode("default")
+            set_mode("default")
 
     pinned = [(input.pin_memory(), target.pin_memory()) for input, target in batches] * 50
-    run = fit(net, cross_entropy, sgd, pinned, valid, device="cuda", metrics={"accuracy": accuracy},
-              plugins=[Strict(), "amp:dtype=bfloat16", "accumulate:every=2", "clip", "warmup", "cosine:by=step"])
+    with sync_debug_mode() as set_mode:
+        run = fit(net, cross_entropy, sgd, pinned, valid, device="cuda", metrics={"accuracy": accuracy},
+                  plugins=[Strict(), "amp:dtype=bfloat16", "accumulate:every=2", "clip", "warmup", "cosine:by=step"])
     assert run.step == 200
 
 

@@ -12,6 +12,7 @@ ARROWS = {
     "errors": "",
     "rng": "",
     "counters": "",
+    "determinism": "errors",
     "global_settings": "",
     "hooks": "",
     "optim": "errors hooks",
@@ -26,13 +27,13 @@ ARROWS = {
     "defaults": "errors hooks metrics optim model data run",
     "prepare": "errors rng metrics optim data distributed composition run model",
     "rehearsal": "errors rng metrics model data defaults",
-    "loop": "errors hooks metrics optim data distributed composition checkpoint run defaults prepare model rehearsal",
+    "loop": "errors hooks metrics optim data distributed composition checkpoint run defaults prepare model rehearsal determinism",
     "evaluation": "hooks metrics data distributed composition run prepare loop",
     "trial_run": "errors rng metrics optim model data distributed composition checkpoint run loop",
     "tuning": "errors rng global_settings hooks model data distributed composition checkpoint run prepare loop trial_run",
     "testing": "errors rng hooks optim model data composition checkpoint run loop",
     "plugins": "errors rng hooks report metrics optim model data distributed composition checkpoint run trial_run",
-    "cli": "errors rng global_settings hooks report metrics optim model data distributed composition checkpoint run prepare loop evaluation tuning plugins",
+    "cli": "errors determinism rng global_settings hooks report metrics optim model data distributed composition checkpoint run prepare loop evaluation tuning plugins",
 }
 
 

@@ -499,7 +499,7 @@ def test_row_27_deterministic_algorithms_are_switched_on(tmp_path, monkeypatch):
     from loopctl.cli import main
     monkeypatch.chdir(tmp_path)
     calls = []
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode, warn_only: calls.append(mode))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     files = []

@@ -104,7 +104,7 @@ def possible_choices(arguments: Mapping[str, Any], device: torch.device) -> list
     group("amp", *(Choice("amp", (f"amp:dtype={dtype}",), rounds=True) for dtype in half), unless=["bf16", "float8"])
     if images:
         group("channels_last", Choice("channels_last", ("channels_last",)))
-    if cuda and images and not torch.backends.cudnn.benchmark:
+    if cuda and images and not (torch.backends.cudnn.benchmark or torch.are_deterministic_algorithms_enabled()):
         group("cudnn_benchmark", Choice("cudnn_benchmark", settings=(("cudnn_benchmark", True),), warmup=4))
     if cuda and torch.get_float32_matmul_precision() == "highest":
         group("matmul", Choice("matmul", settings=(("matmul", "high"),), rounds=True))

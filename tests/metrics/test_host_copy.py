@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from loopctl.metrics.host_copy import HostCopy, LatestValue
+from tests.conftest import sync_debug_mode
 
 
 def test_a_copy_of_a_cpu_tensor_arrives_at_once():
@@ -51,10 +52,8 @@ def test_a_copy_with_an_event_arrives_when_the_event_is_completed():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_latest_value_of_a_cuda_tensor_arrives_without_waiting():
     latest = LatestValue()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with sync_debug_mode() as set_mode:
+        set_mode("error")
         latest.update(torch.full((), 0.5, device="cuda"))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     assert latest.update(torch.full((), 0.7, device="cuda")) == 0.5

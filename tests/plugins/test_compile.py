@@ -1,10 +1,12 @@
 """The plugin compile: the same weights as the plain loop, the model's own parameter names, few recompilations."""
 import logging
 import shutil
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends import registry
 from torch._dynamo.utils import counters
 
 from loopctl import Run, UsageError, fit, hookimpl
@@ -238,8 +240,43 @@ def test_warnings_about_the_cuda_toolkit_are_suppressed_during_the_run(plain, ba
     assert log.level == before
 
 
+POWER = "failed while executing %s(%s)", "pow_by_natural", ["VR[2, int_oo]", "VR[-1, -1]"]
+DEPRECATED = "`torch.jit.script_method` is deprecated. Please switch to `torch.compile` or `torch.export`."
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])      # of torch 2.9 to 2.12, and of later ones
+def test_what_the_compiler_says_of_itself_is_suppressed_during_the_run(plain, batches, sgd, monkeypatch, category):
+    """A backend that warns and logs what inductor does. All else is still said, in the run and after it."""
+    log = logging.getLogger("torch.utils._sympy.interp")
+
+    def talks(graph, inputs):
+        warnings.warn(DEPRECATED, category, stacklevel=2)
+        log.warning(*POWER)
+        log.warning("failed while executing %s(%s)", "floordiv", [])
+        with pytest.warns(category, match="of another kind"):
+            warnings.warn("`torch.jit.script` is of another kind", category, stacklevel=2)
+        compiled.append(graph)
+        return graph.forward
+
+    compiled, said, handler = [], [], logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+    monkeypatch.setattr(log, "handlers", [handler])
+    monkeypatch.setattr(log, "propagate", False)
+    talks._tags = ()                    # as torch 2.8 expects
+    monkeypatch.setitem(registry._BACKENDS, "talks", None)
+    monkeypatch.setitem(registry._COMPILER_FNS, "talks", talks)
+    fit(plain, cross_entropy, sgd, batches, plugins=["compile:backend=talks"])
+    assert compiled
+    assert set(said) == {"failed while executing floordiv([])"}
+    log.warning(*POWER)
+    assert "pow_by_natural" in said[-1]
+    with pytest.warns(category, match="script_method"):
+        warnings.warn(DEPRECATED, category, stacklevel=2)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")        # of some versions of torch; --matmul switches them on
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_on_cuda_it_equals_the_plain_loop_except_for_rounding(plain, batches, valid, clone, same, sgd, mode):
     other = clone(plain)

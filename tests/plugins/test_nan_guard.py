@@ -14,6 +14,7 @@ from loopctl.checkpoint import step_guard
 from loopctl.checkpoint.state import capture_state, roll_back
 from loopctl.plugins.amp import Amp
 from loopctl.plugins.nan_guard import NanGuard
+from tests.conftest import sync_debug_mode
 
 cross_entropy = nn.CrossEntropyLoss()
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-2)
@@ -910,15 +911,13 @@ def test_on_cuda_nothing_in_a_step_waits(net, batches, factory):
     class Strict:
         @hookimpl
         def before_step(self, run: Run):
-            torch.cuda.set_sync_debug_mode("error" if run.attempts else "default")
+            set_mode("error" if run.attempts else "default")
 
         @hookimpl
         def after_step(self, run: Run):
-            torch.cuda.set_sync_debug_mode("default")
+            set_mode("default")
 
     data = [(input.cuda(), target.cuda()) for input, target in batches]
-    try:
+    with sync_debug_mode() as set_mode:
         run = fit(net.cuda(), Loss({3: "gradient", 5: "loss"}), factory, data, epochs=3, plugins=[Strict(), NanGuard("skip")])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert (run.step, run.metrics["skipped_steps"]) == (22, 2)

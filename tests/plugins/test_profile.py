@@ -2,6 +2,7 @@
 import json
 import re
 import time
+import warnings
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.composition.compose import compose
+from loopctl.plugins import profile as profile_plugin
 from loopctl.plugins.profile import PHASES, phase_times, timeline
 
 cross_entropy = nn.CrossEntropyLoss()
@@ -299,6 +301,19 @@ def test_a_trace_that_cannot_be_written_is_a_warning(plain, batches, sgd, tmp_pa
     assert re.fullmatch(r"profile: \S+/folder/trace.json cannot be written \(.+\)", caplog.messages[0])
     assert "Steps 2 to 3, mean" in (text := capsys.readouterr().out)
     assert "trace:" not in text
+
+
+def test_torch_does_not_warn_of_cycles_in_a_recording_of_one(plain, batches, sgd, tmp_path, monkeypatch):
+    """torch 2.9 to 2.12 warn whenever recording begins, unless events are accumulated over cycles."""
+    class WarnsOfCycles(profile):
+        def prepare_trace(self):
+            if not self.acc_events:
+                warnings.warn("Warning: Profiler clears events at the end of each cycle.", stacklevel=2)
+            super().prepare_trace()
+
+    monkeypatch.setattr(profile_plugin, "profile", WarnsOfCycles)
+    train(plain, sgd, batches, tmp_path, "profile:start=1,steps=2")
+    assert ranges(tmp_path / "trace.json")["update"] == 2
 
 
 @pytest.mark.cuda

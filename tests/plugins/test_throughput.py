@@ -12,6 +12,7 @@ from loopctl import Run, UsageError, fit, hookimpl
 from loopctl.composition.compose import compose
 from loopctl.plugins import throughput
 from loopctl.plugins.throughput import Throughput, is_compiled, peak_memory, peak_of
+from tests.conftest import sync_debug_mode
 
 cross_entropy = nn.CrossEntropyLoss()
 # Of nn.Linear(6, 16) and nn.Linear(16, 3), per sample, two per multiply-add: the forward pass, the gradients of both
@@ -295,18 +296,16 @@ def test_on_a_gpu_no_step_synchronizes(plain, batches, valid, sgd):
     class ForbidSync:
         @hookimpl
         def before_step(self):
-            torch.cuda.set_sync_debug_mode("error")
+            set_mode("error")
 
         @hookimpl
         def after_step(self):
-            torch.cuda.set_sync_debug_mode("default")
+            set_mode("default")
 
     torch.ones(2**28, device="cuda")                                # allocated before the run, so not part of its memory
-    try:
+    with sync_debug_mode() as set_mode:
         run = fit(plain, cross_entropy, sgd, batches, valid, epochs=2, device="cuda",
                   plugins=[ForbidSync(), "throughput:peak=1,unit=tokens", Tokens()])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert run.metrics["memory_gb"] == torch.cuda.max_memory_allocated() / 2**30 < 1
     assert run.metrics["mfu"] > 0
     assert run.metrics["tokens_per_s"] > 0
