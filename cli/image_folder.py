@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from loopctl.errors import UsageError, one_line
 
@@ -45,6 +47,14 @@ class VisibleImageFolder(ImageFolder):
         return is_image and not hidden
 
 
+class ResizedCropOfTensor(v2.RandomResizedCrop):
+    """torchvision's RandomResizedCrop, drawing the same numbers: a crop of Pillow's image is resized as a tensor."""
+
+    def transform(self, image: Any, params: dict[str, Any]) -> Any:
+        crop = functional.pil_to_tensor(functional.crop(image, **params))
+        return functional.resize(crop, list(self.size), interpolation=self.interpolation, antialias=self.antialias)
+
+
 def load_image(path: str) -> Any:
     """Return the image in a file in RGB, 8 bits per channel: torchvision's pixels, and those of deeper grey images.
 
@@ -68,6 +78,9 @@ def to_rgb(image: Any, path: str) -> Image.Image:
     """Return an image in RGB, 8 bits per channel. Raises UsageError, which begins with `path`, for unusable values."""
     # It is dropped in any case; Pillow would warn of the transparency of a palette.
     image.info.pop("transparency", None)
+    image.load()
+    if image.mode == "RGB":                     # not converted, which would copy it
+        return image
     return (image_of_8_bits(image, path) if image.mode.startswith(("I", "F")) else image).convert("RGB")
 
 
