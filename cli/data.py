@@ -273,17 +273,19 @@ def is_off(augment: Any) -> bool:
     return augment in (False, "none")
 
 
-def imagenet(root: str, size: int = 224, augment: Augment = True, erase: float = 0.0) -> Data:
+def imagenet(root: str, size: int = 224, augment: Augment = True, erase: float = 0.0, cache: str = "") -> Data:
     """ImageNet 2012, 1,000 classes, from its original archives in `root`; the transforms are those of `imagefolder`.
 
     size: height and width of the images in pixels
     augment: random crops, mirrored at random; false or none for the centre; trivial, rand and augmix crop and mirror,
         then do as torchvision's TrivialAugmentWide, RandAugment and AugMix
     erase: the probability with which RandomErasing erases a part of a training image
+    cache: a folder that keeps the images decoded, with a shorter side of 256 pixels (for size=224), in one file for
+        training and one for validation; random crops are then cut from these smaller images
     """
     from torchvision.datasets import ImageNet
 
-    from loopctl.cli.image_folder import load_image
+    from loopctl.cli.image_folder import from_cache, load_image
 
     check_image_size("data imagenet", size=size)
     check_erase("data imagenet", erase)
@@ -295,11 +297,13 @@ def imagenet(root: str, size: int = 224, augment: Augment = True, erase: float =
         raise UsageError(f"data imagenet is missing or incomplete in {Path(root).absolute()}; put "
                          "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, "
                          f"or pass --data-root DIR ({one_line(error)})") from error
-    return Data(sets[0], sets[1], 1000, (3, size, size), class_names=tuple(map(", ".join, sets[0].classes)),
+    train, val = from_cache(sets, cache, [part.split_folder for part in sets], shorter_side(size), "data imagenet")
+    return Data(train, val, 1000, (3, size, size), class_names=tuple(map(", ".join, sets[0].classes)),
                 preprocessing=preprocessing(sets[1].transform, "RGB", size, shorter_side(size)))
 
 
-def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str = "val", erase: float = 0.0) -> Data:
+def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str = "val", erase: float = 0.0,
+                cache: str = "") -> Data:
     """Image files in `root`/train/CLASS and `root`/val/CLASS. Names that start with a dot are left out.
 
     A training image is a random crop, mirrored at random. A validation image is the centre, after the shorter side is
@@ -310,8 +314,10 @@ def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str 
         then do as torchvision's TrivialAugmentWide, RandAugment and AugMix
     valid: name of the folder of the validation images, such as test for --test imagefolder:valid=test
     erase: the probability with which RandomErasing erases a part of a training image
+    cache: a folder that keeps the images decoded, with a shorter side of 256 pixels (for size=224), in one file for
+        training and one for validation; random crops are then cut from these smaller images
     """
-    from loopctl.cli.image_folder import IMG_EXTENSIONS, VisibleImageFolder
+    from loopctl.cli.image_folder import IMG_EXTENSIONS, VisibleImageFolder, from_cache
 
     check_image_size("data imagefolder", size=size)
     check_erase("data imagefolder", erase)
@@ -336,7 +342,8 @@ def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str 
         differ = sorted(set(sets[0].classes) ^ set(sets[1].classes))
         raise UsageError(f"data imagefolder: train and {one_line(valid)} in {root} have different classes; "
                          f"only one of them has {', '.join(differ)}")
-    return Data(sets[0], sets[1], len(sets[0].classes), (3, size, size),
+    train, val = from_cache(sets, cache, folders, shorter_side(size), "data imagefolder")
+    return Data(train, val, len(sets[0].classes), (3, size, size),
                 preprocessing=preprocessing(sets[1].transform, "RGB", size, shorter_side(size)))
 
 
@@ -355,7 +362,9 @@ def photo_transforms(size: int, augment: Any = False, erase: float = 0.0) -> Any
     """The usual transforms of ImageNet: random crops and mirroring with `augment`, otherwise the centre."""
     from torchvision.transforms import v2
 
-    random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *policy(augment)]
+    # Policies do something else, more slowly, to a tensor, which an image from the cache is.
+    policies = [v2.ToPILImage(), *policy(augment)] if policy(augment) else []
+    random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *policies]
     centre = [v2.Resize(shorter_side(size)), v2.CenterCrop(size)]
     return transforms((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), centre if is_off(augment) else random, erase=erase)
 
