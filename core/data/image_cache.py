@@ -82,8 +82,9 @@ class CachedImages(Dataset[Any]):
         if self.images is not None:
             return
         self.fingerprint = self.fingerprint or self.find_fingerprint()
+        reason = ""
         try:
-            if not self.reason_to_build():
+            if not (reason := self.reason_to_build()):
                 return
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with locked(self.file.parent) as alone:
@@ -91,7 +92,8 @@ class CachedImages(Dataset[Any]):
                     self.build(reason, alone)
                     self.images = ImageFile(self.file, self.fingerprint, len(self))
         except OSError as error:
-            raise UsageError(f"{self.file} cannot be made ({error.strerror or error}); choose another folder as cache"
+            fact = f"{reason}, and cannot be made" if reason else "cannot be read"
+            raise UsageError(f"{self.file} {fact} ({error.strerror or error}); choose another folder as cache"
                              ) from error
 
     def find_fingerprint(self) -> bytes:

@@ -50,8 +50,7 @@ class ImageFile:
                 raise Unusable("is damaged: its index is incomplete or wrong")
             self.index = np.frombuffer(index, ENTRY)
             height, width = (self.index[name].astype(np.int64) for name in ("height", "width"))
-            # As floats first, which do not overflow.
-            if not (height * 3.0 * width <= length).all() or (height * 3.0 * width).sum() > length:
+            if (height * 3.0 * width).sum() > length:           # as floats, which do not overflow
                 raise Unusable("is damaged: its images would be larger than the file")
             self.ends = HEADER.size + len(index) + np.cumsum(padded(3 * height * width))
             if not self.ends[-1] == length or not (height * width).all():

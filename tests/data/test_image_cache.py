@@ -89,19 +89,18 @@ def test_a_file_of_other_images_or_another_version_is_refused(file):
 
 
 @pytest.mark.parametrize("sizes", [
-    [(2**32 - 1, 2**32 - 1)] * 3,               # 3 * height * width exceeds 64 bits
-    [(2**31, 2**32 - 1)] * 3,
-    [(0, 5), (8, 8), (8, 8)],
-    [(4, 7), (4, 4), (6, 5)],
-    [(5, 700), (4, 4), (6, 5)],
+    [(2**32 - 1, 2**32 - 1)] * 3,                       # 3 * height * width exceeds 64 bits
+    [(2**31, 2**31)] * 4 + [(5, 17)],                   # their sum in 64 bits is the right length
+    [(0, 5), (5, 17), (3, 0)],                          # so is this sum
+    [(5, 7), (4, 4), (6, 6)],
+    [(5, 7), (4, 4), (1, 1)],
 ])
 def test_sizes_that_someone_made_up_are_refused(file, sizes):
-    content = file.read_bytes()
+    content = file.read_bytes()[-256:]
     index = np.array([(*size, 0) for size in sizes], ENTRY).tobytes()
-    head = HEADER.pack(b"loopctl images 1", MARK, 3, zlib.crc32(index))
-    file.write_bytes(head + index + content[len(head) + len(index):])
+    file.write_bytes(HEADER.pack(b"loopctl images 1", MARK, len(sizes), zlib.crc32(index)) + index + content)
     with pytest.raises(Unusable, match=r"its images would be larger than the file|its length is wrong"):
-        ImageFile(file, MARK, 3)
+        ImageFile(file, MARK, len(sizes))
 
 
 def test_a_count_that_someone_made_up_allocates_nothing(file):
@@ -258,14 +257,14 @@ def test_a_full_disk_is_noticed_before_and_while_the_file_is_written(root, tmp_p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(image_cache, "write_images", full)
-    with pytest.raises(UsageError, match=r"\.images cannot be made \(No space left on device\); choose another folder as cache$"):
+    with pytest.raises(UsageError, match=r"\.images does not exist, and cannot be made \(No space left on device\); choose another folder as cache$"):
         cached(root, tmp_path / "cache").open()
     assert not os.listdir(tmp_path / "cache")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_unless_the_file_is_there(root, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=rf"^{tmp_path}/file/train-4-.*\.images cannot be made \(Not a directory\); choose another folder"):
+    with pytest.raises(UsageError, match=rf"^{tmp_path}/file/train-4-.*\.images cannot be read \(Not a directory\); choose another folder"):
         cached(root, tmp_path / "file").open()
     cached(root, tmp_path / "cache").open()
 
@@ -276,7 +275,7 @@ def test_a_folder_that_cannot_be_written_is_refused_unless_the_file_is_there(roo
 
     monkeypatch.setattr(Path, "open", denied)
     cached(root, tmp_path / "cache").open()
-    with pytest.raises(UsageError, match=r"cannot be made \(Permission denied\); choose another folder"):
+    with pytest.raises(UsageError, match=r"images is not of these images as they are now, and cannot be made \(Permission denied\); choose another folder"):
         cached(root, tmp_path / "cache", made_by="2").open()
 
 
