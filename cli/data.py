@@ -274,7 +274,8 @@ def is_off(augment: Any) -> bool:
     return augment in (False, "none")
 
 
-def imagenet(root: str, size: int = 224, augment: Augment = True, erase: float = 0.0, fast: bool = False) -> Data:
+def imagenet(root: str, size: int = 224, augment: Augment = True, erase: float = 0.0, fast: bool = False,
+             cache: str = "") -> Data:
     """ImageNet 2012, 1,000 classes, from its original archives in `root`; the transforms are those of `imagefolder`.
 
     size: height and width of the images in pixels
@@ -282,10 +283,12 @@ def imagenet(root: str, size: int = 224, augment: Augment = True, erase: float =
         then do as torchvision's TrivialAugmentWide, RandAugment and AugMix
     erase: the probability with which RandomErasing erases a part of a training image
     fast: resize tensors instead of Pillow's images, which is faster; pixels differ by up to 1 of 255
+    cache: a folder that keeps the images decoded, with a shorter side of 256 pixels (for size=224), in one file for
+        training and one for validation; random crops are then cut from these smaller images
     """
     from torchvision.datasets import ImageNet
 
-    from loopctl.cli.image_folder import load_image
+    from loopctl.cli.image_folder import from_cache, load_image
 
     check_image_size("data imagenet", size=size)
     check_erase("data imagenet", erase)
@@ -297,11 +300,12 @@ def imagenet(root: str, size: int = 224, augment: Augment = True, erase: float =
         raise UsageError(f"data imagenet is missing or incomplete in {Path(root).absolute()}; put "
                          "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, "
                          f"or pass --data-root DIR ({one_line(error)})") from error
+    sets = from_cache(sets, cache, [part.split_folder for part in sets], shorter_side(size), "data imagenet", fast)
     return photos.data(sets, 1000, class_names=tuple(map(", ".join, sets[0].classes)))
 
 
 def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str = "val", erase: float = 0.0,
-                fast: bool = False) -> Data:
+                fast: bool = False, cache: str = "") -> Data:
     """Image files in `root`/train/CLASS and `root`/val/CLASS. Names that start with a dot are left out.
 
     A training image is a random crop, mirrored at random. A validation image is the centre, after the shorter side is
@@ -313,8 +317,10 @@ def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str 
     valid: name of the folder of the validation images, such as test for --test imagefolder:valid=test
     erase: the probability with which RandomErasing erases a part of a training image
     fast: resize tensors instead of Pillow's images, which is faster; pixels differ by up to 1 of 255
+    cache: a folder that keeps the images decoded, with a shorter side of 256 pixels (for size=224), in one file for
+        training and one for validation; random crops are then cut from these smaller images
     """
-    from loopctl.cli.image_folder import IMG_EXTENSIONS, VisibleImageFolder
+    from loopctl.cli.image_folder import IMG_EXTENSIONS, VisibleImageFolder, from_cache
 
     check_image_size("data imagefolder", size=size)
     check_erase("data imagefolder", erase)
@@ -340,6 +346,7 @@ def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str 
         differ = sorted(set(sets[0].classes) ^ set(sets[1].classes))
         raise UsageError(f"data imagefolder: train and {one_line(valid)} in {root} have different classes; "
                          f"only one of them has {', '.join(differ)}")
+    sets = from_cache(sets, cache, folders, shorter_side(size), "data imagefolder", fast)
     return photos.data(sets, len(sets[0].classes))
 
 
@@ -372,11 +379,11 @@ class Photos:
 
         self.size, self.floats = size, bool(erase)
         centre = [v2.Resize(shorter_side(size)), v2.CenterCrop(size)]
-        random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *policy(augment)]
+        # The policies would do something else to a tensor, as of `fast` or the cache, than to an image of Pillow.
+        policies = [v2.ToPILImage(), *policy(augment)] if policy(augment) else []
+        random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *policies]
         if fast:
             centre = [v2.PILToTensor(), *centre]
-            # The policies would do something else to a tensor than to an image of Pillow.
-            policies = [v2.ToPILImage(), *policy(augment)] if policy(augment) else []
             random = [ResizedCropOfTensor(size), v2.RandomHorizontalFlip(), *policies]
         self.train = self.to_tensor(centre if is_off(augment) else random, erase)
         self.valid = self.to_tensor(centre)

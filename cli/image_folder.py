@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
+import torchvision
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from loopctl.data.image_cache import CachedImages
 from loopctl.errors import UsageError, one_line
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262           # tags of a TIFF file
@@ -103,3 +106,26 @@ def image_of_8_bits(image: Any, path: str) -> Image.Image:
                          f"0 to {white} can be used; save it with 8 or 16 bits")
     grey = (values * (255 / white)).round().astype(np.uint8)
     return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)      # 0 says that white is 0
+
+
+def from_cache(parts: Any, cache: str, folders: Any, side: int, label: str, fast: bool) -> Any:
+    """Return the training and the validation set with images read from files in the folder `cache`; as they are if "".
+
+    Images in the files have a shorter side of `side` pixels. folders: those of the images of each set. label: how a
+    message begins. Raises UsageError where `fast` is set too
+    """
+    if not cache:
+        return parts
+    if fast:
+        raise UsageError(f"{label}: fast=true with cache: images from the cache are resized as tensors already; leave "
+                         "out fast")
+    made_by = f"Pillow {PIL.__version__}, torchvision {torchvision.__version__}"
+    return [CachedImages(part, Path(cache), Path(folder), side, partial(load_resized, side=side), made_by,
+                         f"{label}: {kind} sample")
+            for part, folder, kind in zip(parts, folders, ("training", "validation"), strict=True)]
+
+
+def load_resized(path: str, side: int) -> Any:
+    """Return the pixels of an image, its shorter side resized to `side` as in validation; a smaller image as it is."""
+    image = load_image(path)
+    return np.asarray(functional.resize(image, [side]) if min(image.size) > side else image)

@@ -17,6 +17,7 @@ from loopctl.data import on_device
 from loopctl.data.batch import length_or_none, to_device
 from loopctl.data.checked_dataset import CheckedDataset
 from loopctl.data.device_loader import DeviceLoader
+from loopctl.data.image_cache import CachedImages
 from loopctl.data.limits import find_limit
 from loopctl.data.memory import check_memory
 from loopctl.errors import UsageError, counted
@@ -135,6 +136,9 @@ class Data:
             raise UsageError(f"data {self.name} has one class, so there is nothing to learn; it needs two or more, or "
                              "for numbers no `classes` and --loss mse")
         parts = [(self.train, "training"), *((part, "validation") for part in sets.values())]
+        for part, _ in parts:
+            if isinstance(part, CachedImages):
+                part.open()                 # before there are loader workers, which would all make the file
         checked = [self.checked(part, kind, check_labels) if is_dataset(part) else None for part, kind in parts]
         for part in checked:
             if part is not None:
