@@ -25,6 +25,7 @@ from loopctl.data import on_device
 from loopctl.data.batch import length_or_none
 from loopctl.data.checked_dataset import CheckedDataset
 from loopctl.data.dataset import Data, Preprocessing, check_last_batch, is_dataset
+from loopctl.data.device_loader import Normalize
 from loopctl.data.identity import class_names
 from loopctl.data.limits import limited, overfit
 from loopctl.data.memory import check_memory
@@ -273,33 +274,38 @@ def is_off(augment: Any) -> bool:
     return augment in (False, "none")
 
 
-def imagenet(root: str, size: int = 224, augment: Augment = True, erase: float = 0.0) -> Data:
+def imagenet(root: str, size: int = 224, augment: Augment = True, erase: float = 0.0, fast: bool = False,
+             cache: str = "") -> Data:
     """ImageNet 2012, 1,000 classes, from its original archives in `root`; the transforms are those of `imagefolder`.
 
     size: height and width of the images in pixels
     augment: random crops, mirrored at random; false or none for the centre; trivial, rand and augmix crop and mirror,
         then do as torchvision's TrivialAugmentWide, RandAugment and AugMix
     erase: the probability with which RandomErasing erases a part of a training image
+    fast: resize tensors instead of Pillow's images, which is faster; pixels differ by up to 1 of 255
+    cache: a folder that keeps the images decoded, with a shorter side of 256 pixels (for size=224), in one file for
+        training and one for validation; random crops are then cut from these smaller images
     """
     from torchvision.datasets import ImageNet
 
-    from loopctl.cli.image_folder import load_image
+    from loopctl.cli.image_folder import from_cache, load_image
 
     check_image_size("data imagenet", size=size)
     check_erase("data imagenet", erase)
+    photos = Photos(size, augment, erase, fast)
     try:
         sets = [ImageNet(root, split=split, transform=transform, loader=load_image)
-                for split, transform in (("train", photo_transforms(size, augment, erase)),
-                                         ("val", photo_transforms(size)))]
+                for split, transform in (("train", photos.train), ("val", photos.valid))]
     except (RuntimeError, OSError) as error:
         raise UsageError(f"data imagenet is missing or incomplete in {Path(root).absolute()}; put "
                          "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, "
                          f"or pass --data-root DIR ({one_line(error)})") from error
-    return Data(sets[0], sets[1], 1000, (3, size, size), class_names=tuple(map(", ".join, sets[0].classes)),
-                preprocessing=preprocessing(sets[1].transform, "RGB", size, shorter_side(size)))
+    sets = from_cache(sets, cache, [part.split_folder for part in sets], shorter_side(size), "data imagenet", fast)
+    return photos.data(sets, 1000, class_names=tuple(map(", ".join, sets[0].classes)))
 
 
-def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str = "val", erase: float = 0.0) -> Data:
+def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str = "val", erase: float = 0.0,
+                fast: bool = False, cache: str = "") -> Data:
     """Image files in `root`/train/CLASS and `root`/val/CLASS. Names that start with a dot are left out.
 
     A training image is a random crop, mirrored at random. A validation image is the centre, after the shorter side is
@@ -310,8 +316,11 @@ def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str 
         then do as torchvision's TrivialAugmentWide, RandAugment and AugMix
     valid: name of the folder of the validation images, such as test for --test imagefolder:valid=test
     erase: the probability with which RandomErasing erases a part of a training image
+    fast: resize tensors instead of Pillow's images, which is faster; pixels differ by up to 1 of 255
+    cache: a folder that keeps the images decoded, with a shorter side of 256 pixels (for size=224), in one file for
+        training and one for validation; random crops are then cut from these smaller images
     """
-    from loopctl.cli.image_folder import IMG_EXTENSIONS, VisibleImageFolder
+    from loopctl.cli.image_folder import IMG_EXTENSIONS, VisibleImageFolder, from_cache
 
     check_image_size("data imagefolder", size=size)
     check_erase("data imagefolder", erase)
@@ -320,9 +329,10 @@ def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str 
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"data imagefolder: there is no folder {folder}; {advice}")
+    photos = Photos(size, augment, erase, fast)
     try:
         sets = [VisibleImageFolder(str(folder), transform) for folder, transform in
-                zip(folders, (photo_transforms(size, augment, erase), photo_transforms(size)), strict=True)]
+                zip(folders, (photos.train, photos.valid), strict=True)]
     except FileNotFoundError as error:         # no class, or a class without images
         raise UsageError(f"data imagefolder: {one_line(error).rstrip('. ')}; {advice}, with names that end in "
                          f"{', '.join(IMG_EXTENSIONS)}") from error
@@ -336,8 +346,8 @@ def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str 
         differ = sorted(set(sets[0].classes) ^ set(sets[1].classes))
         raise UsageError(f"data imagefolder: train and {one_line(valid)} in {root} have different classes; "
                          f"only one of them has {', '.join(differ)}")
-    return Data(sets[0], sets[1], len(sets[0].classes), (3, size, size),
-                preprocessing=preprocessing(sets[1].transform, "RGB", size, shorter_side(size)))
+    sets = from_cache(sets, cache, folders, shorter_side(size), "data imagefolder", fast)
+    return photos.data(sets, len(sets[0].classes))
 
 
 def check_image_size(label: str, channels: int = 3, **side: int) -> None:
@@ -351,13 +361,47 @@ def check_image_size(label: str, channels: int = 3, **side: int) -> None:
         check_memory(f"{label}: a network on images of {name}={value}", needed, "use a smaller one")
 
 
-def photo_transforms(size: int, augment: Any = False, erase: float = 0.0) -> Any:
-    """The usual transforms of ImageNet: random crops and mirroring with `augment`, otherwise the centre."""
-    from torchvision.transforms import v2
+class Photos:
+    """How the photographs of `imagenet` and `imagefolder` are read and transformed, with their options.
 
-    random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *policy(augment)]
-    centre = [v2.Resize(shorter_side(size)), v2.CenterCrop(size)]
-    return transforms((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), centre if is_off(augment) else random, erase=erase)
+    A sample is uint8, so that a quarter of the bytes goes from the loader workers to the device, where the floats are
+    made. What `erase` erases becomes 0 after the normalisation, so with it a sample has the floats.
+
+    train, valid: the transforms of a training image, at random with `augment`, and of a validation image
+    """
+
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # of the channels of ImageNet's images
+
+    def __init__(self, size: int, augment: Any, erase: float, fast: bool) -> None:
+        from torchvision.transforms import v2
+
+        from loopctl.cli.image_folder import ResizedCropOfTensor
+
+        self.size, self.floats = size, bool(erase)
+        centre = [v2.Resize(shorter_side(size)), v2.CenterCrop(size)]
+        # The policies would do something else to a tensor, as of `fast` or the cache, than to an image of Pillow.
+        policies = [v2.ToPILImage(), *policy(augment)] if policy(augment) else []
+        random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *policies]
+        if fast:
+            centre = [v2.PILToTensor(), *centre]
+            random = [ResizedCropOfTensor(size), v2.RandomHorizontalFlip(), *policies]
+        self.train = self.to_tensor(centre if is_off(augment) else random, erase)
+        self.valid = self.to_tensor(centre)
+
+    def to_tensor(self, first: list[Any], erase: float = 0.0) -> Any:
+        """Return the transforms in `first`, then conversion to a tensor."""
+        from torchvision.transforms import v2
+
+        if self.floats:
+            return transforms(self.MEAN, self.STD, first, erase=erase)
+        return v2.Compose([*first, v2.PILToTensor()])
+
+    def data(self, sets: list[Any], classes: int, class_names: tuple[str, ...] = ()) -> Data:
+        """Return the Data of a training and a validation set."""
+        train, valid = sets
+        return Data(train, valid, classes, (3, self.size, self.size), class_names=class_names,
+                    preprocessing=Preprocessing("RGB", shorter_side(self.size), self.size, self.MEAN, self.STD),
+                    batch_transform=None if self.floats else Normalize(self.MEAN, self.STD))
 
 
 def shorter_side(size: int) -> int:

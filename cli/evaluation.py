@@ -58,7 +58,8 @@ def evaluate_with(config: dict[str, Any], device: Any, dataset: Data) -> Callabl
                and any(implements(plugin, hook) for hook in FORWARD_HOOKS)]
     parts = validation_parts(dataset)
     measured = Data(next(iter(parts.values())), parts, classes=dataset.classes, shape=dataset.shape,
-                    name=dataset.name, numbers=dataset.numbers, valid_batch_size=dataset.valid_batch_size)
+                    name=dataset.name, numbers=dataset.numbers, valid_batch_size=dataset.valid_batch_size,
+                    batch_transform=dataset.batch_transform)
     of_classes = isinstance(loss_fn, nn.CrossEntropyLoss)
     _, loaders = measured.loaders(config.get("batch_size") or DEFAULT_BATCH_SIZE, config.get("workers", 0), device,
                                   of_classes)

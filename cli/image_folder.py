@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
+import torchvision
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
+from loopctl.data.image_cache import CachedImages
 from loopctl.errors import UsageError, one_line
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262           # tags of a TIFF file
@@ -45,6 +50,14 @@ class VisibleImageFolder(ImageFolder):
         return is_image and not hidden
 
 
+class ResizedCropOfTensor(v2.RandomResizedCrop):
+    """torchvision's RandomResizedCrop, drawing the same numbers: a crop of Pillow's image is resized as a tensor."""
+
+    def transform(self, image: Any, params: dict[str, Any]) -> Any:
+        crop = functional.pil_to_tensor(functional.crop(image, **params))
+        return functional.resize(crop, list(self.size), interpolation=self.interpolation, antialias=self.antialias)
+
+
 def load_image(path: str) -> Any:
     """Return the image in a file in RGB, 8 bits per channel: torchvision's pixels, and those of deeper grey images.
 
@@ -68,6 +81,9 @@ def to_rgb(image: Any, path: str) -> Image.Image:
     """Return an image in RGB, 8 bits per channel. Raises UsageError, which begins with `path`, for unusable values."""
     # It is dropped in any case; Pillow would warn of the transparency of a palette.
     image.info.pop("transparency", None)
+    image.load()
+    if image.mode == "RGB":                     # not converted, which would copy it
+        return image
     return (image_of_8_bits(image, path) if image.mode.startswith(("I", "F")) else image).convert("RGB")
 
 
@@ -90,3 +106,26 @@ def image_of_8_bits(image: Any, path: str) -> Image.Image:
                          f"0 to {white} can be used; save it with 8 or 16 bits")
     grey = (values * (255 / white)).round().astype(np.uint8)
     return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)      # 0 says that white is 0
+
+
+def from_cache(parts: Any, cache: str, folders: Any, side: int, label: str, fast: bool) -> Any:
+    """Return the training and the validation set with images read from files in the folder `cache`; as they are if "".
+
+    Images in the files have a shorter side of `side` pixels. folders: those of the images of each set. label: how a
+    message begins. Raises UsageError where `fast` is set too
+    """
+    if not cache:
+        return parts
+    if fast:
+        raise UsageError(f"{label}: fast=true with cache: images from the cache are resized as tensors already; leave "
+                         "out fast")
+    made_by = f"Pillow {PIL.__version__}, torchvision {torchvision.__version__}"
+    return [CachedImages(part, Path(cache), Path(folder), side, partial(load_resized, side=side), made_by,
+                         f"{label}: {kind} sample")
+            for part, folder, kind in zip(parts, folders, ("training", "validation"), strict=True)]
+
+
+def load_resized(path: str, side: int) -> Any:
+    """Return the pixels of an image, its shorter side resized to `side` as in validation; a smaller image as it is."""
+    image = load_image(path)
+    return np.asarray(functional.resize(image, [side]) if min(image.size) > side else image)

@@ -23,6 +23,7 @@ from loopctl.cli.saved_run import SavedRun, load_run
 from loopctl.cli.specs import call_factory, resolve
 from loopctl.data.batch import to_device
 from loopctl.data.dataset import Data, check_workers
+from loopctl.data.device_loader import transformed
 from loopctl.errors import UsageError, harmless, one_line
 from loopctl.model.forward import named_inputs, predictions
 from loopctl.prepare import find_device
@@ -148,7 +149,7 @@ def outputs_for_images(run: SavedRun, images: ImageFiles, device: torch.device, 
 def outputs_for_data(run: SavedRun, spec: str, device: torch.device, batch_size: int, workers: int) -> Outputs:
     """Yield the outputs for batches of the data that the function named by `spec` returns."""
     count = 0
-    for batch in own_batches(run, spec, batch_size, workers):
+    for batch in own_batches(run, spec, device, batch_size, workers):
         output = call_model(run, input_of(batch), device)
         yield [str(number) for number in range(count, count + len(output))], output
         count += len(output)
@@ -156,14 +157,24 @@ def outputs_for_data(run: SavedRun, spec: str, device: torch.device, batch_size:
         raise UsageError(f"data {spec} has no samples")
 
 
-def own_batches(run: SavedRun, spec: str, batch_size: int, workers: int) -> Iterable[Any]:
-    """The batches of the user's own data: of a data set, a DataLoader, or an iterable of samples or of batches.
+def own_batches(run: SavedRun, spec: str, device: torch.device, batch_size: int, workers: int) -> Iterable[Any]:
+    """The batches of the user's own data, as `batches_of` makes them; of a Data, after its `batch_transform`.
 
-    Of a pair (train, valid) of data sets, as for training, the second is used. Raises UsageError for anything else.
+    Of a pair (train, valid) of data sets, as for training, the second is used.
     """
     name, factory, options = resolve("data", spec, lambda: (), lambda name: factory)
-    data = call_factory(f"data {name}", factory, options, {"root": run.config.get("data_root"), "download": False})
-    data = inputs_of(name, data)
+    made = call_factory(f"data {name}", factory, options, {"root": run.config.get("data_root"), "download": False})
+    batches = batches_of(run, name, inputs_of(name, made), batch_size, workers)
+    if isinstance(made, Data) and made.batch_transform is not None:
+        return (transformed(made.batch_transform, to_device(batch, device)) for batch in batches)
+    return batches
+
+
+def batches_of(run: SavedRun, name: str, data: Any, batch_size: int, workers: int) -> Iterable[Any]:
+    """The batches of a data set, a DataLoader, or an iterable of samples or of batches.
+
+    Raises UsageError for anything else.
+    """
     if isinstance(data, DataLoader):
         return data
     if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not hasattr(data, "__iter__")):

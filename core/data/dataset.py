@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from loopctl.data import on_device
 from loopctl.data.batch import length_or_none, to_device
 from loopctl.data.checked_dataset import CheckedDataset
+from loopctl.data.device_loader import DeviceLoader
+from loopctl.data.image_cache import CachedImages
 from loopctl.data.limits import find_limit
 from loopctl.data.memory import check_memory
 from loopctl.errors import UsageError, counted
@@ -50,6 +52,8 @@ class Data:
     shape: of the input of a sample, such as channels, height and width
     collate_fn, sampler, batch_sampler, drop_last: of the DataLoader over `train`; collate_fn also of that over `valid`
     valid_batch_size: the batch size of `valid`, if it is another than that of `train`
+    batch_transform: called with every batch of `train` and `valid` once it is on the device, returns the batch to use,
+        with as many samples; such as images that travel as uint8 and become floats there. It draws no random numbers
     """
 
     train: Any
@@ -74,6 +78,7 @@ class Data:
     batch_sampler: Any = None
     drop_last: bool = False
     valid_batch_size: int | None = None
+    batch_transform: Callable[[Any], Any] | None = None
     numbers: bool = True             # the input has floating-point numbers, so that zeros can take its place in a trial
 
     def __post_init__(self) -> None:
@@ -87,6 +92,11 @@ class Data:
                                            or self.batch_sampler is not None):
             raise UsageError("Data: train is a loader, so collate_fn, sampler, batch_sampler and drop_last would not "
                              "be used; leave them out, or pass the data set")
+        given = next((kind for kind, part in (("train", self.train), *(("valid", part) for part in
+                      self.validation_sets.values())) if not is_dataset(part)), "")
+        if self.batch_transform is not None and given:
+            raise UsageError(f"Data: {given} is a loader, so batch_transform would not be used for it; transform its "
+                             "batches yourself, or pass the data set")
 
     @property
     def needs_batch_size(self) -> bool:
@@ -126,6 +136,9 @@ class Data:
             raise UsageError(f"data {self.name} has one class, so there is nothing to learn; it needs two or more, or "
                              "for numbers no `classes` and --loss mse")
         parts = [(self.train, "training"), *((part, "validation") for part in sets.values())]
+        for part, _ in parts:
+            if isinstance(part, CachedImages):
+                part.open()                 # before there are loader workers, which would all make the file
         checked = [self.checked(part, kind, check_labels) if is_dataset(part) else None for part, kind in parts]
         for part in checked:
             if part is not None:
@@ -151,12 +164,16 @@ class Data:
         else:
             settings["collate_fn"] = (dataset.collate if self.collate_fn is None
                                       else partial(dataset.collate, collate_fn=self.collate_fn))
+        make: Any = DataLoader
+        # Pictures that are held on the device are transformed once, when they are read.
+        if self.batch_transform is not None and not (self.on_device and self.pictures):
+            make = partial(DeviceLoader, device=device, batch_transform=self.batch_transform)
         if kind == "validation":
-            return DataLoader(dataset, self.valid_batch_size or batch_size, **settings)
+            return make(dataset, self.valid_batch_size or batch_size, **settings)
         if self.batch_sampler is not None:
-            return DataLoader(dataset, batch_sampler=self.batch_sampler, **settings)
+            return make(dataset, batch_sampler=self.batch_sampler, **settings)
         shuffle = None if iterable else self.sampler is None
-        return DataLoader(dataset, batch_size, shuffle, self.sampler, drop_last=self.drop_last, **settings)
+        return make(dataset, batch_size, shuffle, self.sampler, drop_last=self.drop_last, **settings)
 
     def checked(self, part: Dataset[Any], kind: str, check_labels: bool) -> CheckedDataset:
         """Return `part`, a "training" or "validation" set by its `kind`, with errors that name the sample."""
@@ -209,7 +226,8 @@ def check_last_batch(run: Run, call: Callable[[Any], Any]) -> None:
             if dataset.image_shape:
                 run.model(torch.zeros(1, *dataset.image_shape, device=run.device))
             else:
-                call(to_device(loader.collate_fn(dataset.__getitems__([0])), run.device))
+                batch = loader.collate_fn(dataset.__getitems__([0]))
+                call(loader.finish(batch) if isinstance(loader, DeviceLoader) else to_device(batch, run.device))
     except Exception as error:              # others are left to the first step, which raises them again
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             sizes = (other for other in count(size + 1) if samples % other != 1)

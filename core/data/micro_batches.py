@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 from loopctl.data.batch import sample_count, target_of
+from loopctl.data.device_loader import DeviceLoader
 from loopctl.errors import UsageError, names
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def known_sizes(run: Run, batches: Iterable[Any]) -> list[int] | None:
         return None
     source: Any = loader.source
     collate = getattr(source, "collate_fn", None)
-    if (type(source) is not DataLoader or type(source.batch_sampler) is not BatchSampler
+    if (type(source) not in (DataLoader, DeviceLoader) or type(source.batch_sampler) is not BatchSampler
             or type(source.batch_sampler.sampler) not in SAMPLERS
             or not (collate is default_collate or getattr(collate, "keeps_sample_count", False))):
         return None

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from loopctl.data.batch import iter_tensors, map_nested, sample_count
+from loopctl.data.device_loader import transformed
 from loopctl.errors import UsageError
-from loopctl.rng import host_rng_state
+from loopctl.rng import host_rng_state, set_host_rng_state
 
 
 class OnDeviceDataset(Dataset[list[Tensor]]):
@@ -55,7 +56,7 @@ def datasets(found: Any, workers: int, device: torch.device, check_labels: bool)
         raise UsageError(f"--workers {workers:,} would have nothing to load: on_device=true reads the data once; "
                          "leave out one of the two")
     samples = sum(map(len, parts))
-    size, available = 4 * samples * prod(found.shape or ()), free_memory(device)
+    size, available = bytes_per_number(found) * samples * prod(found.shape or ()), free_memory(device)
     if size > available:
         raise UsageError(f"data {found.name}: {samples:,} samples of {'x'.join(map(str, found.shape))} take "
                          f"{size / 1e9:,.1f} GB, and {device} has {available / 1e9:,.1f} GB free; leave out on_device, "
@@ -66,6 +67,16 @@ def datasets(found: Any, workers: int, device: torch.device, check_labels: bool)
         checked = found.checked(part, kind, check_labels)
         held.append(OnDeviceDataset(load_tensors(found, checked, device), augment, checked.image_shape))
     return held
+
+
+def bytes_per_number(found: Any) -> int:
+    """The size of a number of the input, which is smaller than that of a float where floats are made of each batch."""
+    if found.batch_transform is None or found.pictures:
+        return 4
+    before = host_rng_state()
+    first = next(iter_tensors(found.checked(found.train, "training", False)[0]), None)
+    set_host_rng_state(before)
+    return 4 if first is None else first.element_size()
 
 
 def collate_unchanged(batch: Any) -> Any:
@@ -102,7 +113,7 @@ def load_tensors(found: Any, part: Any, device: torch.device) -> Any:
 
     loaded: Any = None
     begin = 0
-    for batch in raw_batches(part, device) if found.pictures else sample_batches(found, part):
+    for batch in raw_batches(found, part, device) if found.pictures else sample_batches(found, part):
         loaded = map_nested(empty, batch) if loaded is None else loaded
         end = begin + sample_count(batch)
         for target, source in zip(iter_tensors(loaded), iter_tensors(batch), strict=True):
@@ -111,12 +122,13 @@ def load_tensors(found: Any, part: Any, device: torch.device) -> Any:
     return loaded
 
 
-def raw_batches(part: Any, device: torch.device) -> Iterator[list[Tensor]]:
+def raw_batches(found: Any, part: Any, device: torch.device) -> Iterator[list[Tensor]]:
     """Yield batches of a data set that has all images as uint8 in `.data`; they are transformed on `device`."""
     data, targets = torch.as_tensor(part.data), torch.as_tensor(part.targets)
     data = data.unsqueeze(1) if data.dim() == 3 else data.permute(0, 3, 1, 2)
     for images, classes in zip(data.split(4096), targets.split(4096), strict=True):
-        yield [part.transform(images.to(device)), classes]
+        batch = [part.transform(images.to(device)), classes]
+        yield batch if found.batch_transform is None else transformed(found.batch_transform, batch)
 
 
 def sample_batches(found: Any, part: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from loopctl.data.device_loader import DeviceLoader
 from loopctl.data.identity import data_identity
 from loopctl.data.sharding import find_shard
 from loopctl.rng import host_rng_state, rng_state, set_host_rng_state, set_rng_state
@@ -90,6 +91,8 @@ class ResumableLoader:
                 self.workers = WorkerStates(source)
                 changes |= {"collate_fn": CollateWithState(source.collate_fn),
                             "worker_init_fn": WorkerInit(source.worker_init_fn, self.workers)}
+            if isinstance(source, DeviceLoader):
+                changes["as_collated"] = True               # `start_pass` has it finish them
             vars(self.loader).update(changes)
 
     @property
@@ -174,6 +177,8 @@ class ResumableLoader:
                 batches = self.workers.separate_states(self.iterator, self)
             else:
                 batches = self.iterator = iter(self.loader)
+            if isinstance(self.source, DeviceLoader):
+                batches = map(self.source.finish, batches)
         else:
             batches = self.iterator = iter(self.source)
             for _ in islice(batches, first):
@@ -201,8 +206,8 @@ class ResumableLoader:
 
 
 def samples_by_index(source: Any) -> bool:
-    """Return whether `source` is a DataLoader that draws batches of indices and does not override `__iter__`."""
-    return (isinstance(source, DataLoader) and type(source).__iter__ is DataLoader.__iter__
+    """Return whether `source` is a DataLoader that draws batches of indices, with no `__iter__` of a user's class."""
+    return (isinstance(source, DataLoader) and type(source).__iter__ in (DataLoader.__iter__, DeviceLoader.__iter__)
             and source.batch_sampler is not None and not isinstance(source.dataset, IterableDataset))
 
 

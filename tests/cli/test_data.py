@@ -24,6 +24,11 @@ def normalised(image, mean, std):
     return (values - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
+def floats(dataset, image):
+    """An image of a data set as the floats that a batch has."""
+    return dataset.batch_transform([image[None]])[0][0]
+
+
 # Digits
 
 
@@ -154,7 +159,7 @@ def test_imagefolder_uses_random_crops_for_training_and_the_centre_for_validatio
     assert [dataset.valid[number][1] for number in range(6)] == [0, 0, 1, 1, 2, 2]
     # For size=20 the shorter side is resized to 22; the centre of 20 is without a border of 1 pixel.
     image = Image.fromarray(written["dog"][1]).resize((22, 22), Image.Resampling.BILINEAR).crop((1, 1, 21, 21))
-    torch.testing.assert_close(dataset.valid[3][0], normalised(np.asarray(image), PHOTO_MEAN, PHOTO_STD))
+    torch.testing.assert_close(floats(dataset, dataset.valid[3][0]), normalised(np.asarray(image), PHOTO_MEAN, PHOTO_STD))
     torch.manual_seed(0)
     assert len({tuple(dataset.train[0][0].flatten().tolist()) for _ in range(10)}) == 10
     assert tuple(dataset.train[0][0].shape) == (3, 20, 20)
@@ -174,7 +179,7 @@ def test_imagefolder_resizes_by_256_over_224_by_default(tmp_path):
     dataset = data.make("imagefolder", str(tmp_path), download=False)
     assert dataset.shape == (3, 224, 224)
     centre = normalised(written["cat"][0][16:240, 16:240], PHOTO_MEAN, PHOTO_STD)
-    torch.testing.assert_close(dataset.valid[0][0], centre)
+    torch.testing.assert_close(floats(dataset, dataset.valid[0][0]), centre)
 
 
 def test_imagefolder_refuses_missing_folders_and_different_classes(tmp_path):
@@ -200,10 +205,10 @@ def test_imagenet_is_read_from_its_original_archives(tmp_path):
     assert [dataset.train[number][1] for number in range(6)] == [0, 0, 0, 1, 1, 1]
     assert dataset.train.classes[0] == ("tench", "Tinca tinca")
     grey = np.full((21, 21, 3), 102, dtype=np.uint8)
-    torch.testing.assert_close(dataset.train[5][0], normalised(grey, PHOTO_MEAN, PHOTO_STD))
+    torch.testing.assert_close(floats(dataset, dataset.train[5][0]), normalised(grey, PHOTO_MEAN, PHOTO_STD))
     # By the ground-truth file the first validation image, of grey value 201, is a goldfish and the second a tench.
     assert [dataset.valid[number][1] for number in range(2)] == [0, 1]
-    torch.testing.assert_close(dataset.valid[1][0], normalised(np.full_like(grey, 201), PHOTO_MEAN, PHOTO_STD))
+    torch.testing.assert_close(floats(dataset, dataset.valid[1][0]), normalised(np.full_like(grey, 201), PHOTO_MEAN, PHOTO_STD))
 
 
 # Random images, and a user's factories

@@ -153,7 +153,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from loopctl import Data
 
-IMAGES = torch.randn(10, 3, 14, 14, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(10, 3, 14, 14, generator=torch.Generator().manual_seed(0)).mul(8).round() / 8
 LABELS = torch.arange(10) % 3
 
 class Stream(IterableDataset):
@@ -168,6 +168,8 @@ class Indexed:
 def dataset(): return TensorDataset(IMAGES, LABELS)
 def pair(): return TensorDataset(IMAGES + 1, LABELS), dataset()
 def data(): return Data(*pair(), 3, (3, 14, 14))
+def transformed(): return Data(*[TensorDataset((part.tensors[0] - 1) / 2, LABELS) for part in pair()], batch_transform=doubled)
+def doubled(batch): return [2 * batch[0] + 1, batch[1]]
 def loader(size: int = 4): return DataLoader(dataset(), size)
 def stream(): return Stream()
 def indexed(): return Indexed()
@@ -180,7 +182,8 @@ def nothing(): return []
 def number(): return 3
 def small(): return IMAGES[:, :2]
 """
-SOURCES = ["dataset", "pair", "data", "loader", "loader:size=4", "stream", "indexed", "tensor", "array", "samples", "batches", "generated"]
+SOURCES = ["dataset", "pair", "data", "transformed", "loader", "loader:size=4", "stream", "indexed", "tensor", "array", "samples", "batches",
+           "generated"]
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -64,10 +64,11 @@ def test_the_folder_of_a_run_has_the_classes_the_shape_and_the_preprocessing(tra
 
 def test_the_transforms_of_a_folder_of_images_are_those_of_validation(train, tmp_path):
     write_images(tmp_path / "data")
-    valid = data.make("imagefolder:size=14", "data", False).valid
+    dataset = data.make("imagefolder:size=14", "data", False)
     folder = train("--data", "imagefolder:size=14", epochs=1)
     transforms = load_run(folder).transforms
-    for (path, _), (expected, _) in zip(valid.samples, valid, strict=True):
+    for (path, _), (pixels, _) in zip(dataset.valid.samples, dataset.valid, strict=True):
+        expected = dataset.batch_transform([pixels])[0]
         assert torch.equal(transforms(path), expected)
         assert torch.equal(transforms(Path(path)), expected)
         assert torch.equal(transforms(Image.open(path)), expected)
