@@ -357,11 +357,18 @@ class Ranks:
                 if answers[rank][1]:
                     timeout = min(timeout, 60)          # processes that communicate with this one fail soon, because it left the group
             if not answered:
-                self.close()
                 for rank in waiting.values():
-                    answers[rank] = None, TimeoutError(f"rank {rank} gave no answer in {timeout} seconds")
+                    answers[rank] = None, TimeoutError(f"rank {rank} gave no answer in {timeout} seconds\n{self.stacks(rank)}")
+                self.close()
                 break
         return answers
+
+    def stacks(self, rank):
+        """End a process. Returns what its threads were doing, which faulthandler prints."""
+        process, _ = self.processes[rank]
+        for number in (signal.SIGABRT, signal.SIGCONT):
+            process.send_signal(number)
+        return process.communicate()[1]
 
     def close(self):
         for process, connection in self.processes:

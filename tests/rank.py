@@ -1,4 +1,5 @@
 """One of the processes of the fixture `ranks`, forked by warm.py: it calls functions of test files in the environment of torchrun."""
+import faulthandler
 import gc
 import importlib.util
 import os
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 def main(address):
     torch.set_num_threads(1)
+    faulthandler.enable()           # for SIGABRT
     with Client(address) as connection:
         while True:
             try:
