@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -147,6 +147,7 @@ def with_options(label: str, found: Any, options: dict[str, Any], arguments: str
     return function
 
 
+@cache
 def names_in_source(package: str, folder: str, pattern: str) -> dict[str, str]:
     """The names that `pattern` finds in the source files of a package, sorted, and the module that each is in.
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -71,7 +71,7 @@ class Counters:
             self.load_state_dict(own)
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.__dataclass_fields__:

@@ -1,6 +1,7 @@
 """Fixtures for all tests: small models and data, comparison of models, and a pool of processes for distributed tests."""
 import contextlib
 import copy
+import gc
 import json
 import os
 import pickle
@@ -22,7 +23,7 @@ import pytest
 import torch
 from torch import nn
 
-from loopctl.distributed.process_group import leave_process_group
+from loopctl.distributed import process_group
 from loopctl.testing import checks
 from loopctl.testing.tiny import tiny_model
 
@@ -40,7 +41,24 @@ def _one_thread():
 def _no_process_group():
     """Destroy the process group after each test, because `fsdp` in one process leaves one behind."""
     yield
-    leave_process_group()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_group, "sleep", lambda seconds: None)       # what it waits for is needed when Python ends
+        process_group.leave_process_group()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads_of_process_groups_end():
+    yield
+    time.sleep(0.1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_full_garbage_collections():
+    """Collect the oldest generation ten times less often: each time takes as long as twenty tests."""
+    before = gc.get_threshold()
+    gc.set_threshold(*before[:2], 10 * before[2])
+    yield
+    gc.set_threshold(*before)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,14 +75,20 @@ def undrawn(monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: None)
 
 
+def discard_compiled(most=0):
+    """Discard compiled code if torch has compiled more than `most` functions."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo and dynamo.utils.counters["frames"]["total"] > most:
+        dynamo.utils.counters.clear()
+        dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_compiled():
     """Discard compiled code after each test: torch stops compiling a forward method after a number of recompilations."""
+    discard_compiled()          # of test_pairs.py, which keeps it
     yield
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo and dynamo.utils.counters["frames"]:
-        dynamo.utils.counters.clear()
-        dynamo.reset()
+    discard_compiled()
 
 
 @pytest.fixture
@@ -260,87 +284,11 @@ def install(tmp_path_factory):
     return installed
 
 
-class Ranks:
-    """A pool of processes that call functions together. They are reused, because starting one takes seconds."""
-
-    def __init__(self, folder):
-        self.listener = Listener(str(folder / "ranks"), backlog=8)
-        self.processes = []
-
-    def __call__(self, number, function, *arguments, timeout=100, **environment):
-        """Call a function of a test file in `number` processes. Returns what each returned, by rank.
-
-        Raises the error of a process that failed, in preference to errors of processes that only lost their connection to it.
-        """
-        answers = self.answers(number, function, *arguments, timeout=timeout, **environment)
-        errors = [error for _, error in answers if error]
-        if errors:
-            lost = ("closed by peer", "reset by peer", "gave no answer")
-            raise next((error for error in errors if not any(hint in str(error) for hint in lost)), errors[0])
-        return [result for result, _ in answers]
-
-    def answers(self, number, function, *arguments, timeout=100, **environment):
-        """Call a function in `number` processes. Returns, by rank, what it returned and what it raised, one of them None."""
-        while len(self.processes) < number:
-            process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("rank.py")), self.listener.address],
-                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
-            self.processes.append((process, self.listener.accept()))
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number),
-                  "TORCHELASTIC_RESTART_COUNT": "0", **environment}
-        for rank, (_, connection) in enumerate(self.processes[:number]):
-            of_rank = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            called = function.__code__.co_filename, function.__module__, function.__name__
-            connection.send_bytes(pickle.dumps((*called, of_rank)))
-            connection.send_bytes(pickle.dumps(arguments))
-        answers = [None] * number
-        waiting = {connection: rank for rank, (_, connection) in enumerate(self.processes[:number])}
-        while waiting:
-            answered = wait(waiting, timeout)
-            for connection in answered:
-                rank = waiting.pop(connection)
-                answers[rank] = pickle.loads(connection.recv_bytes())
-                if answers[rank][1]:
-                    timeout = min(timeout, 60)          # processes that communicate with this one fail soon, because it left the group
-            if not answered:
-                self.close()
-                for rank in waiting.values():
-                    answers[rank] = None, TimeoutError(f"rank {rank} gave no answer in {timeout} seconds")
-                break
-        return answers
-
-    def close(self):
-        for process, connection in self.processes:
-            connection.close()
-            process.kill()
-            process.wait()
-        self.processes = []
-
-
-def free_port():
-    """Return a free port that neither the system nor another worker of pytest-xdist takes before it is used.
-
-    The system assigns higher ports to connections; each worker has the ports whose remainder is its number.
-    """
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    while True:
-        port = random.SystemRandom().randrange(20_000 + worker, 32_000, workers)          # not from the generators that tests seed
-        with contextlib.suppress(OSError), socket.socket() as taken:
-            taken.bind(("127.0.0.1", port))
-            return port
-
-
-@pytest.fixture(scope="session")
-def ranks(tmp_path_factory):
-    """Call a function of a test file in several processes: `ranks(2, function, *arguments)`."""
-    pool = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield pool
-    pool.close()
-    pool.listener.close()
-
-
 class Forked:
-    """A process that runs `loopctl`, forked from one that has imported everything; used as a subprocess.Popen is."""
+    """A process forked from one that has imported everything; used as a subprocess.Popen is.
+
+    words: a command line of `loopctl`, or "rank" and the address of the pool that the process belongs to
+    """
 
     def __init__(self, server, folder, words):
         self.connection, self.returncode = socket.socket(socket.AF_UNIX), None
@@ -380,6 +328,91 @@ class Forked:
         self.wait()
         for file in (self.answers, self.connection, *self.files):
             file.close()
+
+
+class Ranks:
+    """A pool of processes that call functions together. They are reused, because each has to import its test files."""
+
+    def __init__(self, server, folder):
+        self.server, self.folder = server, folder
+        self.listener = Listener(str(folder / "ranks"), backlog=8)
+        self.processes = []
+
+    def __call__(self, number, function, *arguments, timeout=100, **environment):
+        """Call a function of a test file in `number` processes. Returns what each returned, by rank.
+
+        Raises the error of a process that failed, in preference to errors of processes that only lost their connection to it.
+        """
+        answers = self.answers(number, function, *arguments, timeout=timeout, **environment)
+        errors = [error for _, error in answers if error]
+        if errors:
+            lost = ("closed by peer", "reset by peer", "gave no answer")
+            raise next((error for error in errors if not any(hint in str(error) for hint in lost)), errors[0])
+        return [result for result, _ in answers]
+
+    def answers(self, number, function, *arguments, timeout=100, **environment):
+        """Call a function in `number` processes. Returns, by rank, what it returned and what it raised, one of them None."""
+        while len(self.processes) < number:
+            process = Forked(self.server, self.folder, ["rank", self.listener.address])
+            self.processes.append((process, self.listener.accept()))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number),
+                  "TORCHELASTIC_RESTART_COUNT": "0", **environment}
+        for rank, (_, connection) in enumerate(self.processes[:number]):
+            of_rank = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            called = function.__code__.co_filename, function.__module__, function.__name__
+            connection.send_bytes(pickle.dumps((*called, of_rank)))
+            connection.send_bytes(pickle.dumps(arguments))
+        answers = [None] * number
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self.processes[:number])}
+        while waiting:
+            answered = wait(waiting, timeout)
+            for connection in answered:
+                rank = waiting.pop(connection)
+                answers[rank] = pickle.loads(connection.recv_bytes())
+                if answers[rank][1]:
+                    timeout = min(timeout, 60)          # processes that communicate with this one fail soon, because it left the group
+            if not answered:
+                for rank in waiting.values():
+                    answers[rank] = None, TimeoutError(f"rank {rank} gave no answer in {timeout} seconds\n{self.stacks(rank)}")
+                self.close()
+                break
+        return answers
+
+    def stacks(self, rank):
+        """End a process. Returns what its threads were doing, which faulthandler prints."""
+        process, _ = self.processes[rank]
+        for number in (signal.SIGABRT, signal.SIGCONT):
+            process.send_signal(number)
+        return process.communicate()[1]
+
+    def close(self):
+        for process, connection in self.processes:
+            connection.close()
+            process.close()
+        self.processes = []
+
+
+def free_port():
+    """Return a free port that neither the system nor another worker of pytest-xdist takes before it is used.
+
+    The system assigns higher ports to connections; each worker has the ports whose remainder is its number.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = random.SystemRandom().randrange(20_000 + worker, 32_000, workers)          # not from the generators that tests seed
+        with contextlib.suppress(OSError), socket.socket() as taken:
+            taken.bind(("127.0.0.1", port))
+            return port
+
+
+@pytest.fixture(scope="session")
+def ranks(warm, tmp_path_factory):
+    """Call a function of a test file in several processes: `ranks(2, function, *arguments)`."""
+    pool = Ranks(warm, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
+    pool.listener.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""One of the processes that the fixture `ranks` starts: it calls functions of test files in the environment of torchrun."""
+"""One of the processes of the fixture `ranks`, forked by warm.py: it calls functions of test files in the environment of torchrun."""
+import faulthandler
 import gc
 import importlib.util
 import os
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 def main(address):
     torch.set_num_threads(1)
+    faulthandler.enable()           # for SIGABRT
     with Client(address) as connection:
         while True:
             try:
@@ -24,6 +26,8 @@ def main(address):
                 return
             os.environ.update(environment)
             connection.send_bytes(pickle.dumps(call(file, module_name, name, arguments)))
+            gc.collect()
+            gc.freeze()         # otherwise each gc.collect() would take as long as a test
 
 
 def call(file, module_name, name, arguments):
@@ -54,9 +58,4 @@ def load_module(file, name):
         spec = importlib.util.spec_from_file_location(name, file)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        gc.freeze()             # otherwise each gc.collect() would take as long as a test
     return sys.modules[name]
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -5,7 +5,7 @@ import pytest
 from torch import nn
 
 from loopctl import UsageError, available, fit
-from tests.conftest import data_for
+from tests.conftest import data_for, discard_compiled
 
 NAMES = sorted({*available()} - {"cudagraph"})        # cudagraph needs a GPU; its test file combines it with the others
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -40,6 +40,13 @@ ORDERED = {
     ("mixup", "progressive_resizing"),
     ("mixup", "selective_backprop"),
 }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    """Keep compiled code for the next pair, until torch would soon stop compiling: most pairs compile the same."""
+    yield
+    discard_compiled(32)
 
 
 def train(net, batches, valid, sgd, plugins, out):

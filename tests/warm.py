@@ -1,4 +1,4 @@
-"""The process that the fixture `forked` starts: it has imported everything, and forks a child for each command line that it is sent."""
+"""The process of the fixture `warm`: it has imported everything, and forks a child for each command line that it is sent."""
 import atexit
 import gc
 import json
@@ -9,6 +9,7 @@ import socket
 import sys
 import traceback
 
+import rank
 import torch._dynamo
 import torch.utils.data._utils.worker
 
@@ -58,7 +59,7 @@ def main(path):
 
 
 def run(words, files):
-    """Run `loopctl` as a new process would, in the folder that is the first word and with these files."""
+    """Run `loopctl` or rank.py as a new process would, in the folder that is the first word and with these files."""
     folder, *words = words
     signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell that runs the tests in the background has it ignored
     os.chdir(folder)
@@ -68,7 +69,7 @@ def run(words, files):
     sys.argv, status = ["loopctl", *words], 1
     try:
         try:
-            loopctl.cli.main(words)
+            rank.main(words[1]) if words[0] == "rank" else loopctl.cli.main(words)
         except SystemExit as end:
             status = end.code or 0
         # The usual exit, but without the teardown of imported modules, which takes longer than the run.

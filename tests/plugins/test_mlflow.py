@@ -28,7 +28,8 @@ def logged(client):
 
 
 def history(client, run, name):
-    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
+    """The points of a metric by step: MLflow sends batches in several threads, and does not keep their order."""
+    return sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
 
 
 class Watch:

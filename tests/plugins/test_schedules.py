@@ -51,10 +51,10 @@ def torch_values(by, factory, read=lambda group: group["lr"], kind=torch.optim.S
     """The values that torch's scheduler sets, at every step."""
     optimizer = two_groups(kind)
     schedule, values = factory(optimizer), []
+    optimizer.step()            # there are no gradients; torch wants a step before that of the schedule
     for _ in range(EPOCHS):
         for _ in range(BATCHES):
             values.append([read(group) for group in optimizer.param_groups])
-            optimizer.step()
             if by == "step":
                 schedule.step()
         if by == "epoch":
