@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
-TABLES = ("overhead", "compose", "plugins", "startup", "steady", "saving", "processes", "convergence")
+TABLES = ("overhead", "compose", "plugins", "startup", "steady", "saving", "processes", "convergence", "images")
 
 
 def measured(name: str) -> str:
