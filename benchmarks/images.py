@@ -7,16 +7,19 @@ JPEGs of 500 x 375 pixels, of about 50 and 100 KB, are made on the spot. A DataL
 conversion of each image to normalised floats. What counts is the processor's time of the worker, less that of a pass of
 one batch, in which it starts; and for the last column that of the main process, which on a CPU makes the floats. Each
 round times every way once, in another order; the table has medians, and medians of the ratios to the plain program in
-the same round. Prints a table of docs/performance.md. --tiny runs all of it on a few small images.
+the same round. torchcodec is measured where it is installed. Prints a table of docs/performance.md. --tiny runs all of
+it on a few small images.
 """
 import os
 import random
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import process_time
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from loopctl.cli import data
+from loopctl.cli import data, image_folder
 from loopctl.data.limits import limited
 
 TINY = "--tiny" in sys.argv
@@ -76,6 +79,12 @@ def named(root: Path, augment: bool, options: str = "") -> DataLoader:
     return made.loaders(BATCH, 1, torch.device("cpu"))[0]
 
 
+def with_pillow(root: Path, augment: bool) -> DataLoader:
+    """The loader of `fast=true` where torchcodec is not installed."""
+    with mock.patch.object(image_folder, "fast_reader", return_value=image_folder.load_image):
+        return named(root, augment, ",fast=true")
+
+
 def used() -> tuple[float, float]:
     """The processor's time of the workers that have ended, and of this process."""
     workers = getrusage(RUSAGE_CHILDREN)
@@ -101,7 +110,10 @@ def main() -> None:
             size = f"{write(root, quality):.0f} KB"
             for transform, augment in (("random crop", True), ("centre", False)):
                 ways = {"plain program": plain(root, augment), "`imagefolder`": named(root, augment),
-                        "`imagefolder:fast=true`": named(root, augment, ",fast=true")}
+                        "`fast=true`": with_pillow(root, augment),
+                        "`cache=DIR`": named(root, augment, f",cache={root}/cache")}
+                if find_spec("torchcodec"):
+                    ways["`fast=true`, with torchcodec"] = named(root, augment, ",fast=true")
                 rounds = []
                 for _ in range(ROUNDS):
                     rounds.append({way: seconds(ways[way]) for way in order.sample(list(ways), len(ways))})

@@ -282,19 +282,20 @@ def imagenet(root: str, size: int = 224, augment: Augment = True, erase: float =
     augment: random crops, mirrored at random; false or none for the centre; trivial, rand and augmix crop and mirror,
         then do as torchvision's TrivialAugmentWide, RandAugment and AugMix
     erase: the probability with which RandomErasing erases a part of a training image
-    fast: resize tensors instead of Pillow's images, which is faster; pixels differ by up to 1 of 255
+    fast: resize tensors instead of Pillow's images, which is faster; pixels differ by up to 1 of 255. With torchcodec,
+        pip install 'loopctl[images]', decoding is faster too
     cache: a folder that keeps the images decoded, with a shorter side of 256 pixels (for size=224), in one file for
         training and one for validation; random crops are then cut from these smaller images
     """
     from torchvision.datasets import ImageNet
 
-    from loopctl.cli.image_folder import from_cache, load_image
+    from loopctl.cli.image_folder import from_cache
 
     check_image_size("data imagenet", size=size)
     check_erase("data imagenet", erase)
     photos = Photos(size, augment, erase, fast)
     try:
-        sets = [ImageNet(root, split=split, transform=transform, loader=load_image)
+        sets = [ImageNet(root, split=split, transform=transform, loader=photos.read)
                 for split, transform in (("train", photos.train), ("val", photos.valid))]
     except (RuntimeError, OSError) as error:
         raise UsageError(f"data imagenet is missing or incomplete in {Path(root).absolute()}; put "
@@ -316,7 +317,8 @@ def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str 
         then do as torchvision's TrivialAugmentWide, RandAugment and AugMix
     valid: name of the folder of the validation images, such as test for --test imagefolder:valid=test
     erase: the probability with which RandomErasing erases a part of a training image
-    fast: resize tensors instead of Pillow's images, which is faster; pixels differ by up to 1 of 255
+    fast: resize tensors instead of Pillow's images, which is faster; pixels differ by up to 1 of 255. With torchcodec,
+        pip install 'loopctl[images]', decoding is faster too
     cache: a folder that keeps the images decoded, with a shorter side of 256 pixels (for size=224), in one file for
         training and one for validation; random crops are then cut from these smaller images
     """
@@ -331,7 +333,7 @@ def imagefolder(root: str, size: int = 224, augment: Augment = True, valid: str 
             raise UsageError(f"data imagefolder: there is no folder {folder}; {advice}")
     photos = Photos(size, augment, erase, fast)
     try:
-        sets = [VisibleImageFolder(str(folder), transform) for folder, transform in
+        sets = [VisibleImageFolder(str(folder), transform, photos.read) for folder, transform in
                 zip(folders, (photos.train, photos.valid), strict=True)]
     except FileNotFoundError as error:         # no class, or a class without images
         raise UsageError(f"data imagefolder: {one_line(error).rstrip('. ')}; {advice}, with names that end in "
@@ -367,6 +369,7 @@ class Photos:
     A sample is uint8, so that a quarter of the bytes goes from the loader workers to the device, where the floats are
     made. What `erase` erases becomes 0 after the normalisation, so with it a sample has the floats.
 
+    read: returns the image in a file, of Pillow or as a tensor
     train, valid: the transforms of a training image, at random with `augment`, and of a validation image
     """
 
@@ -375,9 +378,9 @@ class Photos:
     def __init__(self, size: int, augment: Any, erase: float, fast: bool) -> None:
         from torchvision.transforms import v2
 
-        from loopctl.cli.image_folder import ResizedCropOfTensor
+        from loopctl.cli.image_folder import ResizedCropOfTensor, fast_reader, load_image
 
-        self.size, self.floats = size, bool(erase)
+        self.size, self.floats, self.read = size, bool(erase), fast_reader() if fast else load_image
         centre = [v2.Resize(shorter_side(size)), v2.CenterCrop(size)]
         # The policies would do something else to a tensor, as of `fast` or the cache, than to an image of Pillow.
         policies = [v2.ToPILImage(), *policy(augment)] if policy(augment) else []

@@ -1,13 +1,17 @@
 """Folders of image files, for `--data imagefolder` and `imagenet`. Importing this module imports torchvision."""
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
+import torch
 import torchvision
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import ImageFolder
@@ -17,6 +21,8 @@ from torchvision.transforms.v2 import functional
 
 from loopctl.data.image_cache import CachedImages
 from loopctl.errors import UsageError, one_line
+
+log = logging.getLogger("loopctl")
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262           # tags of a TIFF file
 
@@ -28,10 +34,10 @@ class VisibleImageFolder(ImageFolder):
     others: the paths of files whose names do not end as those of images that torchvision reads
     """
 
-    def __init__(self, root: str, transform: Any) -> None:
+    def __init__(self, root: str, transform: Any, read: Callable[[str], Any]) -> None:
         self.hidden: list[str] = []
         self.others: list[str] = []
-        super().__init__(root, transform, loader=load_image, is_valid_file=partial(self.is_visible_image, root))
+        super().__init__(root, transform, loader=read, is_valid_file=partial(self.is_visible_image, root))
 
     def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
         found, _ = super().find_classes(directory)
@@ -54,7 +60,9 @@ class ResizedCropOfTensor(v2.RandomResizedCrop):
     """torchvision's RandomResizedCrop, drawing the same numbers: a crop of Pillow's image is resized as a tensor."""
 
     def transform(self, image: Any, params: dict[str, Any]) -> Any:
-        crop = functional.pil_to_tensor(functional.crop(image, **params))
+        crop = functional.crop(image, **params)
+        if isinstance(crop, Image.Image):
+            crop = functional.pil_to_tensor(crop)
         return functional.resize(crop, list(self.size), interpolation=self.interpolation, antialias=self.antialias)
 
 
@@ -75,6 +83,33 @@ def load_image(path: str) -> Any:
     except Exception as error:              # decoders raise errors of many types for damaged files
         reason = one_line(error)
     raise UsageError(f"{path} cannot be used as an image ({reason}); replace it, or remove it")
+
+
+def fast_reader() -> Callable[[str], Any]:
+    """Return the function that reads an image for `fast=true`: `load_image`, or `load_tensor` with torchcodec."""
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except ImportError:             # it is not installed, or older than 0.16
+        return load_image
+    except Exception as error:      # it was built for another torch
+        log.warning("torchcodec cannot be imported (%s), so fast=true decodes with Pillow", one_line(error))
+        return load_image
+    return partial(load_tensor, decode_jpeg)
+
+
+def load_tensor(decode_jpeg: Callable[..., Any], path: str) -> Any:
+    """Return the image in a JPEG file as a tensor of 3 x height x width bytes, and any other as `load_image` does.
+
+    The pixels are Pillow's. Pillow reads what has EXIF data, for torchcodec would turn the image as they say, and what
+    torchcodec refuses, so that the error is the same.
+    """
+    content = bytearray()
+    with suppress(OSError):
+        content += Path(path).read_bytes()
+    if content.startswith(b"\xff\xd8") and b"Exif\0\0" not in content:
+        with suppress(RuntimeError):
+            return decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), mode="RGB")
+    return load_image(path)
 
 
 def to_rgb(image: Any, path: str) -> Image.Image:

@@ -1,8 +1,12 @@
 """`--data imagefolder` and `imagenet`: the pixels of the plain torchvision program, and with `fast` within 1 of 255."""
+import io
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -11,7 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from loopctl import UsageError, evaluate
 from loopctl.cli import data, evaluation
-from loopctl.cli.image_folder import load_image
+from loopctl.cli.image_folder import load_image, load_tensor
 
 CPU = torch.device("cpu")
 SIZES = ((61, 47), (40, 90), (33, 33), (29, 30))             # width and height
@@ -135,3 +139,79 @@ def test_without_augmentation_images_are_kept_on_the_device_as_uint8(folder):
     for one, other in zip(ordinary, held, strict=True):
         for (images, _), (expected, _) in zip(batches_of(other)[0], batches_of(one)[0], strict=True):
             assert torch.equal(images, expected)
+
+
+# With torchcodec.
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """What torchcodec decodes, by a stand-in for it with Pillow's pixels; it turns images with EXIF data."""
+    found = []
+
+    def decode_jpeg(content, mode):
+        assert (mode, content.dtype) == ("RGB", torch.uint8)
+        try:
+            image = Image.open(io.BytesIO(bytes(content)))
+            image.load()
+        except OSError as error:
+            raise RuntimeError("the file is truncated") from error
+        found.append(image.size)
+        return pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", types.ModuleType("torchcodec.decoders"))
+    sys.modules["torchcodec.decoders"].decode_jpeg = decode_jpeg
+    return found
+
+
+def samples(folder, options):
+    made = data.make(f"imagefolder:size=20,{options}", str(folder), download=False)
+    torch.manual_seed(0)
+    return [part[number][0] for part in (made.train, made.valid) for number in range(8)]
+
+
+@pytest.mark.parametrize("augment", ["true", "false", "rand"])
+def test_a_jpeg_that_torchcodec_decodes_gives_the_pixels_of_fast(folder, decoded, monkeypatch, augment):
+    found = samples(folder, f"fast=true,augment={augment}")
+    assert len(decoded) == 16
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)           # it is not installed
+    assert all(torch.equal(*pair) for pair in zip(found, samples(folder, f"fast=true,augment={augment}"), strict=True))
+    assert len(decoded) == 16
+
+
+def test_files_that_torchcodec_may_read_otherwise_are_read_by_pillow(folder, decoded):
+    """Those with EXIF data, which may say that the image is turned, and other formats than JPEG."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photograph(0, (40, 60)).save(folder / "train" / "cat" / "0.jpg", exif=turned)
+    photograph(0, (40, 60)).save(folder / "train" / "cat" / "1.jpg", "PNG")
+    train = data.make("imagefolder:size=20,fast=true,augment=false", str(folder), download=False).train
+    assert [train.loader(train.samples[number][0]).size for number in (0, 1)] == [(40, 60)] * 2
+    assert train.loader(train.samples[2][0]).shape == (3, 33, 33)
+    assert decoded == [(33, 33)]
+
+
+def test_a_file_that_torchcodec_refuses_has_the_error_of_pillow(folder, decoded):
+    file = folder / "train" / "cat" / "0.jpg"
+    loader = data.make("imagefolder:size=20,fast=true", str(folder), download=False).train.loader
+    for content in (file.read_bytes()[:600], b"", None):
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(UsageError, match=f"^{file} cannot be used as an image"):
+            loader(str(file))
+
+
+def test_a_torchcodec_that_does_not_fit_is_not_used_and_that_is_said(folder, monkeypatch, caplog):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise RuntimeError("undefined symbol")
+
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", Broken("torchcodec.decoders"))
+    samples(folder, "fast=true")
+    assert "torchcodec cannot be imported (undefined symbol), so fast=true decodes with Pillow" in caplog.text
+
+
+def test_torchcodec_decodes_to_the_pixels_of_pillow(folder):
+    decoders = pytest.importorskip("torchcodec.decoders")
+    for path in folder.rglob("*.jpg"):
+        assert torch.equal(load_tensor(decoders.decode_jpeg, str(path)), pil_to_tensor(load_image(str(path))))
