@@ -18,6 +18,7 @@ from torch.utils import _python_dispatch
 from torch.utils.data import DataLoader
 
 from loopctl.data.batch import loader_name, target_of, to_device
+from loopctl.data.device_loader import DeviceLoader
 from loopctl.data.resumable_loader import samples_by_index
 from loopctl.data.sharding import Shard
 from loopctl.defaults import evaluate_batch
@@ -145,7 +146,13 @@ def first_batch(data: Any) -> list[Any]:
     indices = list(islice(data.batch_sampler, 1))
     workers: dict[str, Any] = {"num_workers": 1, "persistent_workers": False} if data.num_workers else {}
     vars(reader).update(batch_sampler=indices, _iterator=None, pin_memory=False, **workers)
-    return list(reader)
+    batches: Any = DataLoader.__iter__(reader)
+    try:
+        found = list(batches)
+    finally:
+        # An error keeps the iterator alive. What collects it later would wait five seconds for its workers.
+        getattr(batches, "_shutdown_workers", lambda: None)()
+    return [reader.finish(batch) for batch in found] if isinstance(reader, DeviceLoader) else found
 
 
 @contextmanager

@@ -69,6 +69,14 @@ def _no_fsync():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_wait_for_lost_workers():
+    """Wait a second, not five, for the workers of a loader that an expected error of a test has left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 1.0)
+        yield
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures of matplotlib are written as empty files: drawing one takes ten times as long as a short run."""

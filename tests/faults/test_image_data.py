@@ -2,6 +2,7 @@
 
 `run` is the command `loopctl run`. A refusal is one line that names the data set, and the sample by index and file.
 """
+import multiprocessing
 import os
 import pickle
 import struct
@@ -358,6 +359,7 @@ def test_an_unreadable_file_is_named_with_the_reason(folder, run, kind, words, w
         path.write_bytes({"empty": b"", "text": b"<html>Not found</html>", "truncated": content[:-400],
                           "checksum": content[:-20] + bytes(4) + content[-16:]}[kind])
     error = run_folder(run, folder, "--workers", workers, status=2)
+    assert not multiprocessing.active_children()
     assert f"validation sample 1 (counted from 0): {path} cannot be used as an image" in error
     assert words in error
 
