@@ -9,6 +9,7 @@ from loopctl.model.summary import render
 from loopctl.tuning.choices import Choice, Composition, described
 from loopctl.tuning.trial import Result
 
+DATA_GROUPS = ("data", "prefetch")      # what is chosen with the data as it is read
 EVEN = 1.1          # data and model whose speeds differ by less than this factor are called equally fast
 
 
@@ -94,7 +95,8 @@ def cells(row: Row, plain: Row) -> list[str]:
 def note(row: Row, found: Tuning) -> str:
     if not row.allowed:
         return "not chosen: the loss strays"
-    return "chosen" if row.composition and {*row.composition} == {*found.chosen} else ""
+    part = found.chosen if row.with_data else [choice for choice in found.chosen if choice.group not in DATA_GROUPS]
+    return "chosen" if row.composition and {*row.composition} == {*part} else ""
 
 
 def limit(found: Tuning) -> str:

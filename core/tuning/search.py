@@ -41,7 +41,8 @@ COMPARED_STEPS = 20         # losses are compared over the first steps of the tr
 FLOAT32, HALF = 2e-3, 2e-2  # how far a loss may stray relatively: by other sums in float32, by fewer bits
 POOL, POOL_BYTES = 8, 2**30             # how many batches the trials of the model use, and their size in memory
 SHORTEST_PASS = 1000        # batches of a pass in these trials, so that no epoch ends in between
-SHARE_OF_SEARCH, SHARE_OF_MODEL = 0.7, 0.8     # of the seconds: until then it searches, then measures the best again
+SHARE_OF_SEARCH, SHARE_OF_MODEL = 0.6, 0.85    # of the seconds: until then it searches, then measures the best again
+NEAR, FINALISTS, MOST_TURNS = 0.85, 4, 5        # which are measured again, how many and how often at most
 FIRST_TRIAL = 30            # seconds that the run as it was given may take in any case
 
 
@@ -127,7 +128,7 @@ class Search:
     @property
     def step_seconds(self) -> float:
         """How long the steps of one trial are timed."""
-        return min(3.0, max(0.1, self.seconds / 30))
+        return min(3.0, max(0.1, self.seconds / 60))
 
     # The data alone.
 
@@ -240,24 +241,29 @@ class Search:
         return max(most, 2 * self.seeds_differ) if any(choice.draws for choice in composition) else most
 
     def confirmed(self, best: Row) -> Row:
-        """Measure the fastest ones again, in turns with the run as it was given, and return the fastest.
+        """Measure the fastest ones again, in turns with the run as it was given, and return the fastest."""
+        near = [row for row in self.rows if row.allowed and row.rate > NEAR * best.rate]
+        fastest_first = sorted(near, key=lambda row: -row.rate)
+        finalists = [*dict.fromkeys([self.plain, *fastest_first[:FINALISTS]])]
+        return simplest_of_fastest(self.measure_in_turns(finalists, SHARE_OF_MODEL * self.seconds))
 
-        Two trials that are far apart cannot be compared where other programs use the machine too. Of those that are
-        equally fast it is the one that changes least.
+    def measure_in_turns(self, rows: list[Row], until: float) -> dict[Row, float]:
+        """Measure all of `rows` again, several times until so many seconds are spent, and set their rates.
+
+        Return how many times as fast each is as the first one: the median over turns, because two trials that are far
+        apart cannot be compared where other programs use the machine too.
         """
-        near = [row for row in self.rows if row.allowed and row.rate > 0.9 * best.rate]
-        finalists = [*dict.fromkeys([best, *sorted(near, key=lambda row: -row.rate)[:3], self.plain])]
-        if len(finalists) == 1:
-            return best
-        rates = {row: [row.rate] for row in finalists}
-        turn = 1.5 * sum(row.result.seconds for row in finalists)
-        while len(rates[best]) < 4 and self.spent + turn < SHARE_OF_MODEL * self.seconds:
-            for row in finalists:
-                rates[row] += self.rate_again(row)
-        for row in finalists:
-            row.result.rate = median(rates[row])
-        fastest = max(row.rate for row in finalists)
-        return min((row for row in finalists if FASTER * row.rate >= fastest), key=lambda row: len(row.composition))
+        turns: list[dict[Row, float]] = []
+        expected = 1.2 * sum(row.result.seconds for row in rows)
+        while len(rows) > 1 and len(turns) < MOST_TURNS and self.spent + expected < until:
+            found = {row: rate for row in rows for rate in self.rate_again(row)}
+            if len(found) < len(rows):
+                break
+            turns.append(found)
+        for row in rows if turns else ():
+            row.result.rate = median(turn[row] for turn in turns)
+        turns = turns or [{row: row.rate for row in rows}]
+        return {row: median(turn[row] / turn[rows[0]] for turn in turns) for row in rows}
 
     # Data and model together.
 
@@ -266,18 +272,21 @@ class Search:
         train, chosen = self.arguments["train"], self.best.composition
         self.loaders_tried: dict[Row, Any] = {}
         self.before = self.measure_with(train, (), self.plain)
-        self.together = self.measure_with(train, chosen, self.best) if chosen else self.before
+        usual = best = self.measure_with(train, chosen, self.best) if chosen else self.before
         if self.best.rate > (FASTER - 1) * self.data_rate:          # else no loader could make it faster
             for choice, loader in self.other_loaders():
-                row = self.measure_with(loader, (*chosen, choice), self.together)
-                if row.rate > FASTER * self.together.rate:
-                    self.together = row
+                row = self.measure_with(loader, (*chosen, choice), best)
+                best = row if self.is_better(row, best) else best
         for choice in copies_in_advance(self.arguments, self.device):
-            row = self.measure_with(self.loaders_tried[self.together], (*self.together.composition, choice),
-                                    self.together)
-            if row.rate > FASTER * self.together.rate:
-                self.together = row
-        self.compare_with_before()
+            row = self.measure_with(self.loaders_tried[best], (*best.composition, choice), best)
+            best = row if self.is_better(row, best) else best
+        if isnan(best.rate) or isnan(self.before.rate):             # there was no time to read the data
+            self.before, self.together, self.gain = self.plain, self.best, self.best.rate / self.plain.rate
+            return
+        finalists = [*dict.fromkeys([self.before, usual, best])]
+        ratios = self.measure_in_turns([row for row in finalists if not isnan(row.rate)], self.seconds)
+        self.together = simplest_of_fastest(ratios)
+        self.gain = ratios[self.together]
         if self.together.loader_choice:
             self.say("the data alone, again")
             self.data_rate = self.read_batches(self.loaders_tried[self.together])[1]
@@ -286,22 +295,6 @@ class Search:
         row = self.measure(composition, best, loader)
         self.loaders_tried[row] = loader
         return row
-
-    def compare_with_before(self) -> None:
-        """Measure the run as it was given and as it was found in turns; keep the former where the latter is slower."""
-        pair = self.before, self.together
-        rates = {row: [row.rate] for row in pair}
-        if self.together is not self.before:
-            turn = 1.5 * sum(row.result.seconds for row in pair)
-            while len(rates[self.before]) < 4 and self.spent + turn < self.seconds:
-                for row in pair:
-                    rates[row] += self.rate_again(row)
-            for row in pair:
-                row.result.rate = median(rates[row])
-        if isnan(self.together.rate) or isnan(self.before.rate):        # there was no time to read the data
-            self.before, self.together = self.plain, self.best
-        elif self.together.rate <= self.before.rate:
-            self.together = self.before
 
     def other_loaders(self) -> Iterator[tuple[Choice, Any]]:
         for name, make in self.loaders.items():
@@ -320,8 +313,14 @@ class Search:
             optimizer = optimizer_with(optimizer, chosen)
         model_rate = self.best.rate if chosen else self.plain.rate
         return Tuning(plugins_of(chosen), optimizer, settings_of(chosen), loader.workers if loader else None, chosen,
-                      self.rows, model_rate, self.data_rate, self.together.rate / self.before.rate, self.seeds_differ,
+                      self.rows, model_rate, self.data_rate, self.gain, self.seeds_differ,
                       self.left_out)
+
+
+def simplest_of_fastest(rates: dict[Row, float]) -> Row:
+    """The fastest of some rows; of those that are as fast but for the noise, the one that changes least."""
+    fastest = max(rates.values())
+    return min((row for row, rate in rates.items() if FASTER * rate >= fastest), key=lambda row: len(row.composition))
 
 
 def difference(losses: list[float], plain: list[float]) -> float:
