@@ -93,7 +93,7 @@ def cells(row: Row, plain: Row) -> list[str]:
 
 
 def note(row: Row, found: Tuning) -> str:
-    if not row.allowed:
+    if not row.allowed and row.rate > found.rows[0].rate:
         return "not chosen: the loss strays"
     part = found.chosen if row.with_data else [choice for choice in found.chosen if choice.group not in DATA_GROUPS]
     return "chosen" if row.composition and {*row.composition} == {*part} else ""

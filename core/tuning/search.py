@@ -39,6 +39,8 @@ log = logging.getLogger("loopctl")
 FASTER = 1.03               # a choice has to be faster by this factor, which is more than the noise of a trial
 COMPARED_STEPS = 20         # losses are compared over the first steps of the trials, at most so many
 FLOAT32, HALF = 2e-3, 2e-2  # how far a loss may stray relatively: by other sums in float32, by fewer bits
+NOISE_FLOAT32, NOISE_HALF = 2**-23, 2**-8       # how much rounding changes a weight, relatively
+ROUNDING = 4                # so many times as far as by rounding of the weights at the start, a loss may stray too
 POOL, POOL_BYTES = 8, 2**30             # how many batches the trials of the model use, and their size in memory
 SHORTEST_PASS = 1000        # batches of a pass in these trials, so that no epoch ends in between
 SHARE_OF_SEARCH, SHARE_OF_MODEL = 0.6, 0.85    # of the seconds: until then it searches, then measures the best again
@@ -105,6 +107,8 @@ class Search:
         self.device = find_device(self.arguments.get("device"), self.arguments["model"])
         self.rows: list[Row] = []
         self.left_out: list[Composition] = []
+        self.rounding: dict[float, float] = {}
+        self.seeds_differ = 0.0
         random = rng_state(train)
         try:
             self.say("the data alone")
@@ -160,7 +164,8 @@ class Search:
         self.plain = best = self.measure(())
         if isnan(best.rate):
             raise UsageError(f"the run as it was given cannot be tried: {best.result.reason}")
-        self.seeds_differ = self.measure_seeds() if best.result.draws else 0.0
+        if best.result.draws:
+            self.seeds_differ = self.measure_seeds()
         groups = possible_choices(self.arguments, self.device)
         best, again = self.add_choices(best, [group for group in groups if not group[0].slow])
         for choice in again:            # what did not pay may pay together with what was chosen after it
@@ -230,15 +235,32 @@ class Search:
         self.rows.append(row)
         if train is None:
             row.strays = difference(row.result.losses, self.rows[0].result.losses)
-            row.allowed = row.strays <= self.most_straying(composition)         # false for NaN
+            row.allowed = self.may_stray(row, best)
         return row
 
-    def most_straying(self, composition: Composition) -> float:
-        """How far the loss of a composition may be from that of the run as it was given."""
+    def may_stray(self, row: Row, best: Row | None) -> bool:
+        """Whether the loss of a composition is so near to that of the run as it was given that it may be chosen.
+
+        Where it is not, the run may be one in which rounding alone changes the loss as much. Whether that is so is
+        measured only for a composition that would be chosen.
+        """
         if self.tolerance is not None:
-            return self.tolerance
-        most = HALF if any(choice.rounds for choice in composition) else FLOAT32
-        return max(most, 2 * self.seeds_differ) if any(choice.draws for choice in composition) else most
+            return row.strays <= self.tolerance
+        rounds, draws = (any(getattr(one, name) for one in row.composition) for name in ("rounds", "draws"))
+        most = max(HALF if rounds else FLOAT32, 2 * self.seeds_differ if draws else 0.0)
+        noise = NOISE_HALF if rounds else NOISE_FLOAT32
+        if row.strays > most and best is not None and (noise in self.rounding or row.rate > FASTER * best.rate):
+            most = max(most, ROUNDING * self.rounding_strays(noise))
+        return row.strays <= most               # false for NaN
+
+    def rounding_strays(self, noise: float) -> float:
+        """How far the loss strays where the weights at the start are rounded otherwise."""
+        if noise not in self.rounding:
+            self.say("the run as it was given, with weights that are rounded otherwise")
+            other = run_trial(self.arguments, (), self.pool, self.device, self.step_seconds,
+                              limit=self.seconds - self.spent, noise=noise)
+            self.rounding[noise] = difference(other.losses, self.plain.result.losses)
+        return self.rounding[noise]
 
     def confirmed(self, best: Row) -> Row:
         """Measure the fastest ones again, in turns with the run as it was given, and return the fastest."""

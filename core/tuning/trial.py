@@ -84,11 +84,13 @@ class Clock:
     warmup: steps that are not timed
     seconds: how long steps are timed; at least `LEAST_STEPS` are
     slowest: samples per second below which it is known after half of the steps that the trial is of no use
+    noise: by how much the weights are changed at first, relatively and at random
     """
 
     warmup: int
     seconds: float
     slowest: float = 0.0
+    noise: float = 0.0
     observer_only = True
     capturable = True
 
@@ -102,6 +104,16 @@ class Clock:
         self.began = nan
         self.random: Any = None                 # the state of torch's random numbers after the first step
         self.draws = False
+
+    @hookimpl
+    @torch.no_grad()
+    def train_start(self, run: Run) -> None:
+        if self.noise:
+            generator = torch.Generator(run.device).manual_seed(0)
+            for weight in run.model.parameters():
+                if weight.is_floating_point():
+                    signs = torch.randint(-1, 2, weight.shape, generator=generator, device=weight.device)
+                    weight.mul_(1 + self.noise * signs)
 
     @hookimpl
     def after_step(self, run: Run) -> None:
@@ -185,17 +197,18 @@ def wait_for(device: torch.device) -> None:
 
 
 def run_trial(arguments: dict[str, Any], composition: Composition, train: Any, device: torch.device, seconds: float,
-              limit: float, slowest: float = 0.0) -> Result:
+              limit: float, slowest: float = 0.0, noise: float = 0.0) -> Result:
     """Train a copy of the run that `arguments`, those of `fit`, describe, with `composition`.
 
     train: the training data
     seconds: how long steps are timed
     limit: how many seconds the trial may take altogether; what takes longer is given up
     slowest: samples per second below which the trial ends early
+    noise: by how much the weights are changed at first, relatively and at random
 
     Nothing of the run changes: not its model, its random numbers nor torch's settings.
     """
-    clock = Clock(max((choice.warmup for choice in composition), default=2), seconds, slowest)
+    clock = Clock(max((choice.warmup for choice in composition), default=2), seconds, slowest, noise)
     result, began = Result(), perf_counter()
     random = rng_state(arguments["train"], train)
     reset_peak_memory(device)

@@ -18,7 +18,7 @@ def tune(tmp_path, monkeypatch):
     monkeypatch.setattr(choices.os, "cpu_count", lambda: 2)
 
     def call(*arguments, faster=(), status=0):
-        def trial(arguments, composition, train, device, seconds, limit, slowest=0.0):
+        def trial(arguments, composition, train, device, seconds, limit, slowest=0.0, noise=0.0):
             rate = 2.0 ** sum(name in described(composition) for name in faster)
             return Result(rate=rate, losses=[1.0], seconds=0.1)
 

@@ -24,8 +24,9 @@ def trials(monkeypatch):
     """Replace trials by a table: samples per second, losses and so on by the composition in words. All that were made."""
     made, shown = [], {}
 
-    def trial(arguments, composition, train, device, seconds, limit, slowest=0.0):
+    def trial(arguments, composition, train, device, seconds, limit, slowest=0.0, noise=0.0):
         key = described(composition) if isinstance(train, Repeated) else f"{described(composition)} with the data"
+        key = f"{key}, noise {noise}" if noise else key
         made.append(key)
         found = shown.get(key, shown.get(described(composition), 100.0))
         return copy.deepcopy(found) if isinstance(found, Result) else Result(rate=found, losses=[2.0, 1.0], seconds=0.1)
@@ -132,6 +133,17 @@ def test_a_composition_whose_loss_strays_is_not_chosen(plain, trials, monkeypatc
     found = tune(plain, cross_entropy, adamw, loader(), tolerance=tolerance)
     assert names(found) == ("a" if chosen else "as given")
     assert ("not chosen: the loss strays" in str(found)) != chosen
+
+
+@pytest.mark.parametrize(("rounds", "noise", "changed", "chosen"), [
+    (False, 2**-23, 1.2, True), (False, 2**-23, 1.01, False), (True, 2**-8, 1.2, True), (True, 2**-8, 1.02, False)])
+def test_a_loss_may_stray_as_far_as_by_rounding_of_the_weights(plain, trials, monkeypatch, rounds, noise, changed, chosen):
+    """It strays by 10 %, and by the rest of 1 where the weights at the start are rounded otherwise; four times as far is allowed."""
+    made, shown = trials
+    monkeypatch.setattr(search, "possible_choices", lambda *given: [[Choice("a", ("a",), rounds=rounds)]])
+    shown |= {"a": Result(rate=200.0, losses=[2.0, 1.1], seconds=0.1), f"as given, noise {noise}": Result(rate=1.0, losses=[2.0, changed])}
+    assert names(tune(plain, cross_entropy, adamw, loader())) == ("a" if chosen else "as given")
+    assert made.count(f"as given, noise {noise}") == 1
 
 
 def test_another_seed_shows_how_far_the_loss_of_a_run_with_dropout_strays(net, monkeypatch):

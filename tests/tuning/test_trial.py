@@ -74,6 +74,14 @@ def test_every_trial_starts_with_the_same_random_numbers(net, batches):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_rounding_the_weights_otherwise_changes_the_loss_a_little(plain, batches):
+    weights = {name: value.clone() for name, value in plain.state_dict().items()}
+    losses = [run_trial(arguments(plain, batches), (), Repeated(batches[:7], 1000), CPU, 0.0, 60.0, noise=noise).losses[5]
+              for noise in (0.0, 2**-23, 2**-8)]
+    assert 0 < abs(losses[1] - losses[0]) < 1e-5 < abs(losses[2] - losses[0]) < 1e-2
+    assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
+
+
 def test_the_data_is_read_in_whole_epochs_with_their_evaluations_left_out(plain, batches):
     class Slow(list):
         def __init__(self, batches, seconds):
