@@ -19,6 +19,7 @@ class Row:
 
     composition: Composition
     result: Result
+    ratio: float = nan              # how many times as fast as the run as it was given, measured at about the same time
     strays: float = nan
     allowed: bool = True            # whether it may be chosen, by its loss
     with_data: bool = False         # whether it read the data, in place of repeating a few batches
@@ -71,7 +72,7 @@ def report(found: Tuning) -> str:
     for rows in parts:
         for row in rows:
             if not isnan(row.rate):
-                table.add_row(Text(described(row.composition)), *cells(row, rows[0]), Text(note(row, found)))
+                table.add_row(Text(described(row.composition)), *cells(row), Text(note(row, found)))
         if rows is parts[0] and parts[1]:
             table.add_section()
             table.add_row(Text("With the data as it is read", style="bold"))
@@ -86,14 +87,14 @@ def report(found: Tuning) -> str:
     return "\n".join([render(table), *lines, limit(found)])
 
 
-def cells(row: Row, plain: Row) -> list[str]:
+def cells(row: Row) -> list[str]:
     memory, strays = row.result.memory, row.strays
-    return [f"{row.rate:,.0f}", f"{row.rate / plain.rate:.2f}",
+    return [f"{row.rate:,.0f}", f"{row.ratio:.2f}",
             "" if isnan(memory) else f"{memory / 2**30:.2f} GiB", "" if isnan(strays) else f"{strays:.1e}"]
 
 
 def note(row: Row, found: Tuning) -> str:
-    if not row.allowed and row.rate > found.rows[0].rate:
+    if not row.allowed and row.ratio > 1:
         return "not chosen: the loss strays"
     part = found.chosen if row.with_data else [choice for choice in found.chosen if choice.group not in DATA_GROUPS]
     return "chosen" if row.composition and {*row.composition} == {*part} else ""

@@ -43,8 +43,8 @@ NOISE_FLOAT32, NOISE_HALF = 2**-23, 2**-8       # how much rounding changes a we
 ROUNDING = 4                # so many times as far as by rounding of the weights at the start, a loss may stray too
 POOL, POOL_BYTES = 8, 2**30             # how many batches the trials of the model use, and their size in memory
 SHORTEST_PASS = 1000        # batches of a pass in these trials, so that no epoch ends in between
-SHARE_OF_SEARCH, SHARE_OF_MODEL = 0.6, 0.85    # of the seconds: until then it searches, then measures the best again
-NEAR, FINALISTS, MOST_TURNS = 0.85, 4, 5        # which are measured again, how many and how often at most
+SHARE_OF_SEARCH, SHARE_OF_MODEL = 0.6, 0.75    # of the seconds: until then it searches, then measures the best again
+NEAR, FINALISTS, MOST_TURNS = 0.85, 4, 3        # which are measured again, how many and how often at most
 FIRST_TRIAL = 30            # seconds that the run as it was given may take in any case
 
 
@@ -188,7 +188,7 @@ class Search:
                 row = self.measure((*best.composition, choice), best)
                 if self.is_better(row, here):
                     here = row
-                elif row.rate > 0.8 * best.rate:
+                elif row.ratio > 0.8 * best.ratio:
                     others.append(choice)
             best = here
         return best, others
@@ -201,13 +201,7 @@ class Search:
         return difference(other.losses, self.plain.result.losses)
 
     def is_better(self, row: Row, best: Row) -> bool:
-        """Whether a composition is allowed and faster; the other one is measured again, for a machine that others use
-        may have been slower then."""
-        if not (row.allowed and row.rate > FASTER * best.rate):
-            return False
-        if self.spent + 2 * best.result.seconds < SHARE_OF_SEARCH * self.seconds:
-            best.result.rate = max(best.rate, *self.rate_again(best))
-        return row.rate > FASTER * best.rate
+        return row.allowed and row.ratio > FASTER * best.ratio
 
     def rate_again(self, row: Row) -> list[float]:
         """Measure a composition again; return samples per second in a list, which is empty where that fails."""
@@ -233,10 +227,19 @@ class Search:
             limit=left if best else max(left, FIRST_TRIAL),
             slowest=0.5 * best.rate if best and train is None else 0.0)
         self.rows.append(row)
+        row.ratio = self.ratio(row, best) if composition and best else 1.0
         if train is None:
             row.strays = difference(row.result.losses, self.rows[0].result.losses)
             row.allowed = self.may_stray(row, best)
         return row
+
+    def ratio(self, row: Row, best: Row) -> float:
+        """How many times as fast as the run as it was given. The best one so far is measured again for that: where
+        other programs use the machine too, two trials that are far apart cannot be compared."""
+        rate, took = best.rate, best.result.seconds
+        if row.rate > 0.5 * rate and took < 3 * self.step_seconds + 2 and self.spent + took < self.seconds:
+            rate = next(iter(self.rate_again(best)), rate)
+        return row.rate / rate * best.ratio
 
     def may_stray(self, row: Row, best: Row | None) -> bool:
         """Whether the loss of a composition is so near to that of the run as it was given that it may be chosen.
@@ -249,7 +252,7 @@ class Search:
         rounds, draws = (any(getattr(one, name) for one in row.composition) for name in ("rounds", "draws"))
         most = max(HALF if rounds else FLOAT32, 2 * self.seeds_differ if draws else 0.0)
         noise = NOISE_HALF if rounds else NOISE_FLOAT32
-        if row.strays > most and best is not None and (noise in self.rounding or row.rate > FASTER * best.rate):
+        if row.strays > most and best is not None and (noise in self.rounding or row.ratio > FASTER * best.ratio):
             most = max(most, ROUNDING * self.rounding_strays(noise))
         return row.strays <= most               # false for NaN
 
@@ -264,16 +267,15 @@ class Search:
 
     def confirmed(self, best: Row) -> Row:
         """Measure the fastest ones again, in turns with the run as it was given, and return the fastest."""
-        near = [row for row in self.rows if row.allowed and row.rate > NEAR * best.rate]
-        fastest_first = sorted(near, key=lambda row: -row.rate)
+        near = [row for row in self.rows if row.allowed and row.ratio > NEAR * best.ratio]
+        fastest_first = sorted(near, key=lambda row: -row.ratio)
         finalists = [*dict.fromkeys([self.plain, *fastest_first[:FINALISTS]])]
         return simplest_of_fastest(self.measure_in_turns(finalists, SHARE_OF_MODEL * self.seconds))
 
     def measure_in_turns(self, rows: list[Row], until: float) -> dict[Row, float]:
-        """Measure all of `rows` again, several times until so many seconds are spent, and set their rates.
+        """Measure all of `rows` again, several times until so many seconds are spent, and set their rates and ratios.
 
-        Return how many times as fast each is as the first one: the median over turns, because two trials that are far
-        apart cannot be compared where other programs use the machine too.
+        Return how many times as fast each is as the first one, the run as it was given: the median over the turns.
         """
         turns: list[dict[Row, float]] = []
         expected = 1.2 * sum(row.result.seconds for row in rows)
@@ -284,8 +286,8 @@ class Search:
             turns.append(found)
         for row in rows if turns else ():
             row.result.rate = median(turn[row] for turn in turns)
-        turns = turns or [{row: row.rate for row in rows}]
-        return {row: median(turn[row] / turn[rows[0]] for turn in turns) for row in rows}
+            row.ratio = median(turn[row] / turn[rows[0]] for turn in turns)
+        return {row: row.ratio for row in rows}
 
     # Data and model together.
 
@@ -294,7 +296,7 @@ class Search:
         train, chosen = self.arguments["train"], self.best.composition
         self.loaders_tried: dict[Row, Any] = {}
         self.before = self.measure_with(train, (), self.plain)
-        usual = best = self.measure_with(train, chosen, self.best) if chosen else self.before
+        usual = best = self.measure_with(train, chosen, self.before) if chosen else self.before
         if self.best.rate > (FASTER - 1) * self.data_rate:          # else no loader could make it faster
             for choice, loader in self.other_loaders():
                 row = self.measure_with(loader, (*chosen, choice), best)
@@ -303,7 +305,7 @@ class Search:
             row = self.measure_with(self.loaders_tried[best], (*best.composition, choice), best)
             best = row if self.is_better(row, best) else best
         if isnan(best.rate) or isnan(self.before.rate):             # there was no time to read the data
-            self.before, self.together, self.gain = self.plain, self.best, self.best.rate / self.plain.rate
+            self.before, self.together, self.gain = self.plain, self.best, self.best.ratio
             return
         finalists = [*dict.fromkeys([self.before, usual, best])]
         ratios = self.measure_in_turns([row for row in finalists if not isnan(row.rate)], self.seconds)
