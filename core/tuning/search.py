@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loopctl.data.batch import iter_tensors, length_or_none, sample_count
+from loopctl.data.batch import iter_tensors, length_or_none, map_nested, sample_count
 from loopctl.data.limits import draws_indices, with_batch_sampler
 from loopctl.data.on_device import OnDeviceDataset
 from loopctl.distributed.process_group import launched_processes
@@ -114,7 +114,7 @@ class Search:
             self.say("the data alone")
             batches, self.data_rate = self.read_batches(train)
             length = length_or_none(train) or 0
-            self.pool = Repeated(batches, max(length, SHORTEST_PASS))
+            self.pool = Repeated(batches, max(length, SHORTEST_PASS), last_batch(train, batches[0]))
             self.find_composition()
             self.find_loader()
         finally:
@@ -355,6 +355,18 @@ def difference(losses: list[float], plain: list[float]) -> float:
     last = range(steps - max(1, steps // 4), steps)
     size = sum(abs(plain[step]) for step in last)
     return sum(abs(losses[step] - plain[step]) for step in last) / size if size else nan
+
+
+def last_batch(loader: Any, batch: Any) -> Any:
+    """What the last batch of an epoch is like, if it is smaller than `batch`, a full one; otherwise None."""
+    size = getattr(loader, "batch_size", None)
+    if not draws_indices(loader) or not size or loader.drop_last or not (left := len(loader.sampler) % size):
+        return None
+
+    def first(value: Any) -> Any:
+        return value[:left] if isinstance(value, torch.Tensor) and value.ndim and len(value) == size else value
+
+    return map_nested(first, batch)
 
 
 def with_workers(loader: Any, number: int) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -22,7 +22,7 @@ import torch
 
 from loopctl.checkpoint.state import acts_in_training
 from loopctl.composition.compose import compose
-from loopctl.data.batch import sample_count
+from loopctl.data.batch import length_or_none, sample_count
 from loopctl.data.limits import limited
 from loopctl.errors import UsageError, one_line
 from loopctl.global_settings import torch_settings
@@ -35,6 +35,8 @@ from loopctl.tuning.choices import Composition, optimizer_with, plugins_of, sett
 
 LEAST_STEPS = 6             # that are timed, however long they take
 MANY_EPOCHS = 10_000        # so that a run with its own data does not end before its trial
+SHORT_EPOCH = 50            # steps; of such epochs whole ones are timed
+MOST_WAITING = 3            # times the seconds of a trial that it may take for two of them
 IN_FLIGHT = 3               # steps that the host may be ahead of the device
 
 
@@ -63,18 +65,23 @@ class Result:
 
 
 class Repeated:
-    """The same few batches again and again, `length` of them in a pass."""
+    """The same few batches again and again, `length` of them in a pass.
+
+    shorter: the second batch of a pass, if not None: smaller, as the last one of an epoch is, for which a compiler
+        compiles anew
+    """
 
     num_workers = 1             # as of a loader with workers: reading draws no random numbers, so it may be prefetched
 
-    def __init__(self, batches: list[Any], length: int) -> None:
-        self.batches, self.length = batches, length
+    def __init__(self, batches: list[Any], length: int, shorter: Any = None) -> None:
+        self.batches, self.length, self.shorter = batches, length, shorter
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
-        return (self.batches[number % len(self.batches)] for number in range(self.length))
+        for number in range(self.length):
+            yield self.shorter if number == 1 and self.shorter is not None else self.batches[number % len(self.batches)]
 
 
 @dataclass(eq=False)
@@ -85,12 +92,14 @@ class Clock:
     seconds: how long steps are timed; at least `LEAST_STEPS` are
     slowest: samples per second below which it is known after half of the steps that the trial is of no use
     noise: by how much the weights are changed at first, relatively and at random
+    whole_epochs: the first epoch is not timed either, and whole ones are
     """
 
     warmup: int
     seconds: float
     slowest: float = 0.0
     noise: float = 0.0
+    whole_epochs: bool = False
     observer_only = True
     capturable = True
 
@@ -101,7 +110,6 @@ class Clock:
         self.ends: list[Any] = []               # CUDA events of these
         self.away = 0.0                         # seconds of evaluations since the last step
         self.epoch_ends: list[tuple[float, int]] = []       # when, and how many samples were timed by then
-        self.began = nan
         self.random: Any = None                 # the state of torch's random numbers after the first step
         self.draws = False
 
@@ -122,15 +130,16 @@ class Clock:
             self.draws, self.random = self.random is not None and not torch.equal(state, self.random), state
         if run.loss is not None:
             self.losses.append(run.loss.detach().clone())     # a graph of the step overwrites its own
-        if run.attempts < self.warmup:
+        if run.attempts < self.warmup or (self.whole_epochs and not run.epoch):
             return
         samples = sum(map(sample_count, run.batches))
         self.note_end(run.device)
-        if run.attempts == self.warmup:
-            self.began = self.times[-1]
+        if len(self.times) == 1:
             return
         self.samples.append(samples)
-        timed, spent = len(self.samples), self.times[-1] - self.began
+        timed, spent = len(self.samples), self.times[-1] - self.times[0]
+        if self.whole_epochs and len(self.epoch_ends) < 2 and spent < MOST_WAITING * self.seconds:
+            return
         hopeless = timed >= LEAST_STEPS // 2 and sum(self.samples) < self.slowest * spent
         if (timed >= LEAST_STEPS and spent >= self.seconds) or hopeless:
             run.leave = "the trial is over"
@@ -208,7 +217,9 @@ def run_trial(arguments: dict[str, Any], composition: Composition, train: Any, d
 
     Nothing of the run changes: not its model, its random numbers nor torch's settings.
     """
-    clock = Clock(max((choice.warmup for choice in composition), default=2), seconds, slowest, noise)
+    steps = inf if isinstance(train, Repeated) else length_or_none(train) or inf
+    clock = Clock(max((choice.warmup for choice in composition), default=2), seconds, slowest, noise,
+                  whole_epochs=steps <= SHORT_EPOCH)
     result, began = Result(), perf_counter()
     random = rng_state(arguments["train"], train)
     reset_peak_memory(device)

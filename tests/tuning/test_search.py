@@ -202,11 +202,22 @@ def test_a_loader_with_another_number_of_workers_reads_the_same_batches():
 def test_the_trials_use_full_batches_that_fit_in_memory(plain, trials, groups, monkeypatch):
     groups()
     used = []
-    monkeypatch.setattr(search, "Repeated", lambda batches, length: used.append(batches) or Repeated(batches, length))
+    monkeypatch.setattr(search, "Repeated", lambda batches, length, shorter: used.append(batches) or Repeated(batches, length))
     for size in (2**30, 2 * (8 * 6 * 4 + 8 * 8)):
         monkeypatch.setattr(search, "POOL_BYTES", size)
         tune(plain, cross_entropy, adamw, loader(samples=27))
     assert [[len(target) for _, target in batches] for batches in used] == [[8, 8, 8], [8, 8]]
+
+
+@pytest.mark.parametrize(("loader", "expected"), [
+    (loader(27), 3), (loader(24), None), (DataLoader(loader(27).dataset, 8, drop_last=True), None), ([(torch.ones(3, 2), 1)], None)])
+def test_the_trials_see_a_batch_as_small_as_the_last_one_of_an_epoch(loader, expected):
+    """For its size a compiler compiles anew, with which all other batches may become slower."""
+    found = search.last_batch(loader, next(iter(loader)))
+    assert found is None if expected is None else [len(part) for part in found] == [expected] * 2
+    batches = [*Repeated([1, 2], 5, found)]
+    assert batches[:1] + batches[2:] == [1, 1, 2, 1]
+    assert batches[1] is (2 if expected is None else found)
 
 
 def test_the_difference_is_that_of_the_last_quarter_of_the_common_steps():
