@@ -26,6 +26,11 @@ def imports(path):
             yield node.module, [alias.name for alias in node.names]
 
 
+def test_every_room_is_in_the_package_that_is_installed():
+    rooms = {f"loopctl.{path.parent.name}" for path in (ROOT / "core").glob("*/__init__.py")}
+    assert {*PYPROJECT["tool"]["setuptools"]["packages"]} == rooms | {"loopctl", "loopctl.plugins", "loopctl.cli"}
+
+
 def test_files_entry_points_and_the_table_in_the_docs_agree():
     entries = PYPROJECT["project"]["entry-points"]["loopctl"]
     modules = {name: f"{name}_lr" if keyword.iskeyword(name) else name for name in entries}     # a keyword cannot be imported
