@@ -1,6 +1,7 @@
 """benchmarks/images.py runs, on a few small images."""
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,4 +15,5 @@ def test_the_benchmark_of_image_folders_prints_a_row_for_each_way(monkeypatch, c
     finally:
         torch.set_num_threads(threads)
     _, _, *rows = capsys.readouterr().out.splitlines()
-    assert [row.split(" | ")[2] for row in rows] == 2 * ["plain program", "`imagefolder`", "`imagefolder:fast=true`"]
+    ways = ["plain program", "`imagefolder`", "`fast=true`", "`cache=DIR`"]
+    assert [row.split(" | ")[2] for row in rows] == 2 * (ways + ["`fast=true`, with torchcodec"] * bool(find_spec("torchcodec")))

@@ -37,6 +37,7 @@ LEAST_STEPS = 6             # that are timed, however long they take
 MANY_EPOCHS = 10_000        # so that a run with its own data does not end before its trial
 SHORT_EPOCH = 50            # steps; of such epochs whole ones are timed
 MOST_WAITING = 3            # times the seconds of a trial that it may take for two of them
+GRACE, RETRY = 1.1, 5.0     # times its limit after which a trial is interrupted; seconds until that is tried again
 IN_FLIGHT = 3               # steps that the host may be ahead of the device
 
 
@@ -93,6 +94,7 @@ class Clock:
     slowest: samples per second below which it is known after half of the steps that the trial is of no use
     noise: by how much the weights are changed at first, relatively and at random
     whole_epochs: the first epoch is not timed either, and whole ones are
+    deadline: the time at which the run is left in any case
     """
 
     warmup: int
@@ -100,6 +102,7 @@ class Clock:
     slowest: float = 0.0
     noise: float = 0.0
     whole_epochs: bool = False
+    deadline: float = inf
     observer_only = True
     capturable = True
 
@@ -130,6 +133,8 @@ class Clock:
             self.draws, self.random = self.random is not None and not torch.equal(state, self.random), state
         if run.loss is not None:
             self.losses.append(run.loss.detach().clone())     # a graph of the step overwrites its own
+        if perf_counter() > self.deadline:
+            run.leave = "the time is over"
         if run.attempts < self.warmup or (self.whole_epochs and not run.epoch):
             return
         samples = sum(map(sample_count, run.batches))
@@ -219,7 +224,7 @@ def run_trial(arguments: dict[str, Any], composition: Composition, train: Any, d
     """
     steps = inf if isinstance(train, Repeated) else length_or_none(train) or inf
     clock = Clock(max((choice.warmup for choice in composition), default=2), seconds, slowest, noise,
-                  whole_epochs=steps <= SHORT_EPOCH)
+                  whole_epochs=steps <= SHORT_EPOCH, deadline=perf_counter() + limit)
     result, began = Result(), perf_counter()
     random = rng_state(arguments["train"], train)
     reset_peak_memory(device)
@@ -230,17 +235,19 @@ def run_trial(arguments: dict[str, Any], composition: Composition, train: Any, d
         folder = kept.enter_context(TemporaryDirectory(prefix="loopctl-"))
         kept.enter_context(torch_settings(**settings_of(composition)))
         try:
-            with time_limit(limit):
+            with time_limit(GRACE * limit + 1):         # the clock leaves a run earlier, if its steps are done
                 length = {"steps_per_epoch": None} if isinstance(train, Repeated) else {"epochs": MANY_EPOCHS}
                 fit(**copied_arguments(arguments, composition, clock) | length | {"train": train, "out": folder})
                 result.rate = clock.rate()
         except OutOfTime:
-            result.reason = f"gave no result within {limit:.0f} s"
+            pass
         except UsageError as error:
             result.reason = one_line(error)
         except Exception as error:              # one composition that fails is a line in the table
             result.reason = f"{type(error).__name__}: {one_line(error)}"
             del error
+        if result.rate != result.rate and not result.reason:
+            result.reason = f"gave no result within {limit:.0f} s"
         result.memory = peak_memory(device)
         if result.rate == result.rate:
             result.losses, result.draws = [float(loss) for loss in clock.losses], clock.draws
@@ -297,7 +304,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    # Again and again, for Python drops an exception that is raised while it collects garbage or forks.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), RETRY)
     try:
         yield
     finally:

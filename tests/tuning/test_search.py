@@ -59,6 +59,7 @@ def test_a_run_is_bit_equal_before_and_after(net, clone, same, monkeypatch):
     """With dropout, an optimizer that exists already and has a state, and a loader with a generator of its own."""
     monkeypatch.setattr(Search, "step_seconds", 0.02)
     monkeypatch.setattr(search, "SHARE_OF_MODEL", 0.0)
+    monkeypatch.setattr(search, "worker_numbers", lambda current: [2])
     tried = Choice("amp", ("amp:dtype=bfloat16",)), Choice("settings", settings=(("threads", 2), ("matmul", "high")))
     monkeypatch.setattr(search, "possible_choices", lambda *given: [[choice] for choice in tried])
     runs = []
@@ -148,8 +149,10 @@ def test_a_loss_may_stray_as_far_as_by_rounding_of_the_weights(plain, trials, mo
 
 def test_another_seed_shows_how_far_the_loss_of_a_run_with_dropout_strays(net, monkeypatch):
     monkeypatch.setattr(Search, "step_seconds", 0.02)
+    monkeypatch.setattr(search, "SHARE_OF_MODEL", 0.0)
     monkeypatch.setattr(search, "possible_choices", lambda *given: [])
-    found = tune(net, cross_entropy, adamw, loader(), seed=3, seconds=3.0)
+    monkeypatch.setattr(search, "worker_numbers", lambda current: [])
+    found = tune(net, cross_entropy, adamw, loader(), seed=3, seconds=60.0)
     assert found.seeds_differ > 1e-3
     assert "with another seed the loss strays" in str(found)
 

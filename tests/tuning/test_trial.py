@@ -1,5 +1,6 @@
 """One trial: what it measures, and that it ends."""
 import contextlib
+import sys
 import time
 from functools import partial
 from math import isnan
@@ -132,6 +133,31 @@ def test_the_middle_half_leaves_out_the_fastest_and_the_slowest_quarter():
     assert middle_half([10] * 8, [1, 1, 2, 2, 2, 2, 50, 99]) == 5
     assert middle_half([10, 20], [1, 2]) == 10
     assert middle_half([10, 10, 40], [1, 1, 1]) == pytest.approx(20)
+
+
+def test_a_trial_is_left_after_a_step_when_its_time_is_over(plain, batches):
+    plain.register_forward_hook(lambda module, inputs, output: time.sleep(0.1))
+    result = run_trial(arguments(plain, batches), (), Repeated(batches[:7], 1000), CPU, 60.0, 0.5)
+    assert result.rate > 0
+    assert len(result.losses) < 10
+
+
+def test_an_exception_that_python_drops_is_raised_again(monkeypatch):
+    """As in a destructor."""
+    class Slow:
+        def __del__(self):
+            time.sleep(0.2)
+
+    def wait():
+        Slow()
+        time.sleep(5)
+
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    monkeypatch.setattr(trial, "RETRY", 0.2)
+    with pytest.raises(OutOfTime), time_limit(0.1):
+        wait()
+    assert len(dropped) == 1
 
 
 def test_code_that_catches_every_exception_cannot_catch_the_end_of_the_time():
