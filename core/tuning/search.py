@@ -17,7 +17,7 @@ from loopctl.data.batch import iter_tensors, length_or_none, map_nested, sample_
 from loopctl.data.limits import draws_indices, with_batch_sampler
 from loopctl.data.on_device import OnDeviceDataset
 from loopctl.distributed.process_group import launched_processes
-from loopctl.errors import UsageError
+from loopctl.errors import UsageError, one_line
 from loopctl.prepare import find_device
 from loopctl.rng import rng_state, set_rng_state
 from loopctl.tuning.choices import (
@@ -32,7 +32,7 @@ from loopctl.tuning.choices import (
     worker_numbers,
 )
 from loopctl.tuning.report import Row, Tuning
-from loopctl.tuning.trial import Repeated, Result, run_trial
+from loopctl.tuning.trial import OutOfTime, Repeated, Result, run_trial, time_limit
 
 log = logging.getLogger("loopctl")
 
@@ -323,7 +323,20 @@ class Search:
     def other_loaders(self) -> Iterator[tuple[Choice, Any]]:
         for name, make in self.loaders.items():
             self.say(f"reading the data with {name}")
-            yield Choice("data", loader=name), make()
+            choice, reason = Choice("data", loader=name), ""
+            try:
+                with time_limit(self.seconds - self.spent):
+                    loader = make()
+            except OutOfTime:
+                reason = "the data could not be read in the time that was left"
+            except UsageError as error:
+                reason = one_line(error)
+            except Exception as error:          # a full memory, for example, is a line in the table
+                reason = f"{type(error).__name__}: {one_line(error)}"
+            if reason:
+                self.rows.append(Row((*self.best.composition, choice), Result(reason=reason), with_data=True))
+            else:
+                yield choice, loader
         train = self.arguments["train"]
         if draws_indices(train) and not isinstance(train.dataset, OnDeviceDataset):
             for number in worker_numbers(train.num_workers):

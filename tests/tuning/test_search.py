@@ -1,5 +1,6 @@
 """`tune`: what it changes, which is nothing, and what it chooses."""
 import copy
+import time
 from functools import partial
 from math import isnan, nan
 
@@ -188,6 +189,26 @@ def test_no_other_loader_is_tried_where_the_model_is_the_limit(plain, trials, gr
     shown["as given"] = 0.001
     assert "the model is the limit" in str(tune(plain, cross_entropy, adamw, loader()))
     assert not any("workers" in key for key in made)
+
+
+def test_a_loader_that_cannot_be_made_is_a_line_with_its_reason(plain, trials, groups):
+    def refused():
+        raise UsageError("its samples come out differently at every reading")
+
+    def full():
+        raise MemoryError("no room")
+
+    def slow():
+        time.sleep(20)
+
+    groups(["a"])
+    trials[1]["a"] = 1e9
+    arguments = {"model": plain, "loss_fn": cross_entropy, "optimizer": adamw, "train": loader(), "plugins": []}
+    found = Search(arguments, 3.0, loaders={"refused": refused, "full": full, "slow": slow}).run()
+    assert "a + refused: its samples come out differently" in str(found)
+    assert "a + full: MemoryError: no room" in str(found)
+    assert "a + slow: the data could not be read in the time that was left" in str(found)
+    assert found.plugins == ["a"]
 
 
 def test_a_loader_with_another_number_of_workers_reads_the_same_batches():
