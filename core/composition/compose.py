@@ -29,9 +29,14 @@ class Hooks:
     """The type of `run.hook`: one function per hook, called with the arguments of the hook by name."""
 
     plugins: dict[str, Any]       # by unique name, in the order given
-    hookimpls: list[Any]          # pluggy's HookImpl objects, of plugins and defaults
+    by_hook: dict[str, list[Any]]       # pluggy's HookImpl objects of each hook, of plugins and defaults, in that order
     acting: dict[str, list[str]]  # the names of the plugins that implement each hook, in the order in which they act
     replaced: dict[str, str]      # by hook, the plugin that replaces its default; only hooks that one replaces
+
+    @property
+    def hookimpls(self) -> list[Any]:
+        """The HookImpl objects of all hooks."""
+        return [impl for impls in self.by_hook.values() for impl in impls]
 
     if TYPE_CHECKING:             # for type checkers; `compose` sets the actual functions on the instance
         setup = staticmethod(hooks.setup)
@@ -86,10 +91,10 @@ def compose(plugins: Iterable[Any], defaults: Iterable[Any] = ()) -> Hooks:
     manager.check_pending()
 
     composed = Hooks()
-    composed.plugins, composed.hookimpls, composed.acting, composed.replaced = chosen, [], {}, {}
+    composed.plugins, composed.by_hook, composed.acting, composed.replaced = chosen, {}, {}, {}
     for name in SPECS:
         impls = getattr(manager.hook, name).get_hookimpls()[::-1]        # in the order in which they act
-        composed.hookimpls += impls
+        composed.by_hook[name] = impls
         composed.acting[name] = [impl.plugin_name for impl in impls if impl.plugin_name in chosen]
         if SPECS[name].loopctl_spec["firstresult"]:
             for impl in impls:

@@ -1,0 +1,172 @@
+"""Fingerprints of tensors: for each row an exact checksum, the norm, and a projection, computed on the device.
+
+The checksum is a sum of the tensor's bits, as int32, times odd constants that depend on the position. Integers have no
+rounding, so it is the same in any order of summation, on any device and with any number of threads; two tensors that
+differ in one element never share it, others once in 2^32. The norm tells how large a tensor is. The projection is the
+sum of its elements, each with a fixed random sign. It is linear: that of a sum of tensors is the sum of theirs. So two
+tensors of which one is a multiple of the other, or the sum of two others, are told from the numbers alone.
+"""
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 16             # elements that share the constants of one row of a longer tensor
+BLOCK = 256                 # rows of such a tensor that are computed at once where that takes memory
+COLUMNS = 3                 # checksum, norm, projection
+MISSING = -1.0              # the norm of a tensor that is not there, such as the gradient of a frozen parameter
+PLAIN = (Tensor, torch.nn.Parameter)
+MAX_SAMPLES = 512           # samples of a batch with a checksum of their own
+
+
+@cache
+def constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Odd int32 numbers and signs of either 1 or -1, by position within a row."""
+    number = torch.arange(1, CHUNK + 1, dtype=torch.int64) * 0x9E3779B97F4A7C1 & 0x7FFFFFFFFFFFFFFF
+    number = (number ^ number >> 29) * 0xBF58476D1CE4E5B & 0x7FFFFFFFFFFFFFFF
+    number ^= number >> 32
+    return (number | 1).to(torch.int32).to(device), (1 - 2 * (number >> 40 & 1)).to(torch.float32).to(device)
+
+
+@cache
+def first(weights: Tensor, size: int) -> Tensor:
+    """The first `size` elements of the constants."""
+    return weights[:size]
+
+
+def multiplier(index: int) -> int:
+    """The odd number that the checksum of row `index` of a long tensor is multiplied by, as an int32."""
+    number = (index * 0x85EBCA6B + 0xC2B2AE35 & 0xFFFFFFFF) | 1
+    return number - (number >> 31 << 32)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The elements of a tensor in their logical order as int32, one dimension; two for each of 8 bytes."""
+    flat = whole(tensor).reshape(-1)
+    if flat.dtype in (torch.float32, torch.int32):
+        return flat.view(torch.int32)
+    if flat.dtype in (torch.float64, torch.int64):
+        return flat.contiguous().view(torch.int32)
+    if flat.element_size() == 2:
+        return flat.view(torch.int16).to(torch.int32)
+    if flat.element_size() == 1:
+        return flat.view(torch.uint8).to(torch.int32)
+    return flat.contiguous().view(torch.uint8).to(torch.int32)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The elements that this process has, as a dense tensor of real numbers."""
+    tensor = getattr(tensor, "to_local", tensor.detach)().detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_quantized:
+        return tensor.int_repr()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """The elements of a tensor as float32, one dimension."""
+    return whole(tensor).reshape(-1).to(torch.float32)
+
+
+def weighed(elements: Tensor, weights: Tensor) -> list[Tensor]:
+    """The sums of the elements times weights, one for each row of CHUNK elements, as scalars."""
+    if elements.device.type == "cpu":       # one kernel without temporary memory, which integers have on the CPU only
+        return [torch.dot(row, weights[:row.numel()]) for row in elements.split(CHUNK)]
+    full = elements.numel() // CHUNK * CHUNK
+    sums: list[Tensor] = []
+    for block in elements[:full].view(-1, CHUNK).split(BLOCK):
+        sums += (block * weights).sum(1, dtype=elements.dtype).unbind()
+    if full < elements.numel():
+        sums.append((elements[full:] * weights[:elements.numel() - full]).sum(dtype=elements.dtype))
+    return sums
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which autocast computes nothing in half precision."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+@torch.no_grad()
+def fingerprint(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
+    """Return the fingerprints of `rows`, each of one tensor or of several together: int32, of shape (rows, 3).
+
+    The columns are the checksum, and the bits of the norm and of the projection as float32. The checksum of a row is 0
+    and its norm -1 where none of its tensors is there.
+    """
+    if not rows:
+        return torch.empty(0, COLUMNS, dtype=torch.int32, device=device)
+    odd, signs = constants(device)
+    on_host = device.type == "cpu"
+    checksums: list[Tensor] = []
+    projections: list[Tensor] = []
+    floats: list[Tensor] = []
+    sizes: list[int] = []               # parts of each row: the chunks of its tensors
+    lengths: list[int] = []             # tensors of each row
+    factors: list[int] = []
+    with without_autocast(device):
+        for row in rows:
+            present = [tensor for tensor in row if tensor is not None and tensor.numel()]
+            count = len(checksums)
+            for tensor in present:
+                size = tensor.numel()
+                if tensor.dtype is torch.float32 and size <= CHUNK and type(tensor) in PLAIN and on_host:
+                    number = tensor.detach().reshape(-1)            # the usual case
+                    checksums.append(torch.dot(number.view(torch.int32), first(odd, size)))
+                    projections.append(torch.dot(number, first(signs, size)))
+                else:
+                    number = numbers(tensor)
+                    checksums += weighed(bits(tensor), odd)
+                    projections += weighed(number, signs)
+                    projections += [projections[-1].new_zeros(())] * (len(checksums) - len(projections))
+                floats.append(number)
+            lengths.append(len(present))
+            sizes.append(len(checksums) - count)
+            factors += map(multiplier, range(sizes[-1]))
+        if not checksums:
+            table = torch.zeros(len(rows), COLUMNS, dtype=torch.int32, device=device)
+            table[:, 1] = torch.full((), MISSING).view(torch.int32).to(device)
+            return table
+        exact, linear = torch.stack(checksums), torch.stack(projections)
+        norms = torch.stack(torch._foreach_norm(floats))        # type: ignore[arg-type]
+        if any(size != 1 for size in sizes):
+            exact *= torch.tensor(factors, dtype=torch.int32).to(device, non_blocking=True)
+            exact = torch.stack([part.sum(dtype=torch.int32) for part in exact.split(sizes)])
+            linear = torch.stack([part.sum() for part in linear.split(sizes)])
+        if any(length != 1 for length in lengths):
+            norms = torch.stack([torch.linalg.vector_norm(part) if length else part.new_full((), MISSING)
+                                 for part, length in zip(norms.split(lengths), lengths, strict=True)])
+        return torch.stack([exact, norms.view(torch.int32), linear.view(torch.int32)], 1)
+
+
+@torch.no_grad()
+def sample_checksums(tensor: Tensor) -> Tensor:
+    """Return a checksum for each sample of a tensor, along its first dimension: int32."""
+    odd, _ = constants(tensor.device)
+    total = torch.zeros(len(tensor), dtype=torch.int32, device=tensor.device)
+    if tensor.numel():
+        for number, part in enumerate(bits(tensor).view(len(tensor), -1).split(CHUNK, 1)):
+            weights = odd[:part.shape[1]]
+            on_host = tensor.device.type == "cpu"
+            total += multiplier(number) * (torch.mv(part, weights) if on_host
+                                           else (part * weights).sum(1, dtype=torch.int32))
+    return total
+
+
+def random_states(device: torch.device) -> dict[str, int]:
+    """Checksums of the states of the random-number generators of torch, Python and NumPy, and of the device's."""
+    numpy_state: Any = np.random.get_state(legacy=False)
+    found = {"torch": zlib.crc32(torch.get_rng_state().numpy()), "python": hash(random.getstate()[1]) & 0xFFFFFFFF,
+             "numpy": zlib.crc32(numpy_state["state"]["key"], numpy_state["state"]["pos"])}
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        found["cuda"] = zlib.crc32(torch.cuda.get_rng_state(device).numpy())
+    return found
