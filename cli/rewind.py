@@ -51,6 +51,7 @@ class Replay:
     compared: dict[str, int]            # how many of which fingerprints of the run are equal, by what they are
     differs: tuple[int, str] | None     # the first step at which it is not the same run, and what differs there
     reasons: list[str]                  # what is known to differ in the environment and in the settings
+    next: int | None                    # the step of the run's first checkpoint that was not reached
 
     @property
     def proved(self) -> bool:
@@ -108,7 +109,7 @@ def replay(
             proof.compare_tapes(tape[1], read_tape(recorded[0].file), entry.step)
         reasons = other_environment(folder, tape[1] if tape else None, proof.here) + entry.other_settings(config)
         return Replay(run, entry.step, entry.file, run.attempts, target, proof.compared,
-                      min(proof.differences, default=None), reasons)
+                      min(proof.differences, default=None), reasons, min(proof.checkpoints, default=None))
 
 
 # What the run has left
@@ -251,7 +252,7 @@ def rewind_run(folder: Path, to: int, steps: int, plugins: Sequence[str], out: P
 
     found = replay(folder, to, to + steps, plugins, out, tell)
     tell(f"steps {found.entered + 1:,} to {found.last:,} were made again")
-    tell(verdict(found))
+    tell(verdict(found, to))
     with unwritable_is_error(found.out):
         (found.out / "rewind.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     written = sorted(file.name for file in found.out.iterdir() if file.name != "rewind.txt")
@@ -260,8 +261,8 @@ def rewind_run(folder: Path, to: int, steps: int, plugins: Sequence[str], out: P
         raise click.ClickException(f"what is in {found.out} is not of the run {folder}")
 
 
-def verdict(found: Replay) -> str:
-    """Whether a replay is the same run, and how that is known."""
+def verdict(found: Replay, to: int) -> str:
+    """Whether a replay of step `to` is the same run, and how that is known."""
     because = f": {'; '.join(found.reasons)}" if found.reasons else ""
     if found.differs:
         step, what = found.differs
@@ -271,6 +272,7 @@ def verdict(found: Replay) -> str:
     equal = [counted(number, kind) if kind != "update of its tape" else f"{counted(number, 'update')} of its tape"
              for kind, number in found.compared.items() if number]
     if equal:
-        return f"the same run: {names(equal)} equal to the bit"
-    return ("not proved to be the same run: it left no checkpoint, evaluation or tape between these steps to compare "
-            f"with{because}; more --steps reach the next one, and a run with the plugin tape has one in each step")
+        return f"the same run: {names(equal)} {'is' if sum(found.compared.values()) == 1 else 'are'} equal to the bit"
+    more = f"--steps {found.next + 1 - to} goes beyond its checkpoint of step {found.next:,}, and " if found.next else ""
+    return ("not proved to be the same run: between these steps it left no checkpoint, evaluation or tape to compare with"
+            f"{because}; {more}a run with the plugin tape can be compared at each step")
