@@ -1,6 +1,7 @@
 """`loopctl rewind`: make some steps of a run again, with observers added, and prove that it is the same run."""
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from loopctl import fit, torch_settings
 from loopctl.checkpoint.finding import checkpoints_in, find_candidates, step_number
 from loopctl.cli import data, launch, main
 from loopctl.cli.arguments import build_arguments, chosen_torch_settings
-from loopctl.cli.compare import log_path, read_config
+from loopctl.cli.compare import log_path, read_config, read_history
 from loopctl.cli.replay_plugins import (
     check_observer,
     check_outside,
@@ -36,6 +37,7 @@ from loopctl.plugins.tape import Tape
 from loopctl.run import Run
 from loopctl.tape.reading import TapeContent, read_tape
 
+log = logging.getLogger("loopctl")
 CHANGED = ("epochs", "max_steps", "eval_every")         # may be others in a resumed run, and change what follows
 
 
@@ -79,7 +81,7 @@ def replay(
     config = read_config(folder / "run.toml")
     specs = list(settings["plugin"])
     left = checkpoints_of(folder, config)
-    tape = tape_of(folder, specs)
+    tape, history = tape_of(folder, specs), readable(read_history, folder / log_path(config)) or []
     check_end(folder, first, left, tape)
     entry = find_entry(left, first)
     added = [complete(spec, first, last, entry.step) for spec in plugins]
@@ -104,7 +106,7 @@ def replay(
             reason = run.stop or run.leave
             raise UsageError(f"step {first:,} was not reached: {folder} ends at step {run.attempts:,}"
                              f"{f' ({reason})' if reason else ''}; choose an earlier one")
-        proof.compare_history(run, folder / log_path(config))
+        proof.compare_history(run, history)
         if tape:
             proof.compare_tapes(tape[1], read_tape(recorded[0].file), entry.step)
         reasons = other_environment(folder, tape[1] if tape else None, proof.here) + entry.other_settings(config)
@@ -151,9 +153,18 @@ def tape_of(folder: Path, specs: Iterable[str]) -> tuple[Tape, TapeContent] | No
     for spec in specs:
         if split_spec(spec)[0] == "tape":
             plugin = build_plugin(spec)[1]
-            if (folder / plugin.path).is_file():
-                return plugin, read_tape(folder / plugin.path)
+            if (folder / plugin.path).is_file() and (content := readable(read_tape, folder / plugin.path)):
+                return plugin, content
     return None
+
+
+def readable(read: Callable[[Path], Any], file: Path) -> Any:
+    """What `read` returns of a file; None, with a warning, where it is damaged."""
+    try:
+        return read(file)
+    except UsageError as error:
+        log.warning("%s; it is left out", error)
+        return None
 
 
 def check_end(folder: Path, first: int, left: list[tuple[int, Path]], tape: tuple[Tape, TapeContent] | None) -> None:
@@ -273,6 +284,6 @@ def verdict(found: Replay, to: int) -> str:
              for kind, number in found.compared.items() if number]
     if equal:
         return f"the same run: {names(equal)} {'is' if sum(found.compared.values()) == 1 else 'are'} equal to the bit"
-    more = f"--steps {found.next + 1 - to} goes beyond its checkpoint of step {found.next:,}, and " if found.next else ""
-    return ("not proved to be the same run: between these steps it left no checkpoint, evaluation or tape to compare with"
-            f"{because}; {more}a run with the plugin tape can be compared at each step")
+    reach = f"--steps {found.next + 1 - to} goes beyond its checkpoint of step {found.next:,}" if found.next else ""
+    return ("not proved to be the same run: between these steps it left no checkpoint, evaluation or tape to compare "
+            f"with{because}; {reach}{', and ' * bool(reach)}a run with the plugin tape can be compared at each step")

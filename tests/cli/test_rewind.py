@@ -119,6 +119,36 @@ def test_the_best_checkpoint_is_a_place_to_enter_too(a):
     assert "a is entered after step 12, in a/checkpoints/best.pt" in call("rewind", a, "--to", 14)
 
 
+def test_a_damaged_tape_or_log_is_left_out(a, caplog):
+    for name in ("run.tape", "metrics.csv"):
+        (a / name).write_bytes(b"\xff\n")
+    assert "the same run: 1 checkpoint is equal to the bit" in call("rewind", a, "--to", 17, "--steps", 2)
+    assert re.findall(r"a/(run.tape|metrics.csv) .*it is left out", caplog.text) == ["run.tape", "metrics.csv"]
+
+
+def test_a_step_after_an_early_end_is_refused_when_the_end_is_reached(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(*RUN[:-3], "early_stopping:patience=1,min_delta=9", "--without", "progress", "--without", "checkpoint", "--out", "f")
+    text = call("rewind", "f", "--to", 20, "--plugin", "norms", status=2)
+    assert "step 20 was not reached: f ends at step 12 (val_loss has not improved on" in text
+    assert not Path("rewinds").exists()
+
+
+def test_a_checkpoint_of_the_end_of_an_epoch_is_compared_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("""
+from loopctl import hookimpl
+
+class Shrink:
+    @hookimpl
+    def epoch_end(self, run):
+        for parameter in run.model.parameters():
+            parameter.data.mul_(0.99)
+""")
+    call(*RUN, *SAVING, "--plugin", "mine.py:Shrink", "--out", "g")
+    assert "the same run: 1 checkpoint and 1 evaluation are equal to the bit" in call("rewind", "g", "--to", 18)
+
+
 @pytest.fixture
 def changed(tmp_path, monkeypatch):
     """A run whose loss is in a file that was changed since."""
