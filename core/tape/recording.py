@@ -76,7 +76,7 @@ class Recording:
         self.now: Observations | None = None        # of the update that is being prepared, if it is recorded
         self.begun = False                          # whether something of that update was seen
         self.depth = 0                              # of calls of modules
-        self.updating = False                       # inside of an optimizer's step, closure excepted
+        self.stepping = 0                           # steps of optimizers that are under way, one in the other
         self.updates = 0
         self.optimizers: dict[int, Optimizer] = {}
         self.input: Any = None                      # of the model, until its backward pass
@@ -163,6 +163,9 @@ class Recording:
 
     def before_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """A hook of torch, before any optimizer steps."""
+        self.stepping += 1
+        if self.stepping > 1:           # the step of a class calls that of the class that it extends
+            return None
         self.begin(optimizer)
         if not (closure := next((each for each in (*arguments, *named.values()) if callable(each)), None)):
             self.add_gradients("update")
@@ -180,8 +183,10 @@ class Recording:
 
     def after_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A hook of torch, after any optimizer has stepped."""
-        self.updates += 1
-        self.finish()
+        self.stepping -= 1
+        if not self.stepping:
+            self.updates += 1
+            self.finish()
 
     @contextmanager
     def update(self, **numbers: float) -> Generator[None]:

@@ -3,10 +3,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from loopctl.tape.reading import Table, TapeContent, Update
-from loopctl.why.pair import Finding, Pair, batch_count, listed, ratio_text, shown
+from loopctl.why.pair import Finding, Pair, batch_count, fraction, listed, ratio_text, shown, suspects
 from loopctl.why.tables import matched, relate
 
 Samples = tuple[int, ...]
@@ -19,6 +20,8 @@ def compare_batches(pair: Pair) -> Finding | None:
         return None
     for point in points[0]:
         if point in points[1] and (found := compare_batch(pair, point)):
+            if (who := suspects(pair, "transform_batch")) and found.cause not in ("grouping", "order", "data missing"):
+                found = replace(found, meaning=who, certain=False)
             return regrouped(pair) or found
     if len(points[0]) != len(points[1]):
         return regrouped(pair) or Finding(
@@ -50,8 +53,7 @@ def regrouped(pair: Pair) -> Finding | None:
                        "batches are left out after it.", certain=False)
     more, fewer = ("A", "B") if sizes[0] > sizes[1] else ("B", "A")
     meaning = "Both read the same batches in the same order. "
-    epochs = {key[0] for key in ahead["AB".index(fewer)][:max(sizes)]}
-    if len(epochs) > 1 or (pair.x.epoch is None and max(sizes) == usual_count(pair)):
+    if crosses_epoch(pair.a if fewer == "A" else pair.b, pair.number, max(sizes)):
         meaning += (f"{more} fills the last group of an epoch with batches of the next epoch; {fewer} makes an update "
                     "from the smaller group.")
     else:
@@ -59,10 +61,19 @@ def regrouped(pair: Pair) -> Finding | None:
     return Finding("grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B", meaning)
 
 
-def usual_count(pair: Pair) -> int:
-    """The batches of most updates so far."""
-    counts = Counter(len(update.points("batch")) for update in pair.a if update.number <= pair.number)
-    return counts.most_common(1)[0][0] if counts else 0
+def crosses_epoch(tape: TapeContent, number: int, count: int) -> bool:
+    """Whether the next `count` batches of a tape, from an update on, are of more than one epoch.
+
+    Where epochs are not on the tape, one ends with an update of fewer batches than the others.
+    """
+    first = tape.updates[number]
+    if first.epoch is None:
+        return len(first.points("batch")) < max(len(update.points("batch")) for update in tape)
+    epochs = []
+    while len(epochs) < count and number in tape.updates:
+        epochs += [tape.updates[number].epoch] * len(tape.updates[number].points("batch"))
+        number += 1
+    return len({*epochs[:count]}) > 1
 
 
 def batch_keys(tape: TapeContent, first: int, most: int = 3) -> list[Any]:
@@ -155,6 +166,8 @@ def position_in_data(pair: Pair, samples: tuple[Samples, Samples], fact: str) ->
                        and found in (samples_of(each, point) for point in each.points("samples"))]
             if already and not repeats(pair, side):
                 first = already[-1]
+                if whole_epoch(pair, own, tape, first):
+                    return same_epoch(pair, fact)
                 return Finding("data repeated", f"{fact}: that of {side} is the one of its update {first} again, which "
                                                 f"{other} has at update {update.number} too",
                                f"{side} trains on the same data again: a resume begins the epoch from its start, or the "
@@ -166,6 +179,15 @@ def position_in_data(pair: Pair, samples: tuple[Samples, Samples], fact: str) ->
                                f"{'s' * (update.number - pair.number > 1)} of data that {other} trains on.")
             break
     return same_epoch(pair, fact)
+
+
+def whole_epoch(pair: Pair, own: TapeContent, other: TapeContent, first: int) -> bool:
+    """Whether the updates of a tape from `first` on, up to the one before this, have all samples of the other's data."""
+    earlier = own.updates[first]
+    if earlier.epoch is not None:
+        return earlier.epoch != own.updates[pair.number].epoch
+    seen = set(all_samples(update for update in own if first <= update.number < pair.number))
+    return seen >= set(all_samples(other))
 
 
 def repeats(pair: Pair, side: str) -> bool:
@@ -191,7 +213,7 @@ def same_epoch(pair: Pair, fact: str) -> Finding | None:
     least = min(sum(found.values()) for found in sets)
     if not shared or shared < 0.5 * least:
         return None
-    epoch = "the epoch" if pair.x.epoch is None else f"epoch {pair.x.epoch + 1}"
+    epoch = "the tape" if pair.x.epoch is None else f"epoch {pair.x.epoch + 1}"
     for side, own, other in (("A", sets[0], sets[1]), ("B", sets[1], sets[0])):
         again = {sample for sample, count in own.items() if count > other[sample] > 0}
         if again and not {sample for sample, count in other.items() if count > own[sample] > 0}:
@@ -248,8 +270,11 @@ def other_inputs(pair: Pair, which: str, a: Table, b: Table, names: list[str]) -
     relation = relate(*matched(a, b))
     same = [name for name in a.names if name not in names]
     if relation.kind in ("scaled", "rows") and not relation.ratios:
-        return Finding("inputs", f"{which} has the same {listed(same)}, and {names[0]} is {ratio_text(relation.ratio)} "
-                                 "times that of B", "Inputs are scaled, such as to 0..1 in one only.")
+        parts = fraction(relation.ratio)
+        exact = f" ({parts[0]}/{parts[1]})" if parts and min(parts) == 1 else ""
+        return Finding("inputs", f"{which} has the same {listed(same)}, and {names[0]} in A is "
+                                 f"{ratio_text(relation.ratio)}{exact} times that in B",
+                       "Inputs are scaled in one only, such as to 0..1.")
     if relation.kind == "rounding":
         return Finding("rounding", f"{names[0]} of {which} agrees to {relation.distance:.1g}, and not to the bit",
                        "It is decoded, resized or normalized by other code.", certain=False, minor=True)

@@ -10,25 +10,30 @@ from loopctl.tape.reading import TapeContent, Update, read_tape
 from loopctl.why.data import compare_batches
 from loopctl.why.gradients import compare_gradients, compare_stages
 from loopctl.why.pair import Finding, Pair, listed
-from loopctl.why.start import compare_random, compare_start
-from loopctl.why.tables import only_in_one
+from loopctl.why.start import compare_modes, compare_random, compare_start
+from loopctl.why.tables import distance, only_in_one
 from loopctl.why.update import compare_end, compare_loss, compare_numbers, compare_skipped, compare_update
 
 # What is compared of an update, in the order in which one thing follows from another. The first that differs, and is
 # not minor, is the explanation.
 STEPS: tuple[tuple[str, Callable[[Pair], Finding | None]], ...] = (
-    ("weights, buffers and optimizer state", compare_start),
+    ("weights", compare_start),
+    ("", compare_modes),
     ("", lambda pair: compare_random(pair, "start")),
     ("batches", compare_batches),
     ("", lambda pair: compare_random(pair, "forward")),
     ("gradients", compare_gradients),
     ("", compare_stages),
     ("", compare_skipped),
-    ("learning rates and options", compare_numbers),
+    ("learning rates", compare_numbers),
     ("updated weights", compare_update),
     ("", compare_end),
     ("", compare_loss),
 )
+
+
+# By the cause of a minor difference: of which later differences it may be the reason.
+EXPLAINED_BY = {"mode": ("direction", "buffers"), "random numbers": ("direction", "inputs")}
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def explain_tapes(a: TapeContent, b: TapeContent) -> Explanation:
             if found is None:
                 equal += [what] if what else []
             elif found.minor:
-                if all(note.cause != found.cause or note.fact[:24] != found.fact[:24] for _, note in notes):
+                if all(note.cause != found.cause for _, note in notes):         # the first of each kind
                     notes.append((number, found))
             else:
                 return explained(pair, found, equal, notes)
@@ -88,17 +93,18 @@ def remember_distances(pair: Pair, grown: dict[str, float]) -> None:
 
 def explained(pair: Pair, found: Finding, equal: list[str], notes: list[tuple[int, Finding]]) -> Explanation:
     """The explanation by the first difference that matters."""
-    if found.cause in ("direction", "unknown", "initial weights", "data", "inputs") and (
-            note := next((note for _, note in notes if note.cause == "random numbers"), None)):
-        if found.cause in ("direction", "inputs") or note.certain:
-            found = Finding("random numbers" if found.cause == "direction" else found.cause,
-                            f"{found.fact}; before that, {note.fact}", note.meaning, certain=False)
+    for note in [note for _, note in notes if found.cause in EXPLAINED_BY.get(note.cause, ())][:1]:
+        # Something that alone changes nothing explains what does.
+        cause = note.cause if found.cause in ("direction", "buffers") else found.cause
+        found = Finding(cause, f"{found.fact}; before that, {note.fact}", note.meaning,
+                        certain=note.certain and note.cause == "mode")
+        notes = [each for each in notes if each[1] is not note]
     lines = [f"{place(pair.x, pair.y)}: {found.fact}."]
     if found.meaning:
         lines.append(found.meaning if found.certain else f"It may mean: {lower(found.meaning)}"
                      if not found.meaning.startswith("What") else found.meaning)
     if equal:
-        lines.append(f"Up to there the same: {listed(equal, 5)}.")
+        lines.append(f"Equal until then: {listed(equal, 5)}.")
     number = pair.before.number if pair.before else 0
     if number < pair.number - 1:
         lines.append(f"The tapes have nothing between the updates {number} and {pair.number}." if number else
@@ -130,7 +136,9 @@ def at_the_end(a: TapeContent, b: TapeContent, numbers: list[int],
     rounding = [(at, note) for at, note in notes if note.cause == "rounding"]
     if rounding:
         update, cause = rounding[0][0], "rounding"
-        lines.insert(0, f"The same but for rounding in {counted(len(numbers), 'update')}, from update {update} on.")
+        end = (tables := Pair(a, b, a.updates[last], b.updates[last]).tables("weights", "end")) and distance(*tables)
+        lines.insert(0, f"The same but for rounding in {counted(len(numbers), 'update')}, from update {update} on"
+                     + (f"; after update {last} the weights agree to {end:.1g}." if end else "."))
     elif notes:
         cause, update = notes[0][1].cause, notes[0][0]
         lines.insert(0, f"All {counted(len(numbers), 'update')} have the same weights, batches and gradients.")
@@ -184,6 +192,7 @@ def configuration(a: TapeContent, b: TapeContent) -> list[str]:
     configs = [tape.header.get("config") or {} for tape in (a, b)]
     if not (configs[0] and configs[1]):
         return []
+    configs = [config | {"seed": tape.header.get("seed")} for config, tape in zip(configs, (a, b), strict=True)]
     found = []
     for key in sorted(configs[0].keys() | configs[1].keys()):
         one, other = (config.get(key) for config in configs)

@@ -7,6 +7,7 @@ from loopctl.tape.reading import Table, Update
 from loopctl.why.pair import (
     Finding,
     Pair,
+    acting_in_one,
     batch_count,
     final_gradients,
     fraction,
@@ -14,6 +15,7 @@ from loopctl.why.pair import (
     ratio_text,
     raw_gradients,
     shown,
+    suspects,
 )
 from loopctl.why.start import environment_difference
 from loopctl.why.tables import Relation, fit, minus, relate
@@ -34,7 +36,7 @@ def compare_gradients(pair: Pair) -> Finding | None:
                        environment_difference(pair), certain=False, minor=True)
     if relation.kind == "not finite":
         return Finding("not finite", f"the gradients of {listed(relation.rows)} are not finite in {relation.lacking} only",
-                       half_precision(pair) or "It may be an overflow, a division by 0, or another formula.",
+                       half_precision(pair) or "An overflow, a division by 0, or another formula.",
                        certain=False)
     if relation.kind == "missing":
         return missing(pair, relation)
@@ -75,7 +77,7 @@ def scaled(pair: Pair, relation: Relation) -> Finding | None:
     """The gradient is the same multiple in every tensor: the way in which the loss is divided, or its scale."""
     ratio = relation.ratio
     fact = (f"the gradient of A is {ratio_text(ratio)} times that of B, in the same direction, in every tensor")
-    scale = loss_scale(pair, ratio)
+    scale = loss_scale_of(ratio)
     if scale:
         end = pair.related("gradients", pair.final_gradients())
         if end and end.kind in ("equal", "rounding"):
@@ -113,7 +115,7 @@ def scaled(pair: Pair, relation: Relation) -> Finding | None:
     return Finding("scale", fact, meaning, certain=certain)
 
 
-def loss_scale(pair: Pair, ratio: float) -> tuple[str, float] | None:
+def loss_scale_of(ratio: float) -> tuple[str, float] | None:
     """The one whose loss is scaled, and the scale, where a ratio of gradients is a power of two as scalers use."""
     large = ratio if ratio > 1 else 1 / ratio if ratio > 0 else 0
     if large < 64 or not isclose(log2(large), round(log2(large)), abs_tol=1e-4):
@@ -128,10 +130,14 @@ def clipped_while_scaled(pair: Pair, side: str, scale: float, end: Relation | No
     if 0 < ratio < 1:
         return Finding("clipping before unscale", f"{fact}; the gradient that it makes the update from is "
                                                   f"{ratio_text(ratio)} times the other's",
-                       f"{side} clips the gradients while they are multiplied by the loss scale, so that the limit is "
-                       f"{shown(scale)} times as small; scaler.unscale_(optimizer) belongs before the clipping.")
+                       unscale_meaning(side, scale))
     return Finding("unknown", f"{fact}, and the gradients still differ when the update is made",
                    "What happens to them in between is not on the tapes.", certain=False)
+
+
+def unscale_meaning(side: str, scale: float) -> str:
+    return (f"{side} clips the gradients while they are multiplied by the loss scale, so that the limit is {shown(scale)} "
+            "times as small; scaler.unscale_(optimizer) belongs before the clipping.")
 
 
 def usual_batches(pair: Pair) -> int:
@@ -214,6 +220,7 @@ def other_direction(pair: Pair, relation: Relation) -> Finding:
                                        else f"in {listed(relation.rows)} only") + f", by {shown(100 * relation.distance)} %")
     if module := first_module(pair):
         fact += f"; {module}"
+    hooks = ("wrap_model", "micro_step", "compute_loss", "backward", "optimizer_step", "setup")
     if (half := half_precision(pair)) and relation.distance < 0.2:
         return Finding("dtype", fact, half, certain=False)
     losses = losses_of(pair)
@@ -222,6 +229,8 @@ def other_direction(pair: Pair, relation: Relation) -> Finding:
     else:
         values = f" ({shown(losses[0])} in A, {shown(losses[1])} in B)" if losses else ""
         meaning = f"The forward pass or the loss function differs{values}; the tapes do not tell how."
+    if who := suspects(pair, *hooks):
+        return Finding("plugin", fact, who, certain=False, plugins=tuple({name for name, *_ in acting_in_one(pair, *hooks)}))
     if not module:
         meaning += " tape:modules=true, or record(modules=True), shows the first module."
     return Finding("direction", fact, meaning, certain=False)
@@ -266,6 +275,11 @@ def compare_stages(pair: Pair) -> Finding | None:
     if ends is None:
         return None
     stages = stage_effects(pair.x), stage_effects(pair.y)
+    calls = [update.values.get("calls", 1) for update in (pair.x, pair.y)]
+    if calls[0] != calls[1]:
+        return Finding("plugin" if (who := suspects(pair, "optimizer_step")) else "optimizer",
+                       f"the gradients are computed {times(calls[0])} in the update of A and {times(calls[1])} in that of B",
+                       who or "The optimizer calls its closure another number of times.", certain=not who)
     relation = pair.related("final gradients", ends)
     assert relation
     if relation.same:
@@ -274,6 +288,10 @@ def compare_stages(pair: Pair) -> Finding | None:
         other = next((each for each in stages[1] if each[0] == name), None)
         if other is None and before.checksums != after.checksums:
             return acted(name, "A", before, after)
+        if other is not None:
+            changed = [one.checksums != two.checksums for one, two in ((before, after), other[1:])]
+            if changed[0] != changed[1]:
+                return acted(name, "A", before, after) if changed[0] else acted(name, "B", *other[1:])
         if other is not None and (found := pair.related("final gradients", pair.both(after, other[2]))) \
                 and found.kind not in ("equal", "rounding"):
             return acted_otherwise(name, before, after, other[1], other[2])
@@ -285,6 +303,10 @@ def compare_stages(pair: Pair) -> Finding | None:
                        environment_difference(pair), certain=False, minor=True)
     return Finding("unknown", "the gradients differ when the update is made", "What changed them is not on the tapes.",
                    certain=False)
+
+
+def times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def stage_effects(update: Update) -> list[tuple[str, Table, Table]]:
@@ -312,7 +334,7 @@ def effect(before: Table, after: Table) -> tuple[str, str]:
         return "scale", norms
     if relation.kind == "missing":
         return "missing gradients", f"those of {listed(relation.rows)} are gone"
-    return "plugin", norms
+    return "changed gradients", norms
 
 
 def acted(name: str, side: str, before: Table, after: Table) -> Finding:
@@ -321,18 +343,21 @@ def acted(name: str, side: str, before: Table, after: Table) -> Finding:
     if name:
         return Finding(cause, f"the plugin {name} acted in {side} only ({what})",
                        "Before it the gradients are equal.", plugins=(name,))
-    fact = f"between the backward pass and the update the gradients of {side} are changed ({what}), and not in the other"
+    fact = f"between the backward pass and the update something changes the gradients in {side} only ({what})"
     return Finding(cause, fact, "They are clipped by their norm." if cause == "clipping" else
-                   "It is done by code outside of torch's optimizers, such as clipping by value or noise.",
+                   "It is done by other code than torch's optimizers, such as clipping by value, or noise.",
                    certain=cause == "clipping")
 
 
 def acted_otherwise(name: str, before_a: Table, after_a: Table, before_b: Table, after_b: Table) -> Finding:
     """Something that acted in both, in another way."""
     causes = effect(before_a, after_a), effect(before_b, after_b)
-    cause = causes[0][0] if causes[0][0] == causes[1][0] else "plugin" if name else "clipping"
+    cause = causes[0][0] if causes[0][0] == causes[1][0] else "changed gradients"
     who = f"the plugin {name}" if name else "what happens between the backward pass and the update"
     fact = f"{who} changes the same gradients in another way: {causes[0][1]} in A, {causes[1][1]} in B"
+    if causes[0][0] == causes[1][0] == "clipping" and (found := loss_scale_of(after_a.norm / after_b.norm)):
+        side, other = ("A", "B") if found[0] == "B" else ("B", "A")
+        return Finding("clipping before unscale", fact, unscale_meaning(side, found[1]), plugins=(name,) * bool(name))
     if causes[0][0] == causes[1][0] == "clipping":
         return Finding("clipping", fact, f"The limit of the norm is {shown(after_a.norm)} in A and {shown(after_b.norm)} in "
                        "B.", plugins=(name,) * bool(name))

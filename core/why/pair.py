@@ -72,6 +72,25 @@ class Pair:
         return pair if pair[0].names else None
 
 
+def acting_in_one(pair: Pair, *hooks: str) -> list[tuple[str, str, str]]:
+    """The plugins that act at one of these hooks in one of the two only: plugin, hook, A or B."""
+    headers = [tape.header.get("acting") for tape in (pair.a, pair.b)]
+    if headers[0] is None or headers[1] is None:
+        return []
+    found = []
+    for hook in hooks:
+        names = [header.get(hook, []) for header in headers]
+        found += [(name, hook, "A") for name in names[0] if name not in names[1]]
+        found += [(name, hook, "B") for name in names[1] if name not in names[0]]
+    return found
+
+
+def suspects(pair: Pair, *hooks: str) -> str:
+    """A sentence that names those plugins; empty where there are none."""
+    found = {name: (hook, side) for name, hook, side in acting_in_one(pair, *hooks)}
+    return " ".join(f"The plugin {name} acts at {hook} in {side} only." for name, (hook, side) in found.items())
+
+
 def raw_gradients(update: Update) -> Table | None:
     """The gradients after the last backward pass of the first closure call."""
     points = [point for point in update.points("gradients")

@@ -1,6 +1,8 @@
 """What an update starts from: weights, buffers, the optimizer's state, the modes of modules, random numbers."""
 from __future__ import annotations
 
+from math import isclose, prod
+
 from loopctl.tape.reading import TapeContent, Update
 from loopctl.why.pair import Finding, Pair, listed, ratio_text, shown
 from loopctl.why.tables import Relation
@@ -8,26 +10,28 @@ from loopctl.why.tables import Relation
 
 def compare_start(pair: Pair) -> Finding | None:
     """The first of these in which the updates differ before they begin."""
-    return (compare_weights(pair) or compare_buffers(pair) or compare_optimizer_state(pair) or compare_modes(pair))
+    return compare_weights(pair) or compare_buffers(pair) or compare_optimizer_state(pair)
 
 
 def compare_weights(pair: Pair) -> Finding | None:
     relation = pair.relation("weights", "start")
     if relation is None or relation.same:
         return None
-    if relation.kind == "rounding":
-        return rounding(pair, "weights", relation, "before the update")
-    which = described(relation, "tensors")
     if pair.before is None:
         dtypes = [{kind for _, _, kind, _ in tape.header.get("parameters", [])} for tape in (pair.a, pair.b)]
         if dtypes[0] != dtypes[1]:
             return Finding("dtype", f"the weights are {listed(sorted(dtypes[0]))} in A and {listed(sorted(dtypes[1]))} "
                                     "in B", "The runs compute in another precision from the start.")
+    if relation.kind == "rounding":
+        return rounding(pair, "weights", relation, "before the update")
+    which = described(relation, "tensors")
+    if pair.before is None:
+        every = {*relation.rows, *constant_tensors(pair)} >= {*pair.x.table("weights", "start").names}
         return Finding("initial weights", f"the weights differ before the first update, {which}",
-                       initial_meaning(relation), certain=len(relation.rows) == relation.count)
+                       SEED if every else PART, certain=every)
     if not pair.consecutive:
-        return Finding("unknown", f"the weights differ, {which}", f"They were equal after update {pair.before.number}; "
-                       f"updates {pair.before.number + 1} to {pair.number - 1} are not on both tapes.", certain=False)
+        return Finding("unknown", f"the weights differ before the update, {which}",
+                       f"They were equal after update {pair.before.number}.", certain=False)
     changed = [name for name, tape, update, last in (("A", pair.a, pair.x, pair.before.x),
                                                      ("B", pair.b, pair.y, pair.before.y))
                if last.table("weights", "end") != update.table("weights", "start")]
@@ -43,11 +47,18 @@ def compare_weights(pair: Pair) -> Finding | None:
                    plugins=tuple(plugins))
 
 
-def initial_meaning(relation: Relation) -> str:
-    if len(relation.rows) == relation.count:
-        return "Every tensor differs: another seed, or a model that draws its weights in another order."
-    return ("The others are equal, so it is no other seed from the start: these were drawn after something else had "
-            "drawn random numbers, or were loaded.")
+SEED = "Every tensor that is drawn at random differs: another seed, or a model that draws its weights in another order."
+PART = ("The others are equal, so the seed is: these were drawn after something else had drawn random numbers, or were "
+        "loaded.")
+
+
+def constant_tensors(pair: Pair) -> list[str]:
+    """The tensors that are all 0 or all 1, as those of BatchNorm are with any seed."""
+    table = pair.x.table("weights", "start")
+    sizes = {name: prod(map(int, shape.split("x"))) if shape else 1
+             for name, shape, *_ in pair.a.header.get("parameters", [])}
+    return [name for name, norm in zip(table.names, table.norms, strict=True)
+            if norm == 0 or isclose(norm * norm, sizes.get(name, -1), rel_tol=1e-5)] if table else []
 
 
 def plugins_that_changed(pair: Pair) -> list[str]:
@@ -116,7 +127,7 @@ def compare_modes(pair: Pair) -> Finding | None:
     return Finding("mode", f"in {side} {listed(sorted(extra))} {'is' if len(extra) == 1 else 'are'} in evaluation mode, "
                            "in the other in training mode",
                    "Dropout and BatchNorm work in another way there: model.train() is not called again after an "
-                   "evaluation, or parts are kept in evaluation mode on purpose.")
+                   "evaluation, or parts are kept in evaluation mode on purpose.", minor=True)
 
 
 def modules_in_eval(tape: TapeContent, update: Update) -> tuple[str, ...]:

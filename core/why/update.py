@@ -6,9 +6,9 @@ from math import isclose, sqrt
 from typing import Any
 
 from loopctl.tape.reading import Table, TapeContent, Update
-from loopctl.why.pair import Finding, Pair, final_gradients, fraction, listed, ratio_text, shown
+from loopctl.why.pair import Finding, Pair, final_gradients, fraction, listed, ratio_text, shown, suspects
 from loopctl.why.start import described, environment_difference, modules_in_eval
-from loopctl.why.tables import fit, minus, relate
+from loopctl.why.tables import fit, minus
 
 RATES = ("lr",)
 
@@ -26,6 +26,8 @@ def compare_skipped(pair: Pair) -> Finding | None:
 
 def compare_numbers(pair: Pair) -> Finding | None:
     """The first number of the parameter groups that differs: by group, or by parameter where the groups differ."""
+    if pair.before is None and (found := other_optimizer(pair)):
+        return found
     groups = numbers_of(pair.x), numbers_of(pair.y)
     if not groups[0] or not groups[1]:
         return None
@@ -36,6 +38,25 @@ def compare_numbers(pair: Pair) -> Finding | None:
                     return number_differs(pair, index, name, one[name], other[name], len(groups[0]))
         return same_options(pair)
     return compare_by_parameter(pair, groups)
+
+
+def other_optimizer(pair: Pair) -> Finding | None:
+    """Whether the optimizers are of other classes."""
+    classes = classes_of(pair)
+    decays = any(numbers.get("weight_decay") for numbers in numbers_of(pair.x))
+    if classes[0] == classes[1] or (set(classes[0] + classes[1]) == {"Adam", "AdamW"} and not decays):
+        return None
+    fact = f"the optimizer is {listed(classes[0])} in A and {listed(classes[1])} in B"
+    if set(classes[0] + classes[1]) == {"Adam", "AdamW"}:
+        return Finding("weight decay", fact, "AdamW decays the weights apart from the gradient; Adam adds the decay to the "
+                                             "gradient (L2), where it is divided by its size.")
+    return Finding("optimizer", fact, "The same gradients make another update.")
+
+
+def classes_of(pair: Pair) -> tuple[list[str], list[str]]:
+    """The classes of the optimizers of both."""
+    one, other = (sorted({group["optimizer"] for group in tape.header.get("groups", [])}) for tape in (pair.a, pair.b))
+    return one, other
 
 
 def alike(one: float, other: float) -> bool:
@@ -89,6 +110,12 @@ def number_differs(pair: Pair, index: int, name: str, one: float, other: float, 
     later = [number for number in sorted(series[0].keys() & series[1].keys()) if number >= pair.number][:200]
     earlier = [number for number in series[0] if number < pair.number]
     ratios = [series[0][number] / series[1][number] for number in later if series[1][number]]
+    constant = [len({float(f"{value:.9g}") for value in found.values()}) == 1 for found in series]
+    if constant[0] != constant[1]:
+        side = "A" if constant[0] else "B"
+        who = suspects(pair, "lr_scale")
+        return Finding("schedule", fact, f"The rate of {side} is the same in every update; that of the other has a schedule."
+                       + f" {who}" * bool(who))
     for side, ahead, behind in (("A", 0, 1), ("B", 1, 0)):
         for by in (1, 2):
             if is_ahead(series[ahead], series[behind], later, by):
@@ -103,10 +130,6 @@ def number_differs(pair: Pair, index: int, name: str, one: float, other: float, 
         if parts and max(parts) in (pair.a.header.get("world_size"), pair.b.header.get("world_size")) and max(parts) > 1:
             meaning += " That is the number of processes."
         return Finding("rate", fact, meaning)
-    constant = [len({round(value, 12) for value in found.values()}) == 1 for found in series]
-    if constant[0] != constant[1]:
-        side = "A" if constant[0] else "B"
-        return Finding("schedule", fact, f"The rate of {side} is the same in every update; that of the other has a schedule.")
     if len(later) < 3:
         return Finding("rate", fact, "")
     return Finding("schedule", fact, "Both change from update to update, in another way: another schedule, warmup or "
@@ -181,9 +204,6 @@ def compare_update(pair: Pair) -> Finding | None:
     starts = pair.tables("weights", "start")
     if starts is None:
         return Finding("unknown", f"the weights differ after the update, {described(relation, 'tensors')}", certain=False)
-    classes = [sorted({group["optimizer"] for group in tape.header.get("groups", [])}) for tape in (pair.a, pair.b)]
-    by_class = (f" The optimizer is {listed(classes[0])} in A and {listed(classes[1])} in B."
-                if classes[0] != classes[1] else "")
     still = [unchanged(start, end) for start, end in zip(starts, ends, strict=True)]
     for side, own, other in (("A", still[0], still[1]), ("B", still[1], still[0])):
         fixed = [starts[0].names[row] for row in sorted(own - other)]
@@ -198,9 +218,7 @@ def compare_update(pair: Pair) -> Finding | None:
     if (factors := fit(difference, [starts[0].projections], noise)) and abs(factors[0]) < 0.5:
         side, amount = ("A", -factors[0]) if factors[0] < 0 else ("B", factors[0])
         return Finding("weight decay", f"the update of {side} also subtracts {shown(amount)} times the weights",
-                       f"It decays the weights, apart from the gradient, and the other does not.{by_class}")
-    if by_class:
-        return Finding("optimizer", "the same gradients at the same learning rate make another update", by_class.strip())
+                       "It decays the weights, apart from the gradient, and the other does not.")
     if factor := same_direction(steps[0], steps[1], noise):
         return Finding("rate", f"the update of A is {ratio_text(factor)} times that of B, from the same gradients",
                        "The learning rate on the tapes is equal, so the optimizer uses another one, or scales its update.",
@@ -313,6 +331,3 @@ def compare_loss(pair: Pair) -> Finding | None:
 
 def relate_nan(one: float, other: float) -> bool:
     return one != one and other != other
-
-
-__all__ = ["compare_end", "compare_loss", "compare_numbers", "compare_skipped", "compare_update", "relate"]
