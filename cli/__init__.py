@@ -268,6 +268,27 @@ def export(run: Path, kind: str, out: Path | None, weights: str | None) -> None:
 
 
 @main.command()
+@click.argument("run", type=PathType())
+@click.option("--to", required=True, type=COUNT, metavar="STEP",
+              help="The step to look at. Steps count updates made and skipped, from 1 on, as names of checkpoints do.")
+@shared_option("--plugin", plugin_names, multiple=True, type=TextType(), metavar="NAME[:OPTIONS]",
+               help="Add an observer, such as norms, tape or profile; repeat it for more.")
+@click.option("--steps", default=1, type=IntegerType(0), metavar="N", show_default=True,
+              help="The number of steps to make after STEP.")
+@click.option("--out", type=PathType(), metavar="DIR",
+              help="The folder for what the observers write.  [default: a new one in rewinds/]")
+@traceback_option
+def rewind(run: Path, to: int, plugin: tuple[str, ...], steps: int, out: Path | None) -> None:
+    """Make steps of a run again, with observers added, to look at them after they happened.
+
+    RUN is the folder of a run of `loopctl run`, which is left as it is. The run is entered in its last checkpoint
+    before STEP. What it has left, checkpoints, evaluations and a tape, is compared to the bit with what is made again.
+    """
+    from loopctl.cli.rewind import rewind_run  # by its full path, for `rewind` is this command
+    rewind_run(run, to, steps, plugin, out)
+
+
+@main.command()
 @click.argument("runs", nargs=-1, required=True, type=PathType())
 @click.option("--out", type=PathType(), metavar="FILE", help="Also write an HTML page with the curves: compare.html.")
 def compare(runs: tuple[Path, ...], out: Path | None) -> None:

@@ -32,13 +32,35 @@ class Watcher:
         """Called when a hook returns; not where it raises."""
 
 
+class Watchers(Watcher):
+    """Tells several watchers of the same calls, in the order in which they began to watch."""
+
+    def __init__(self, watchers: list[Watcher]) -> None:
+        self.watchers = watchers
+
+    def entered(self, run: Run, hook: str, arguments: dict[str, Any]) -> None:
+        for watcher in self.watchers:
+            watcher.entered(run, hook, arguments)
+
+    def acted(self, run: Run, hook: str, plugin: str) -> None:
+        for watcher in self.watchers:
+            watcher.acted(run, hook, plugin)
+
+    def left(self, run: Run, hook: str, result: Any) -> None:
+        for watcher in self.watchers:
+            watcher.left(run, hook, result)
+
+
 def watch_hooks(composed: Hooks, hooks: Iterable[str], watcher: Watcher) -> None:
     """Have `watcher` told of every call of these hooks of a run from now on. Any plugin may call it in `train_start`.
 
     The hooks are compiled anew. What they call, in which order, and what they return does not change.
     """
     for hook in hooks:
-        watched = [watched_impl(hook, impl, watcher, composed.plugins) for impl in composed.by_hook[hook]]
+        watchers = composed.watchers.setdefault(hook, [])
+        watchers.append(watcher)
+        told = Watchers(watchers) if len(watchers) > 1 else watcher
+        watched = [watched_impl(hook, impl, told, composed.plugins) for impl in composed.by_hook[hook]]
         function = compile_hook(hook, watched, composed.plugins)
         arguments = ARGUMENTS[hook]
         source = (f"def {hook}({', '.join(arguments)}):\n"
@@ -46,7 +68,7 @@ def watch_hooks(composed: Hooks, hooks: Iterable[str], watcher: Watcher) -> None
                   f"    result = inner({', '.join(arguments)})\n"
                   f"    left(run, '{hook}', result)\n"
                   "    return result\n")
-        scope = {"entered": watcher.entered, "left": watcher.left, "inner": function}
+        scope = {"entered": told.entered, "left": told.left, "inner": function}
         setattr(composed, hook, define_function(source, scope))
 
 
