@@ -16,23 +16,26 @@ import torch
 
 from loopctl.checkpoint.atomic_files import DamagedCheckpoint, read_checkpoint
 from loopctl.checkpoint.finding import checkpoints_in, latest_first, restore_content, step_number
-from loopctl.cli.compare import RecordedRun, configuration, read_run
+from loopctl.cli.compare import RecordedRun, read_run
 from loopctl.cli.rewind import replay
 from loopctl.cli.saved_run import checkpoint_folders
 from loopctl.composition.discovery import build_plugin, split_spec
 from loopctl.errors import UsageError, counted, one_line
 from loopctl.tape.reading import TapeContent, read_tape
-from loopctl.why.differences import Explanation, explain_tapes
+from loopctl.why.differences import Explanation, configuration_differences, explain_tapes
 
 HOW_TO_RECORD = ("To find the update, record both: loopctl run with --plugin tape; other code inside "
                  "`with loopctl.tape.record(FILE):`, or as a script, which loopctl why runs itself.")
 SEARCHED = ("direction", "dtype", "random numbers", "not finite", "unknown", "plugin", "rounding")  # modules tell more
 MOST_REPLAYED = 2000            # updates that are made again in the search for one
 SCRIPT = """
-import runpy, sys
+import pathlib, runpy, sys
 from loopctl.tape import record
-with record(sys.argv.pop(1), modules=True):
-    runpy.run_path(sys.argv[0], run_name="__main__")
+tape, script = sys.argv[1:]
+sys.argv = [script]
+sys.path[0] = str(pathlib.Path(script).resolve().parent)
+with record(tape, modules=True):
+    runpy.run_path(script, run_name="__main__")
 """
 
 
@@ -95,7 +98,8 @@ def read_side(name: str, path: Path, scratch: Path, tell: Callable[[str], None])
     tell(f"running {path}")
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(file), str(path)], stdout=sys.stderr, check=False)
     if done.returncode or not file.exists():
-        reason = f"ended with status {done.returncode}" if done.returncode else "made no update with an optimizer of torch"
+        reason = (f"ended with status {done.returncode}" if done.returncode
+                  else "made no update with an optimizer of torch")
         raise UsageError(f"{path} {reason}, so there is nothing to compare")
     return Side(name, path, None, read_tape(file))
 
@@ -119,10 +123,13 @@ def worth_replaying(found: Explanation) -> bool:
 def search(a: Side, b: Side, found: Explanation, scratch: Path,
            tell: Callable[[str], None]) -> tuple[Explanation, list[str]]:
     """Make the updates from the last equal one to the first that differs again, with tapes of every module."""
-    assert found.update is not None and a.folder and b.folder
+    assert found.update is not None
+    assert a.folder
+    assert b.folder
     first, last = narrowed(a.folder, b.folder, found.last_equal + 1, found.update)
     if last - first >= MOST_REPLAYED:
-        return found, [found.text, f"It lies in the updates {first:,} to {last:,}, which are too many to make again; run "
+        return found, [found.text, f"It lies in the updates {first:,} to {last:,}, which are too many to make again; "
+                                   "run "
                                    "with checkpoint:every_steps=N or tape:every_steps=N to come nearer."]
     finer = []
     for side in (a, b):
@@ -134,7 +141,8 @@ def search(a: Side, b: Side, found: Explanation, scratch: Path,
         except (UsageError, OSError) as error:
             return found, [found.text, f"Its updates could not be made again to look closer: {one_line(error)}."]
         if done.differs:
-            return found, [found.text, f"Its updates could not be made again to look closer: {side.name} runs otherwise "
+            return found, [found.text, f"Its updates could not be made again to look closer: {side.name} runs "
+                                       "otherwise "
                                        f"here than it did, from update {done.differs[0]} on ({done.differs[1]})."]
         finer.append(read_tape(done.out / "replay.tape"))
     closer = explain_tapes(*finer)
@@ -188,11 +196,8 @@ def without_tapes(a: Side, b: Side, replays: bool, scratch: Path,
     versions = [heading(folder) for folder in (a.folder, b.folder)]
     if versions[0] != versions[1]:
         lines.append(f"They were made by other versions: {versions[0]} in A, {versions[1]} in B.")
-    if rows := configuration(runs):
-        lines.append("The configurations differ in: "
-                     + "; ".join(f"{key} {one or 'none'} in A, {other or 'none'} in B" for key, (one, other) in rows) + ".")
-    else:
-        lines.append("The configurations are the same.")
+    options = configuration_differences(runs[0].config, runs[1].config)
+    lines.append(f"The configurations differ: {'; '.join(options)}." if options else "The configurations are the same.")
     differing = first_row(runs)
     lines += [differing[1]] if differing else []
     steps, agreement = checkpoints_that_differ(a.folder, b.folder)
@@ -220,7 +225,8 @@ def first_row(runs: list[RecordedRun]) -> tuple[int, str] | None:
         for name, value in one.items():
             if name in other and other[name] != value and not (value != value and other[name] != other[name]):
                 step = int(min(one.get("step", 0), other.get("step", 0)))
-                return step, (f"Their curves part by update {step:,} (epoch {one.get('epoch', 0):g}): {name} is {value:.7g} "
+                return step, (f"Their curves part by update {step:,} (epoch {one.get('epoch', 0):g}): {name} is "
+                              f"{value:.7g} "
                               f"in A and {other[name]:.7g} in B.")
     return None
 

@@ -1,4 +1,4 @@
-"""`record_each`: a tape of every model that is trained inside a block, such as a loop and another one to compare with."""
+"""`record_each`: a tape of every model that is trained inside a block, such as two loops to compare."""
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
@@ -18,7 +18,7 @@ from loopctl.tape.recording import Recording
 
 @contextmanager
 def record_each(folder: str | Path, *, modules: bool = False) -> Generator[list[Path]]:
-    """Record what `record` does, with a tape of its own for each model that an optimizer steps: 1.tape, 2.tape and so on.
+    """Record what `record` does, with a tape for each model that an optimizer steps: 1.tape, 2.tape and so on.
 
     Yields the list of these files, in the order in which the models are first trained; it is complete after the block.
     """
@@ -27,7 +27,8 @@ def record_each(folder: str | Path, *, modules: bool = False) -> Generator[list[
                                             (torch.autograd, "backward", every.watched_backward),
                                             (GradScaler, "step", every.watched_scaler_step)]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    handles = [register_optimizer_step_pre_hook(every.before_update), register_optimizer_step_post_hook(every.after_update)]
+    handles = [register_optimizer_step_pre_hook(every.before_update),
+               register_optimizer_step_post_hook(every.after_update)]
     try:
         for owner, name, watched in replaced:
             setattr(owner, name, watched(getattr(owner, name)))

@@ -24,6 +24,7 @@ CAUSES = {
     "missing gradients": "tensors without gradient: frozen, or unused",
     "frozen": "tensors that the update does not change although they have a gradient",
     "weight decay": "the weights themselves are part of gradient or update",
+    "forward pass": "a module computes something else from the same inputs",
     "direction": "the gradient has another direction, and it is not known why",
     "clipping": "gradients are clipped in one, or at another limit",
     "clipping before unscale": "gradients are clipped while they are multiplied by the loss scale",

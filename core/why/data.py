@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from loopctl.tape.reading import Table, TapeContent, Update
-from loopctl.why.pair import Finding, Pair, batch_count, fraction, listed, ratio_text, shown, suspects
+from loopctl.why.pair import Finding, Pair, acting_in_one, batch_count, fraction, listed, ratio_text, shown, suspects
 from loopctl.why.tables import matched, relate
 
 Samples = tuple[int, ...]
@@ -15,13 +15,14 @@ Samples = tuple[int, ...]
 
 def compare_batches(pair: Pair) -> Finding | None:
     """The first difference between the batches of two updates."""
-    points = [[point for point in update.points("batch")] for update in (pair.x, pair.y)]
+    points = [update.points("batch") for update in (pair.x, pair.y)]
     if not (points[0] and points[1]):
         return None
     for point in points[0]:
         if point in points[1] and (found := compare_batch(pair, point)):
             if (who := suspects(pair, "transform_batch")) and found.cause not in ("grouping", "order", "data missing"):
-                found = replace(found, meaning=who, certain=False)
+                found = replace(found, meaning=who, certain=False, fact_too=True,
+                                plugins=tuple(name for name, *_ in acting_in_one(pair, "transform_batch")))
             return regrouped(pair) or found
     if len(points[0]) != len(points[1]):
         return regrouped(pair) or Finding(
@@ -47,9 +48,11 @@ def regrouped(pair: Pair) -> Finding | None:
         if ahead[0][:least] != ahead[1][:least]:
             return None
         more = "A" if sizes[0] > sizes[1] else "B"
-        return Finding("grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B; the "
+        return Finding("grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B; "
+                                   "the "
                                    f"first {least} are the same, and {more} goes on with others",
-                       "The last group of an epoch is filled from the next epoch in one, and is smaller in the other, or "
+                       "The last group of an epoch is filled from the next epoch in one, and is smaller in the other, "
+                       "or "
                        "batches are left out after it.", certain=False)
     more, fewer = ("A", "B") if sizes[0] > sizes[1] else ("B", "A")
     meaning = "Both read the same batches in the same order. "
@@ -58,7 +61,8 @@ def regrouped(pair: Pair) -> Finding | None:
                     "from the smaller group.")
     else:
         meaning += f"{more} accumulates more of them."
-    return Finding("grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B", meaning)
+    return Finding("grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in "
+                               "B", meaning)
 
 
 def crosses_epoch(tape: TapeContent, number: int, count: int) -> bool:
@@ -69,7 +73,7 @@ def crosses_epoch(tape: TapeContent, number: int, count: int) -> bool:
     first = tape.updates[number]
     if first.epoch is None:
         return len(first.points("batch")) < max(len(update.points("batch")) for update in tape)
-    epochs = []
+    epochs: list[int | None] = []
     while len(epochs) < count and number in tape.updates:
         epochs += [tape.updates[number].epoch] * len(tape.updates[number].points("batch"))
         number += 1
@@ -139,7 +143,8 @@ def other_size(pair: Pair, which: str, sizes: list[int], samples: tuple[Samples,
                        "batch.", certain=False)
     if pair.before is not None and usual[0].most_common(1)[0][0] == usual[1].most_common(1)[0][0]:
         return position_in_data(pair, samples, fact) or Finding(
-            "data missing", fact, "Other batches have the same size in both: an epoch ends elsewhere, as with drop_last.",
+            "data missing", fact, "Other batches have the same size in both: an epoch ends elsewhere, as with "
+                                  "drop_last.",
             certain=False)
     return Finding("batch size", fact, "The batch size differs.")
 
@@ -170,7 +175,8 @@ def position_in_data(pair: Pair, samples: tuple[Samples, Samples], fact: str) ->
                     return same_epoch(pair, fact)
                 return Finding("data repeated", f"{fact}: that of {side} is the one of its update {first} again, which "
                                                 f"{other} has at update {update.number} too",
-                               f"{side} trains on the same data again: a resume begins the epoch from its start, or the "
+                               f"{side} trains on the same data again: a resume begins the epoch from its start, or "
+                               "the "
                                "order is the same in every epoch.", certain=True)
             if not already and any(each.number != pair.number for each in [update]) and update.number > pair.number \
                     and shifted(pair, side, update.number - pair.number):
@@ -182,7 +188,7 @@ def position_in_data(pair: Pair, samples: tuple[Samples, Samples], fact: str) ->
 
 
 def whole_epoch(pair: Pair, own: TapeContent, other: TapeContent, first: int) -> bool:
-    """Whether the updates of a tape from `first` on, up to the one before this, have all samples of the other's data."""
+    """Whether the updates of a tape from `first` to the one before this have all samples of the other's data."""
     earlier = own.updates[first]
     if earlier.epoch is not None:
         return earlier.epoch != own.updates[pair.number].epoch
@@ -230,7 +236,8 @@ def same_epoch(pair: Pair, fact: str) -> Finding | None:
     if sum(sets[0].values()) != sum(sets[1].values()):
         return Finding("data missing", f"{fact}: {epoch} has {sum(sets[0].values()):,} samples in A and "
                                        f"{sum(sets[1].values()):,} in B, of which {shared:,} are the same",
-                       f"{fewer} leaves samples out, such as a last batch that is dropped, or reads another part of the "
+                       f"{fewer} leaves samples out, such as a last batch that is dropped, or reads another part of "
+                       "the "
                        "data.", certain=False)
     return Finding("order", f"{fact}: {shared:,} of {least:,} samples are in {epoch} of both", order_meaning(pair),
                    certain=False)
@@ -247,7 +254,8 @@ def order_meaning(pair: Pair) -> str:
         first = next((each for each in tape if each.number < pair.number
                       and identity(each, "1") == identity(update, "1")), None)
         if first is not None:
-            return (f"{side} reads the data in the order of update {first.number} again: it is not shuffled anew in each "
+            return (f"{side} reads the data in the order of update {first.number} again: it is not shuffled anew in "
+                    "each "
                     "epoch (shuffle, or the sampler's set_epoch).")
     if pair.before is None:
         return "The order of the data is drawn from another seed, or it is shuffled in one only."
@@ -281,7 +289,8 @@ def other_inputs(pair: Pair, which: str, a: Table, b: Table, names: list[str]) -
     row = a.names.index(names[0])
     return Finding("inputs", f"{which} has the same {listed(same)} and other values of {names[0]} (norm "
                              f"{shown(a.norms[row])} in A, {shown(b.norms[row])} in B)",
-                   "They are the same samples after another transform: a random augmentation with other random numbers, "
+                   "They are the same samples after another transform: a random augmentation with other random "
+                   "numbers, "
                    "or another normalization.", certain=False)
 
 
@@ -294,7 +303,9 @@ def other_data(pair: Pair, point: str, which: str, a: Table, b: Table,
     norms = f"(norm of {a.names[0]}: {shown(a.norms[0])} in A, {shown(b.norms[0])} in B)"
     if samples[0] and samples[1]:
         return Finding("data", f"{which} has no sample that the other has in this epoch {norms}",
-                       "Other data, another part of it, or samples changed by random transforms; or its order differs and "
+                       "Other data, another part of it, or samples changed by random transforms; or its order differs "
+                       "and "
                        "the tapes are too short to show it.", certain=False)
-    return Finding("data", f"{which} has other content {norms}", "The tapes do not have single samples of such a batch, "
+    return Finding("data", f"{which} has other content {norms}", "The tapes do not have single samples of such a "
+                                                                 "batch, "
                    "so whether its order or its data differs is not known.", certain=False)

@@ -4,13 +4,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from loopctl.composition.quoting import split
 from loopctl.errors import counted
 from loopctl.tape.reading import TapeContent, Update, read_tape
 from loopctl.why.data import compare_batches
 from loopctl.why.gradients import compare_gradients, compare_stages
 from loopctl.why.pair import Finding, Pair, listed
-from loopctl.why.start import compare_modes, compare_random, compare_start
+from loopctl.why.start import compare_modes, compare_random, compare_start, draws_in_forward
 from loopctl.why.tables import distance, only_in_one
 from loopctl.why.update import compare_end, compare_loss, compare_numbers, compare_skipped, compare_update
 
@@ -33,7 +35,8 @@ STEPS: tuple[tuple[str, Callable[[Pair], Finding | None]], ...] = (
 
 
 # By the cause of a minor difference: of which later differences it may be the reason.
-EXPLAINED_BY = {"mode": ("direction", "buffers"), "random numbers": ("direction", "inputs")}
+EXPLAINED_BY = {"mode": ("direction", "forward pass", "buffers"),
+                "random numbers": ("direction", "forward pass", "inputs")}
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,16 @@ def remember_distances(pair: Pair, grown: dict[str, float]) -> None:
 
 def explained(pair: Pair, found: Finding, equal: list[str], notes: list[tuple[int, Finding]]) -> Explanation:
     """The explanation by the first difference that matters."""
-    for note in [note for _, note in notes if found.cause in EXPLAINED_BY.get(note.cause, ())][:1]:
+    for note in [note for _, note in notes if found.cause in EXPLAINED_BY.get(note.cause, ())
+                 and (note.cause == "mode" or found.cause == "inputs" or draws_in_forward(pair))][:1]:
         # Something that alone changes nothing explains what does.
-        cause = note.cause if found.cause in ("direction", "buffers") else found.cause
+        cause = found.cause if found.cause == "inputs" else note.cause
         found = Finding(cause, f"{found.fact}; before that, {note.fact}", note.meaning,
-                        certain=note.certain and note.cause == "mode")
+                        certain=note.certain and note.cause == "mode", fact_too=note.certain)
         notes = [each for each in notes if each[1] is not note]
     lines = [f"{place(pair.x, pair.y)}: {found.fact}."]
     if found.meaning:
-        lines.append(found.meaning if found.certain else f"It may mean: {lower(found.meaning)}"
-                     if not found.meaning.startswith("What") else found.meaning)
+        lines.append(found.meaning if found.certain or found.fact_too else f"It may mean: {lower(found.meaning)}")
     if equal:
         lines.append(f"Equal until then: {listed(equal, 5)}.")
     number = pair.before.number if pair.before else 0
@@ -192,17 +195,40 @@ def configuration(a: TapeContent, b: TapeContent) -> list[str]:
     configs = [tape.header.get("config") or {} for tape in (a, b)]
     if not (configs[0] and configs[1]):
         return []
-    configs = [config | {"seed": tape.header.get("seed")} for config, tape in zip(configs, (a, b), strict=True)]
+    one, other = (config | {"seed": tape.header.get("seed")} for config, tape in zip(configs, (a, b), strict=True))
+    found = configuration_differences(one, other)
+    return [f"The configurations differ: {'; '.join(found)}."] if found else []
+
+
+def configuration_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The options on which two runs differ, each as a clause; the plugin tape is left out."""
     found = []
-    for key in sorted(configs[0].keys() | configs[1].keys()):
-        one, other = (config.get(key) for config in configs)
-        if key in ("tag",) or one == other:
+    for key in sorted(one.keys() | other.keys()):
+        here, there = one.get(key), other.get(key)
+        if key == "tag" or here == there:
             continue
-        if isinstance(one, list) and isinstance(other, list):
-            found += [f"{item} in {side} only" for side, own, others in (("A", one, other), ("B", other, one))
-                      for item in own if item not in others and not str(item).startswith("tape")]
-            if sorted(map(str, one)) == sorted(map(str, other)):
-                found.append(f"the order of {key}")
+        if key == "plugin" and isinstance(here, list) and isinstance(there, list):
+            found += plugin_differences(here, there)
         else:
-            found.append(f"{key} {one} in A, {other} in B")
-    return [f"The configurations differ in: {'; '.join(found)}."] if found else []
+            found.append(f"{key} {shown_option(here)} in A, {shown_option(there)} in B")
+    return found
+
+
+def shown_option(value: Any) -> str:
+    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def plugin_differences(one: list[Any], other: list[Any]) -> list[str]:
+    """The plugins that one of two runs has, and the options that differ of those that both have."""
+    specs = [[str(spec) for spec in specs if str(spec).partition(":")[0] != "tape"] for specs in (one, other)]
+    own, others = ({spec.partition(":")[0]: split(spec.partition(":")[2]) for spec in found} for found in specs)
+    found = [f"the plugin {name} in {'A' if name in own else 'B'} only"
+             for name in [*own, *others] if (name in own) != (name in others)]
+    for name in own:
+        options = others.get(name)
+        if options is not None and options != own[name]:
+            here, there = ([each for each in found if each not in rest]
+                           for found, rest in ((own[name], options), (options, own[name])))
+            found.append(f"{name} with {', '.join(here) or 'no more'} in A, {', '.join(there) or 'no more'} in B")
+    order = [[name for name in names if name in own and name in others] for names in (own, others)]
+    return found or ["the order of the plugins"] * (order[0] != order[1])

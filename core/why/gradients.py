@@ -35,7 +35,8 @@ def compare_gradients(pair: Pair) -> Finding | None:
         return Finding("rounding", f"the gradients agree to {relation.distance:.1g}, and not to the bit",
                        environment_difference(pair), certain=False, minor=True)
     if relation.kind == "not finite":
-        return Finding("not finite", f"the gradients of {listed(relation.rows)} are not finite in {relation.lacking} only",
+        return Finding("not finite", f"the gradients of {listed(relation.rows)} are not finite in {relation.lacking} "
+                                     "only",
                        half_precision(pair) or "An overflow, a division by 0, or another formula.",
                        certain=False)
     if relation.kind == "missing":
@@ -81,7 +82,8 @@ def scaled(pair: Pair, relation: Relation) -> Finding | None:
     if scale:
         end = pair.related("gradients", pair.final_gradients())
         if end and end.kind in ("equal", "rounding"):
-            return Finding("scale", f"the backward pass of {scale[0]} is made with the loss times {shown(scale[1])}, and the "
+            return Finding("scale", f"the backward pass of {scale[0]} is made with the loss times {shown(scale[1])}, "
+                                    "and the "
                                     "gradients are divided by that again", "That is the loss scale of half precision.",
                            minor=True)
         if end and end.kind == "scaled" and isclose(end.ratio, ratio, rel_tol=1e-3):
@@ -96,7 +98,8 @@ def scaled(pair: Pair, relation: Relation) -> Finding | None:
     if counts[0] == counts[1] and parts and usual and counts[0] != usual and isclose(
             ratio if ratio < 1 else 1 / ratio, counts[0] / usual, rel_tol=1e-4):
         less = "A" if ratio < 1 else "B"
-        meaning = (f"The update is made from {counts[0]} batch{'es' * (counts[0] > 1)}, the last of an epoch, and others "
+        meaning = (f"The update is made from {counts[0]} batch{'es' * (counts[0] > 1)}, the last of an epoch, and "
+                   "others "
                    f"from {usual}: {less} divides this group by {usual}, not by {counts[0]}.")
     elif counts[0] == counts[1] > 1 and parts in ((counts[0], 1), (1, counts[0])):
         more = "A" if ratio > 1 else "B"
@@ -106,11 +109,12 @@ def scaled(pair: Pair, relation: Relation) -> Finding | None:
         meaning = (f"A batch has {max(parts)} samples: the loss is their sum in {more}, and their mean in the other."
                    if size else "")
     elif parts and max(parts) in (pair.a.header.get("world_size"), pair.b.header.get("world_size")):
-        meaning = f"It is the number of processes: gradients are added up in one, and averaged in the other."
+        meaning = "It is the number of processes: gradients are added up in one, and averaged in the other."
     if not meaning:
         certain = False
         meaning = ("The loss is multiplied or divided by another number" + (f", such as {max(parts)}" if parts
-                   and max(parts) > 1 else "") + ": a mean over another count, a weight of the loss, or gradients that are "
+                   and max(parts) > 1 else "") + ": a mean over another count, a weight of the loss, or gradients "
+                                                 "that are "
                    "clipped inside the backward pass.")
     return Finding("scale", fact, meaning, certain=certain)
 
@@ -132,11 +136,12 @@ def clipped_while_scaled(pair: Pair, side: str, scale: float, end: Relation | No
                                                   f"{ratio_text(ratio)} times the other's",
                        unscale_meaning(side, scale))
     return Finding("unknown", f"{fact}, and the gradients still differ when the update is made",
-                   "What happens to them in between is not on the tapes.", certain=False)
+                   "What happens to them in between is not on the tapes.", certain=False, fact_too=True)
 
 
 def unscale_meaning(side: str, scale: float) -> str:
-    return (f"{side} clips the gradients while they are multiplied by the loss scale, so that the limit is {shown(scale)} "
+    return (f"{side} clips the gradients while they are multiplied by the loss scale, so that the limit is "
+            f"{shown(scale)} "
             "times as small; scaler.unscale_(optimizer) belongs before the clipping.")
 
 
@@ -160,7 +165,8 @@ def added(pair: Pair, a: Table, b: Table) -> Finding | None:
         if (factors := fit(difference, [own], noise)) and abs(factors[0]) < 1:
             side, value = ("A", factors[0]) if factors[0] > 0 else ("B", -factors[0])
             return Finding("weight decay", f"the gradient of {side} is that of the other plus {shown(value)} times the "
-                                           "weights", "It is a penalty on the weights in the loss, or weight decay that is "
+                                           "weights", "It is a penalty on the weights in the loss, or weight decay "
+                                                      "that is "
                            "added to the gradient (L2).")
     if pair.consecutive and pair.before:
         for side, update, sign in (("A", pair.before.x, 1), ("B", pair.before.y, -1)):
@@ -172,7 +178,8 @@ def added(pair: Pair, a: Table, b: Table) -> Finding | None:
                     much = "" if isclose(factors[0], 1, rel_tol=1e-2) else f"{shown(factors[0])} times "
                     return Finding("stale gradients", f"the gradient of {side} is that of the other plus {much}its own "
                                                       f"gradient of update {pair.before.number}",
-                                   "The gradients of the update before were not cleared: zero_grad() is not called, or it "
+                                   "The gradients of the update before were not cleared: zero_grad() is not called, "
+                                   "or it "
                                    "is called at another place.")
     return None
 
@@ -196,7 +203,8 @@ def weighted(pair: Pair) -> Finding | None:
     fact = ("the gradients of the batches count by other weights: in A "
             f"{listed([ratio_text(ratio) for ratio in ratios], 4)} times those in B")
     if len(sizes) == len(ratios) and len(set(sizes)) > 1:
-        return Finding("weighting", fact, f"The batches have {listed([str(size) for size in sizes], 4)} samples: one counts "
+        return Finding("weighting", fact, f"The batches have {listed([str(size) for size in sizes], 4)} samples: one "
+                                          "counts "
                        "each batch the same, the other each sample.")
     return Finding("weighting", fact, "The losses of the batches are divided by other numbers.", certain=False)
 
@@ -217,9 +225,11 @@ def micro_gradients(update: Update) -> list[list[float]]:
 def other_direction(pair: Pair, relation: Relation) -> Finding:
     """The gradients differ in another way."""
     fact = ("the gradient differs " + ("in every tensor" if len(relation.rows) == relation.count
-                                       else f"in {listed(relation.rows)} only") + f", by {shown(100 * relation.distance)} %")
+                                       else f"in {listed(relation.rows)} only") + ", by "
+                                                                                  f"{shown(100 * relation.distance)} %")
     if module := first_module(pair):
         fact += f"; {module}"
+    forward = module.startswith("the first module")
     hooks = ("wrap_model", "micro_step", "compute_loss", "backward", "optimizer_step", "setup")
     if (half := half_precision(pair)) and relation.distance < 0.2:
         return Finding("dtype", fact, half, certain=False)
@@ -228,9 +238,13 @@ def other_direction(pair: Pair, relation: Relation) -> Finding:
         meaning = "The loss is equal, so the backward pass differs: noise, a hook, another form of an operation."
     else:
         values = f" ({shown(losses[0])} in A, {shown(losses[1])} in B)" if losses else ""
-        meaning = f"The forward pass or the loss function differs{values}; the tapes do not tell how."
+        meaning = (f"The forward pass differs there{values}." if forward else
+                   f"The forward pass or the loss function differs{values}; the tapes do not tell how.")
     if who := suspects(pair, *hooks):
-        return Finding("plugin", fact, who, certain=False, plugins=tuple({name for name, *_ in acting_in_one(pair, *hooks)}))
+        return Finding("plugin", fact, who, certain=False, fact_too=True,
+                       plugins=tuple(dict.fromkeys(name for name, *_ in acting_in_one(pair, *hooks))))
+    if forward:
+        return Finding("forward pass", fact, meaning)
     if not module:
         meaning += " tape:modules=true, or record(modules=True), shows the first module."
     return Finding("direction", fact, meaning, certain=False)
@@ -255,17 +269,17 @@ def half_precision(pair: Pair) -> str:
 
 def first_module(pair: Pair) -> str:
     """The first module whose output differs, or whose output's gradient does; of tapes with modules."""
-    for what, order, words in (("outputs", 1, "the first module whose output differs is"),
-                               ("output gradients", 1, "all outputs are equal; the first module in the backward pass whose "
-                                                       "output's gradient differs is")):
+    for what, words, before in (
+            ("outputs", "the first module whose output differs is", "called before it"),
+            ("output gradients", "all outputs are equal, and the first gradient of an output that differs is that of",
+             "after it in the forward pass")):
         tables = pair.tables(what, "")
-        if tables is None:
-            continue
-        relation = relate(*tables)
-        rows = [name for name, one, other in zip(tables[0].names, tables[0].checksums, tables[1].checksums, strict=True)
-                if one != other]
-        if rows and relation.kind != "rounding":
-            return f"{words} {rows[0]}"
+        rows = [row for row, (one, other) in enumerate(zip(tables[0].checksums, tables[1].checksums, strict=True))
+                if one != other] if tables else []
+        if tables and rows:
+            names = tables[0].names
+            last = f"; the output of {names[rows[0] - 1]}, {before}, is equal" if rows[0] else ""
+            return f"{words} {names[rows[0]]}{last}"
     return ""
 
 
@@ -278,8 +292,11 @@ def compare_stages(pair: Pair) -> Finding | None:
     calls = [update.values.get("calls", 1) for update in (pair.x, pair.y)]
     if calls[0] != calls[1]:
         return Finding("plugin" if (who := suspects(pair, "optimizer_step")) else "optimizer",
-                       f"the gradients are computed {times(calls[0])} in the update of A and {times(calls[1])} in that of B",
-                       who or "The optimizer calls its closure another number of times.", certain=not who)
+                       f"the gradients are computed {times(calls[0])} in the update of A and {times(calls[1])} in "
+                       "that of B",
+                       who or "The optimizer calls its closure another number of "
+                              "times.", certain=not who, fact_too=True,
+                       plugins=tuple(dict.fromkeys(name for name, *_ in acting_in_one(pair, "optimizer_step"))))
     relation = pair.related("final gradients", ends)
     assert relation
     if relation.same:
@@ -302,7 +319,7 @@ def compare_stages(pair: Pair) -> Finding | None:
         return Finding("rounding", f"the gradients agree to {relation.distance:.1g} when the update is made",
                        environment_difference(pair), certain=False, minor=True)
     return Finding("unknown", "the gradients differ when the update is made", "What changed them is not on the tapes.",
-                   certain=False)
+                   certain=False, fact_too=True)
 
 
 def times(count: int) -> str:
@@ -319,7 +336,8 @@ def stage_effects(update: Update) -> list[tuple[str, Table, Table]]:
         after = update.table("gradients", point)
         if after is None or raw is None or kind.startswith("backward"):
             continue
-        name = kind.split()[-1] if " " in kind else ""          # the plugin; "" for the step of record()
+        # The plugin, and of a wrapper that it begins; "" for the step of record().
+        name = kind.partition(" ")[2]
         found.append((name, found[-1][2] if found else raw, after))
     return found
 
@@ -356,10 +374,11 @@ def acted_otherwise(name: str, before_a: Table, after_a: Table, before_b: Table,
     who = f"the plugin {name}" if name else "what happens between the backward pass and the update"
     fact = f"{who} changes the same gradients in another way: {causes[0][1]} in A, {causes[1][1]} in B"
     if causes[0][0] == causes[1][0] == "clipping" and (found := loss_scale_of(after_a.norm / after_b.norm)):
-        side, other = ("A", "B") if found[0] == "B" else ("B", "A")
+        side = "A" if found[0] == "B" else "B"
         return Finding("clipping before unscale", fact, unscale_meaning(side, found[1]), plugins=(name,) * bool(name))
     if causes[0][0] == causes[1][0] == "clipping":
-        return Finding("clipping", fact, f"The limit of the norm is {shown(after_a.norm)} in A and {shown(after_b.norm)} in "
+        return Finding("clipping", fact, f"The limit of the norm is {shown(after_a.norm)} in A and "
+                                         f"{shown(after_b.norm)} in "
                        "B.", plugins=(name,) * bool(name))
     return Finding(cause, fact, "Its options or its random numbers differ." if name else "", certain=bool(name),
                    plugins=(name,) * bool(name))

@@ -16,6 +16,7 @@ class Finding:
     fact: str                           # what the tapes show, as a clause about A and B
     meaning: str = ""                   # what it means, as a sentence
     certain: bool = True                # whether the numbers prove the meaning, and do not only suggest it
+    fact_too: bool = False              # the meaning is a fact that the tapes show, though perhaps not the reason
     minor: bool = False                 # it changes nothing by itself, or no more than rounding does
     plugins: tuple[str, ...] = ()       # that are named as the reason
 
@@ -74,8 +75,8 @@ class Pair:
 
 def acting_in_one(pair: Pair, *hooks: str) -> list[tuple[str, str, str]]:
     """The plugins that act at one of these hooks in one of the two only: plugin, hook, A or B."""
-    headers = [tape.header.get("acting") for tape in (pair.a, pair.b)]
-    if headers[0] is None or headers[1] is None:
+    headers = [tape.header["acting"] for tape in (pair.a, pair.b) if "acting" in tape.header]
+    if len(headers) < 2:
         return []
     found = []
     for hook in hooks:
@@ -88,7 +89,8 @@ def acting_in_one(pair: Pair, *hooks: str) -> list[tuple[str, str, str]]:
 def suspects(pair: Pair, *hooks: str) -> str:
     """A sentence that names those plugins; empty where there are none."""
     found = {name: (hook, side) for name, hook, side in acting_in_one(pair, *hooks)}
-    return " ".join(f"The plugin {name} acts at {hook} in {side} only." for name, (hook, side) in found.items())
+    only = "; ".join(f"{name} acts at {hook} in {side} only" for name, (hook, side) in found.items())
+    return f"The plugin {only}, which may be the reason." if len(found) == 1 else f"Plugins: {only}." if found else ""
 
 
 def raw_gradients(update: Update) -> Table | None:

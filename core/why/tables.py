@@ -152,8 +152,8 @@ def without_prefix(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def chosen(table: Table, rows: tuple[int, ...], names: tuple[str, ...]) -> Table:
     """The given rows of a table, under other names."""
-    return Table(names, *(tuple(column[row] for row in rows)
-                          for column in (table.checksums, table.norms, table.projections)))
+    return Table(names, tuple(table.checksums[row] for row in rows), tuple(table.norms[row] for row in rows),
+                 tuple(table.projections[row] for row in rows))
 
 
 def matched(a: Table, b: Table) -> tuple[Table, Table]:

@@ -3,7 +3,6 @@
 The loops are plain PyTorch, so that each planted cause is a line or two of what people write.
 """
 import random
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from loopctl.tape import record
-from loopctl.why.causes import CAUSES
 from loopctl.why.differences import explain_difference
 
 SAMPLES, SIZE = 44, 4       # eleven batches in an epoch
