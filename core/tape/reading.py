@@ -9,8 +9,7 @@ from pathlib import Path
 from struct import unpack
 from typing import Any
 
-from loopctl.tape.fingerprint import COLUMNS, MISSING
-from loopctl.tape.tape_file import records, unpacked
+from loopctl.tape.tape_file import COLUMNS, MISSING, records, unpacked
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,19 @@ class Update:
                 found[what, point] = floats(part)[0] if what in SCALARS else tuple(part)
         return found
 
+    @property
+    def readable(self) -> bool:
+        """Whether points and data belong together, and the names of all rows are known."""
+        try:
+            size = 0
+            for what, point, rows, columns in self.values["points"]:
+                if not isinstance(what, str) or not isinstance(point, str) or (columns == 0) == isinstance(rows, int):
+                    return False
+                size += len(self.names[rows]) * COLUMNS if columns == COLUMNS else rows if columns == 1 else 0
+            return len(unpacked(self.values["data"])) == size
+        except (ValueError, TypeError, KeyError):
+            return False
+
     def table(self, what: str, point: str) -> Table | None:
         return self.observed.get((what, point))
 
@@ -101,6 +113,7 @@ def read_tape(file: Path) -> TapeContent:
     """
     header: dict[str, Any] = {}
     names: dict[int, tuple[str, ...]] = {}
+    changes: list[dict[str, Any]] = []
     tape = TapeContent(file, header, {}, [], None, 0)
     for record in records(file):
         if record is None:
@@ -112,8 +125,17 @@ def read_tape(file: Path) -> TapeContent:
         elif record["kind"] == "update":
             tape.updates[record["update"]] = Update(record["update"], record, names, record.get("epoch"),
                                                     bool(record.get("skipped")))
+        elif record["kind"] == "changed":
+            changes.append(record)
         elif record["kind"] == "evaluation":
             tape.evaluations.append(record)
         elif record["kind"] == "end":
             tape.end = record
+    for number, update in [*tape.updates.items()]:
+        if not update.readable:
+            del tape.updates[number]
+            tape.damaged += 1
+    for record in reversed(changes):        # what was changed between two updates is what the next one starts from
+        if following := next((update for update in tape if update.number > record["update"]), None):
+            following.values["changed_by"] = [record["by"], *following.values.get("changed_by", ())]
     return tape
