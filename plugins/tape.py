@@ -64,6 +64,7 @@ class Tape(StepLogger, Watcher):
         self.calls = self.depth = self.micro_batches = 0
         self.versions: list[int] = []                   # of the weights; empty where changes are not followed
         self.changed_by: list[tuple[str, str]] = []     # hook and plugin, in the step under way
+        self.swapped: dict[tuple[str, str], bool] = {}  # wrappers under way, and whether each has changed the weights
         self.updating = False                           # from `before_step` to `after_step` of a step that is recorded
         self.evaluated: dict[str, Any] = {}
         self.optimizers = [*each_optimizer(run.optimizer)]
@@ -120,7 +121,7 @@ class Tape(StepLogger, Watcher):
         if self.now and hook in ("after_backward", "grads_ready"):
             self.add_gradients(run, f"{hook} {plugin}" + " (before)" * begins)
         if self.versions and hook != "optimizer_step":
-            self.note_change(run, hook, plugin)
+            self.note_change(run, hook, plugin, begins)
 
     def follows_changes(self, run: Run, hook: str) -> bool:
         """Whether changes of weights are noted from this hook on: at the start, and where a resumed run goes on."""
@@ -180,15 +181,19 @@ class Tape(StepLogger, Watcher):
             again = f" (call {self.calls})" * (self.calls > 1 and not run.turn)
             self.now.table("gradients", f"{turn}{point}{again}", self.weights.names, self.weights.gradients())
 
-    def note_change(self, run: Run, hook: str, plugin: str) -> None:
+    def note_change(self, run: Run, hook: str, plugin: str, begins: bool) -> None:
         """Note a plugin that has just changed the weights, as far as torch counts that.
 
         Between two updates that is a record of its own, which a checkpoint that follows has behind it.
         """
-        if (versions := self.weights.versions()) == self.versions:
+        versions = self.weights.versions()
+        changed, self.versions = versions != self.versions, versions
+        before = self.swapped.pop((hook, plugin), False)
+        if begins:
+            self.swapped[hook, plugin] = changed
+        elif changed == before:             # nothing, or other weights for the time of the hook, as of an average
             return
-        self.versions = versions
-        if self.updating:
+        elif self.updating:
             self.changed_by.append((hook, plugin))
         else:
             self.attempt(self.writer.add, {"kind": "changed", "update": run.attempts, "by": [hook, plugin]})

@@ -12,14 +12,24 @@ from typing import Any
 from loopctl.tape.tape_file import COLUMNS, MISSING, records, unpacked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
-    """The fingerprints of some tensors, a row each."""
+    """The fingerprints of some tensors, a row each. Two are equal if the tensors have the same bits.
+
+    So the norms and projections, which may be NaN, and whose rounding depends on the number of threads, do not count.
+    """
 
     names: tuple[str, ...]
     checksums: tuple[int, ...]
     norms: tuple[float, ...]            # -1 where there was no tensor
     projections: tuple[float, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return (isinstance(other, Table) and self.names == other.names and self.checksums == other.checksums
+                and self.missing == other.missing)
+
+    def __hash__(self) -> int:
+        return hash((self.names, self.checksums))
 
     @property
     def norm(self) -> float:
@@ -136,6 +146,13 @@ def read_tape(file: Path) -> TapeContent:
             del tape.updates[number]
             tape.damaged += 1
     for record in reversed(changes):        # what was changed between two updates is what the next one starts from
-        if following := next((update for update in tape if update.number > record["update"]), None):
+        following = next((update for update in tape if update.number > record["update"]), None)
+        if following and not starts_unchanged(following, tape.updates.get(record["update"])):
             following.values["changed_by"] = [record["by"], *following.values.get("changed_by", ())]
     return tape
+
+
+def starts_unchanged(update: Update, before: Update | None) -> bool:
+    """Whether an update starts from the weights that the one before it has made, so that none were changed between."""
+    return (before is not None and update.number == before.number + 1
+            and update.table("weights", "start") == before.table("weights", "end") is not None)

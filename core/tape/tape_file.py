@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from array import array
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +16,7 @@ from loopctl.errors import UsageError, one_line
 
 FORMAT = 1
 NOTHING: Any = object()
+RECORD = re.compile(r"(\{[^\t]*)\t([0-9a-f]{8})")         # its JSON, in which a tab is escaped, and the checksum
 COLUMNS = 3                 # of a table of fingerprints: checksum, norm, projection
 MISSING = -1.0              # the norm of a tensor that is not there, such as the gradient of a frozen parameter
 # What every record of a kind has, besides other values.
@@ -40,10 +43,19 @@ def encoded(record: dict[str, Any]) -> str:
     return f"{text}\t{zlib.crc32(text.encode()):08x}\n"
 
 
-def decoded(line: str) -> dict[str, Any] | None:
-    """The record in a line; None where the line is damaged."""
-    text, _, checksum = line.rstrip("\n").rpartition("\t")
-    if not text or checksum != f"{zlib.crc32(text.encode(errors='replace')):08x}":
+def records_of(line: str) -> Iterator[dict[str, Any] | None]:
+    """Yield the record in a line; of a damaged one None, and what is whole in it, where the end of a line is lost."""
+    found = [*RECORD.finditer(line)]
+    if len(found) != 1 or found[0].group().rstrip("\n") != line.rstrip("\n"):
+        yield None
+    for text, checksum in (match.groups() for match in found):
+        if (record := decoded(text, checksum)) or len(found) == 1:
+            yield record
+
+
+def decoded(text: str, checksum: str) -> dict[str, Any] | None:
+    """A record of its JSON; None where the checksum is not that of the text, or where it is no record."""
+    if checksum != f"{zlib.crc32(text.encode(errors='replace')):08x}":
         return None
     try:
         record = json.loads(text)
@@ -60,7 +72,7 @@ def records(file: Path) -> Iterator[dict[str, Any] | None]:
     """
     try:
         with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
-            found = map(decoded, lines)
+            found = chain.from_iterable(map(records_of, lines))
             damaged = 0                     # lines at the start
             while (first := next(found, NOTHING)) is None:
                 damaged += 1
