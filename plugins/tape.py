@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from loopctl import Run, UsageError, hookimpl
 from loopctl.checkpoint.atomic_files import claim_output
-from loopctl.checkpoint.state import run_config
+from loopctl.checkpoint.state import TRAINING_HOOKS, run_config, training_plugins
 from loopctl.composition.watching import Watcher, watch_hooks
 from loopctl.metrics.step_values import StepLogger
 from loopctl.metrics.weights import reported_loss
@@ -78,6 +78,7 @@ class Tape(StepLogger, Watcher):
         header = environment(run.device) | {
             "model": type(run.model).__name__, "rank": run.rank, "world_size": run.world_size, "seed": run.seed,
             "reduction": run.reduction, "config": run.config or run_config(run),
+            "acting": {hook: names for hook in TRAINING_HOOKS if (names := acting(run, hook))},
             **describe_parameters(named_parameters(run), self.optimizers)}
         self.writer.begin(header, run.attempts, run.counters.evaluated)
 
@@ -230,3 +231,9 @@ class Tape(StepLogger, Watcher):
 
     def target(self) -> Path:
         return self.file
+
+
+def acting(run: Run, hook: str) -> list[str]:
+    """The plugins that can change what is trained at a hook, in the order in which they act."""
+    training = training_plugins(run)
+    return [name for name in run.hook.acting[hook] if name in training]

@@ -82,6 +82,8 @@ def record(file: str | Path, model: nn.Module | None = None, *, every_steps: int
         for handle in handles:
             handle.remove()
         recording.close()
+        if not recording.attempts:
+            log.warning("record: no optimizer of torch has made an update, so %s was not written", path)
 
 
 class Recording:
@@ -312,8 +314,6 @@ class Recording:
             self.seen.remove()
         with suppress(RuntimeError):            # of a device that an error has made unusable
             self.attempt(self.write, not self.error)
-        if not self.attempts:
-            log.warning("record: no optimizer of torch has made an update, so %s was not written", self.file)
         self.attempt(self.writer.add, {"kind": "end", "update": self.attempts,
                                        "why": type(self.error).__name__ if self.error else ""})
         self.attempt(self.writer.close)
