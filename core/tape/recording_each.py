@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from loopctl.data.batch import iter_tensors
+from loopctl.tape.modules import in_backward
 from loopctl.tape.recording import Recording
 
 
@@ -99,8 +100,9 @@ class Recordings:
     def watched_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(backward)
         def watched(tensors: Any, *arguments: Any, **named: Any) -> None:
+            nested = in_backward()                  # in that of a part of the model, as in activation checkpointing
             backward(tensors, *arguments, **named)
-            if self.current:
+            if self.current and not nested:
                 self.current.after_backward(next(iter_tensors(tensors), None))
         return watched
 
