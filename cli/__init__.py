@@ -298,6 +298,22 @@ def compare(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @main.command()
+@click.argument("runs", nargs=2, required=True, type=PathType(), metavar="A B")
+@click.option("--no-replay", is_flag=True, help="Only read what is there; make no update again to look closer.")
+@click.option("--json", "as_json", is_flag=True, help="Print an object, for scripts.")
+@traceback_option
+def why(runs: tuple[Path, Path], no_replay: bool, as_json: bool) -> None:
+    """Say what first differs between two runs, and what that means.
+
+    A and B are folders of runs with the plugin tape, tapes, or Python scripts, which are run and recorded. Where the
+    tapes do not say enough, updates of both runs are made again from their checkpoints, with a tape of every module.
+    Of runs without tapes, configurations, curves and checkpoints are compared.
+    """
+    from loopctl.cli.why import why as explain_runs  # by its full path, for `why` is this command
+    say(explain_runs(runs, not no_replay, as_json, lambda line: click.echo(line, err=True)))
+
+
+@main.command()
 @click.argument("folder", default="runs", type=PathType(), metavar="[DIR]")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, for scripts.")
 def runs(folder: Path, as_json: bool) -> None:
