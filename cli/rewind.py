@@ -16,9 +16,10 @@ import torch
 
 from loopctl import fit, torch_settings
 from loopctl.checkpoint.finding import checkpoints_in, find_candidates, step_number
-from loopctl.cli import data, launch, main
+from loopctl.cli import data, launch
 from loopctl.cli.arguments import build_arguments, chosen_torch_settings
 from loopctl.cli.compare import log_path, read_config, read_history
+from loopctl.cli.options import training_options
 from loopctl.cli.replay_plugins import (
     check_observer,
     check_outside,
@@ -89,8 +90,7 @@ def replay(
         check_observer(spec, text)
     with TemporaryDirectory(prefix="loopctl-") as scratch, new_folder(folder, out, first) as target, same_settings():
         check_outside(folder, target, [build_plugin(text)[1] for text in added])
-        arguments, resolved, _ = build_arguments(
-            settings | {"plugin": [*specs, *added], "max_time": None}, entry.file)
+        arguments, resolved, _ = build_arguments(settings | {"plugin": [*specs, *added]}, entry.file)
         own, rest = arguments["plugins"][:len(specs)], arguments["plugins"][len(specs):]
         write_inside(own)
         saving = any(map(rolls_back, own))
@@ -117,6 +117,12 @@ def replay(
 # What the run has left
 
 
+@click.command()
+@training_options
+def configured(**settings: Any) -> None:
+    """The options that a run.toml has, without those that say how long a run may take and what it is called."""
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings of the run in `folder`, as `loopctl run --resume` would have them. Raises UsageError."""
     if not folder.is_dir():
@@ -127,12 +133,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not file.is_file() or not read_config(file):
         raise UsageError(f"{folder} has no run.toml that says what it trained; name the folder of a run of `loopctl "
                          "run`")
-    settings = main.commands["run"].make_context("run", [f"--config={file}"]).params
+    try:
+        settings = configured.make_context("run", [f"--config={file}"]).params
+    except click.UsageError as error:
+        raise UsageError(error.format_message().removeprefix("--config: ")) from error
     number = max(len(launch.device_numbers(settings["devices"])), launched_processes())
     if number > 1:
         raise UsageError(f"{folder} is a run of {number} processes; only a run of one process can be replayed")
-    return {name: value for name, value in settings.items() if name not in ("fast_dev_run", "name", "out", "resume",
-                                                                            "config")}
+    return {name: value for name, value in settings.items() if name != "config"}
 
 
 def checkpoints_of(folder: Path, config: dict[str, Any]) -> list[tuple[int, Path]]:

@@ -35,7 +35,7 @@ ARROWS = {
     "tuning": "errors rng global_settings hooks model data distributed composition checkpoint run prepare loop trial_run",
     "testing": "errors rng hooks optim model data composition checkpoint run loop",
     "plugins": "errors rng hooks report metrics optim model data distributed composition checkpoint tape run trial_run",
-    "cli": "errors determinism rng global_settings hooks report metrics optim model data distributed composition checkpoint run prepare loop evaluation tuning plugins",
+    "cli": "errors determinism rng global_settings hooks report metrics optim model data distributed composition checkpoint tape run prepare loop evaluation tuning plugins",
 }
 
 

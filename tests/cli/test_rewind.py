@@ -273,10 +273,11 @@ def test_a_replay_leaves_the_settings_of_torch_as_they_were_and_prints_nothing(t
     (["a", "--to", "9", "--out", "runs/b"], ["--out runs/b is the folder of a run and is not overwritten; choose another folder"]),
     (["a", "--to", "9", "--plugin", "norms:path={tmp}/a/norms.csv"], ["a/norms.csv is in a, which is left as it is"]),
     (["runs/b", "--to", "3"], ["no data is called 'digitz'"]),
+    (["odd", "--to", "3"], ["odd/run.toml: 'epoch' is not a key of a configuration; did you mean 'epochs'?"]),
     (["two", "--to", "3"], ["two is a run of 2 processes; only a run of one process can be replayed"]),
 ])
 def test_wrong_input_is_refused_in_one_line_and_leaves_nothing_behind(a, tmp_path, words, parts):
-    for name, old, new in (("runs/b", '"digits"', '"digitz"'), ("two", "epochs =", 'devices = "0,1"\nepochs =')):
+    for name, old, new in (("odd", "epochs =", "epoch ="), ("runs/b", '"digits"', '"digitz"'), ("two", "epochs =", 'devices = "0,1"\nepochs =')):
         Path(name).mkdir(parents=True)
         Path(name, "run.toml").write_text((a / "run.toml").read_text().replace(old, new, 1))
     Path("full").mkdir()
