@@ -47,12 +47,12 @@ class Refuses(Exception):
 
 
 class Model(nn.Module):
-    """The network that is trained: two linear layers with a norm between them."""
+    """The network that is trained: two linear layers, with a norm between them where gradients need not overflow."""
 
-    def __init__(self) -> None:
+    def __init__(self, normed: bool) -> None:
         super().__init__()
         self.first = nn.Linear(INPUTS, 8)
-        self.norm = nn.LayerNorm(8)
+        self.norm = nn.LayerNorm(8) if normed else nn.Identity()
         self.last = nn.Linear(8, CLASSES)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Work:
     def make_model(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            model = Model()
+            model = Model(normed=not self.fp16)
         return model.double() if self.lbfgs else model
 
     @property
