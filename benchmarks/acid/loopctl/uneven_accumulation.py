@@ -1,6 +1,4 @@
 """The plugin accumulate."""
-from functools import partial
-
 from works import Work
 
 from loopctl import fit
