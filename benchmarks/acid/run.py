@@ -101,8 +101,7 @@ def first_difference(ours: Path, theirs: Path, exact: bool = True) -> int | None
     one, other = weights_after(read_tape(ours)), weights_after(read_tape(theirs))
     for index in range(max(len(one), len(other))):
         if index >= len(one) or index >= len(other):
-            return [*one, *other][-1][0] if index >= len(other) and index >= len(one) else (one + other)[index][0] \
-                if index < len(one) else other[index][0]
+            return max(one, other, key=len)[index][0]
         a, b = one[index][1], other[index][1]
         alike = a.checksums == b.checksums if exact else all(
             isclose(x, y, rel_tol=ROUNDING, abs_tol=ROUNDING)
@@ -113,10 +112,12 @@ def first_difference(ours: Path, theirs: Path, exact: bool = True) -> int | None
 
 
 def other_results(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """The results that differ: numbers by more than a rounding, lists by a bit."""
-    return {name: [theirs.get(name), value] for name, value in ours.items()
-            if not (isclose(value, theirs.get(name, float("nan")), rel_tol=1e-6) if isinstance(value, float)
-                    else value == theirs.get(name))}
+    """The results that differ by more than a rounding."""
+    def alike(one: Any, other: Any) -> bool:
+        if isinstance(one, list):
+            return isinstance(other, list) and len(one) == len(other) and all(map(alike, one, other))
+        return other is not None and isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
+    return {name: [theirs.get(name), value] for name, value in ours.items() if not alike(value, theirs.get(name))}
 
 
 def compare(name: str, ours: Path, theirs: Path, results: dict[str, Any], outcome: dict[str, Any]) -> Cell:

@@ -6,7 +6,7 @@ A script of a library is LIBRARY/WORK.py. It imports torch, the library and this
 
 which trains `model` as the documentation of the library says, with what `work` gives. It is called inside of
 `loopctl.tape.record(file, model)`, which notes every update. What it returns are results that are compared too, under
-the names that the work asks for: numbers to a relative 1e-6, tensors bit for bit. `tape` is needed only where no
+the names that the work asks for, numbers and tensors of float32 to a relative 1e-6. `tape` is needed only where no
 optimizer of torch makes the updates: `with tape.update(lr=...)` around each.
 
 Where the library cannot do it the script raises NotOffered, NeedsGpu or Refuses, with a sentence that says so.
