@@ -1,30 +1,199 @@
-"""Compare two tapes."""
+"""Say what first differs between two tapes, and what that means."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from loopctl.tape.reading import read_tape
+from loopctl.errors import counted
+from loopctl.tape.reading import TapeContent, Update, read_tape
+from loopctl.why.data import compare_batches
+from loopctl.why.gradients import compare_gradients, compare_stages
+from loopctl.why.pair import Finding, Pair, listed
+from loopctl.why.start import compare_random, compare_start
+from loopctl.why.tables import only_in_one
+from loopctl.why.update import compare_end, compare_loss, compare_numbers, compare_skipped, compare_update
+
+# What is compared of an update, in the order in which one thing follows from another. The first that differs, and is
+# not minor, is the explanation.
+STEPS: tuple[tuple[str, Callable[[Pair], Finding | None]], ...] = (
+    ("weights, buffers and optimizer state", compare_start),
+    ("", lambda pair: compare_random(pair, "start")),
+    ("batches", compare_batches),
+    ("", lambda pair: compare_random(pair, "forward")),
+    ("gradients", compare_gradients),
+    ("", compare_stages),
+    ("", compare_skipped),
+    ("learning rates and options", compare_numbers),
+    ("updated weights", compare_update),
+    ("", compare_end),
+    ("", compare_loss),
+)
 
 
 @dataclass(frozen=True)
 class Explanation:
     """What `explain_difference` found."""
 
-    same: bool              # whether every update of both tapes has the same bits
-    update: int | None      # the first update that differs
-    cause: str              # a word from CAUSES; "" where they are the same
-    certain: bool
-    text: str               # what differs first and what that means, for a reader
+    same: bool                  # whether everything that both tapes have of every update has the same bits
+    update: int | None          # the first update that differs, or agrees by rounding only
+    cause: str                  # a word from causes.CAUSES; "" where they are the same
+    certain: bool               # whether the tapes prove the cause, and do not only suggest it
+    text: str                   # what differs first and what that means
+    plugins: tuple[str, ...] = ()                       # the plugins that the text names as the reason
+    notes: tuple[Finding, ...] = field(default=(), repr=False)      # minor differences before it
+    last_equal: int = 0         # the last update before it that both tapes have
 
 
 def explain_difference(one: str | Path, other: str | Path) -> Explanation:
-    """Say what first differs in two tapes."""
-    a, b = read_tape(Path(one)), read_tape(Path(other))
-    for number in sorted(a.updates.keys() | b.updates.keys()):
-        x, y = a.updates.get(number), b.updates.get(number)
-        if x is None or y is None:
-            return Explanation(False, number, "length", True, f"only one has update {number}")
-        if x.table("weights", "end") != y.table("weights", "end"):
-            return Explanation(False, number, "unknown", False, f"the weights differ after update {number}")
-    return Explanation(True, None, "", True, "the same")
+    """Compare two tapes, called A and B, and say what first differs and what that means.
+
+    Raises UsageError where one of them is no tape.
+    """
+    return explain_tapes(read_tape(Path(one)), read_tape(Path(other)))
+
+
+def explain_tapes(a: TapeContent, b: TapeContent) -> Explanation:
+    """Do what `explain_difference` does, with tapes that were read."""
+    notes: list[tuple[int, Finding]] = []
+    grown: dict[str, float] = {}
+    before: Pair | None = None
+    numbers = sorted(a.updates.keys() & b.updates.keys())
+    for number in numbers:
+        pair = Pair(a, b, a.updates[number], b.updates[number], before, grown)
+        equal: list[str] = []
+        for what, compare in STEPS:
+            found = compare(pair)
+            if found is None:
+                equal += [what] if what else []
+            elif found.minor:
+                if all(note.cause != found.cause or note.fact[:24] != found.fact[:24] for _, note in notes):
+                    notes.append((number, found))
+            else:
+                return explained(pair, found, equal, notes)
+        remember_distances(pair, grown)
+        before = Pair(a, b, a.updates[number], b.updates[number])
+    return at_the_end(a, b, numbers, notes)
+
+
+def remember_distances(pair: Pair, grown: dict[str, float]) -> None:
+    """Note how far apart the two are by now, so that what rounding grows to is told from a new difference."""
+    for what, tables in (("weights", pair.tables("weights", "end")), ("weights end", pair.tables("weights", "end")),
+                         ("gradients", pair.gradients()), ("final gradients", pair.final_gradients()),
+                         ("buffers", pair.tables("buffers", "end")), ("state", pair.tables("state", "end"))):
+        relation = pair.related(what, tables)
+        if relation and relation.kind == "rounding":
+            grown[what] = max(grown.get(what, 0.0), relation.distance)
+
+
+def explained(pair: Pair, found: Finding, equal: list[str], notes: list[tuple[int, Finding]]) -> Explanation:
+    """The explanation by the first difference that matters."""
+    if found.cause in ("direction", "unknown", "initial weights", "data", "inputs") and (
+            note := next((note for _, note in notes if note.cause == "random numbers"), None)):
+        if found.cause in ("direction", "inputs") or note.certain:
+            found = Finding("random numbers" if found.cause == "direction" else found.cause,
+                            f"{found.fact}; before that, {note.fact}", note.meaning, certain=False)
+    lines = [f"{place(pair.x, pair.y)}: {found.fact}."]
+    if found.meaning:
+        lines.append(found.meaning if found.certain else f"It may mean: {lower(found.meaning)}"
+                     if not found.meaning.startswith("What") else found.meaning)
+    if equal:
+        lines.append(f"Up to there the same: {listed(equal, 5)}.")
+    number = pair.before.number if pair.before else 0
+    if number < pair.number - 1:
+        lines.append(f"The tapes have nothing between the updates {number} and {pair.number}." if number else
+                     f"The tapes begin with update {pair.number}.")
+    for at, note in notes:
+        lines.append(f"Before that, update {at}: {note.fact}.")
+    lines += configuration(pair.a, pair.b)
+    return Explanation(False, pair.number, found.cause, found.certain, "\n".join(lines), found.plugins,
+                       tuple(note for _, note in notes), number)
+
+
+def lower(sentence: str) -> str:
+    """A sentence to be put after a colon."""
+    first = sentence.split()[0]
+    return sentence if first.isupper() or first in ("A", "B", "BatchNorm") else sentence[0].lower() + sentence[1:]
+
+
+def at_the_end(a: TapeContent, b: TapeContent, numbers: list[int],
+               notes: list[tuple[int, Finding]]) -> Explanation:
+    """The explanation where no update that both have differs by more than rounding."""
+    if not numbers:
+        return Explanation(False, None, "length", False, "The tapes have no update in common, so there is nothing to "
+                           "compare; record both with the same every_steps.")
+    last = numbers[-1]
+    lines = []
+    cause, update = "", None
+    for at, note in notes:
+        lines.append(f"Update {at}: {note.fact}. {note.meaning}".strip())
+    rounding = [(at, note) for at, note in notes if note.cause == "rounding"]
+    if rounding:
+        update, cause = rounding[0][0], "rounding"
+        lines.insert(0, f"The same but for rounding in {counted(len(numbers), 'update')}, from update {update} on.")
+    elif notes:
+        cause, update = notes[0][1].cause, notes[0][0]
+        lines.insert(0, f"All {counted(len(numbers), 'update')} have the same weights, batches and gradients.")
+    longest = max(max(a.updates), max(b.updates))
+    if longest > last:
+        side, tape = ("A", a) if max(a.updates) == last else ("B", b)
+        reason = (tape.end or {}).get("why") or ""
+        how = f" ({reason})" if reason else "" if tape.end else ": its tape is cut off there"
+        lines.append(f"{side} ends after update {last}{how}, and the other goes on until update {longest}.")
+        if not cause:
+            cause, update = "length", last
+            lines.insert(0, f"The same to the bit up to update {last}.")
+    extra = extra_parameters(a, b)
+    if not cause and extra:
+        cause, update = "unknown", numbers[0]
+        lines.append(extra)
+    if not cause:
+        return Explanation(True, None, "", True, f"The same to the bit: {counted(len(numbers), 'update')}."
+                           + damage(a, b), last_equal=last)
+    lines += configuration(a, b)
+    return Explanation(False, update, cause, cause == "length", "\n".join(lines) + damage(a, b),
+                       notes=tuple(note for _, note in notes), last_equal=last)
+
+
+def extra_parameters(a: TapeContent, b: TapeContent) -> str:
+    """The parameters that only one of the two has."""
+    tables = [next((update.table("weights", "start") for update in tape), None) for tape in (a, b)]
+    if tables[0] is None or tables[1] is None:
+        return ""
+    for side, names in zip("AB", only_in_one(tables[0], tables[1]), strict=True):
+        if names:
+            return f"Only {side} has the parameters {listed(names)}; what both have is the same."
+    return ""
+
+
+def damage(a: TapeContent, b: TapeContent) -> str:
+    found = [f"{counted(tape.damaged, 'record')} of {name} could not be read" for name, tape in (("A", a), ("B", b))
+             if tape.damaged]
+    return f"\n{'; '.join(found)}." if found else ""
+
+
+def place(x: Update, y: Update) -> str:
+    """Where an update is, as text."""
+    if x.epoch is None:
+        return f"update {x.number}"
+    return f"update {x.number} (epoch {x.epoch + 1}, update {x.values['in_epoch']} of it)"
+
+
+def configuration(a: TapeContent, b: TapeContent) -> list[str]:
+    """The options on which the runs differ, as a line; they are where a reader looks next."""
+    configs = [tape.header.get("config") or {} for tape in (a, b)]
+    if not (configs[0] and configs[1]):
+        return []
+    found = []
+    for key in sorted(configs[0].keys() | configs[1].keys()):
+        one, other = (config.get(key) for config in configs)
+        if key in ("tag",) or one == other:
+            continue
+        if isinstance(one, list) and isinstance(other, list):
+            found += [f"{item} in {side} only" for side, own, others in (("A", one, other), ("B", other, one))
+                      for item in own if item not in others and not str(item).startswith("tape")]
+            if sorted(map(str, one)) == sorted(map(str, other)):
+                found.append(f"the order of {key}")
+        else:
+            found.append(f"{key} {one} in A, {other} in B")
+    return [f"The configurations differ in: {'; '.join(found)}."] if found else []

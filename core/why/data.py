@@ -1,0 +1,275 @@
+"""Whether two updates are made from the same batches, and how their data differs where they are not."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from loopctl.tape.reading import Table, TapeContent, Update
+from loopctl.why.pair import Finding, Pair, batch_count, listed, ratio_text, shown
+from loopctl.why.tables import matched, relate
+
+Samples = tuple[int, ...]
+
+
+def compare_batches(pair: Pair) -> Finding | None:
+    """The first difference between the batches of two updates."""
+    points = [[point for point in update.points("batch")] for update in (pair.x, pair.y)]
+    if not (points[0] and points[1]):
+        return None
+    for point in points[0]:
+        if point in points[1] and (found := compare_batch(pair, point)):
+            return regrouped(pair) or found
+    if len(points[0]) != len(points[1]):
+        return regrouped(pair) or Finding(
+            "grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B",
+            "The first ones are the same.")
+    return None
+
+
+def batches(update: Update) -> str:
+    count = batch_count(update)
+    return f"{count} batch" + "es" * (count != 1)
+
+
+def regrouped(pair: Pair) -> Finding | None:
+    """Whether both read the same batches one after the other, and put another number of them together."""
+    sizes = len(pair.x.points("batch")), len(pair.y.points("batch"))
+    if sizes[0] == sizes[1]:
+        return None
+    ahead = [batch_keys(tape, pair.number) for tape in (pair.a, pair.b)]
+    shared = min(len(ahead[0]), len(ahead[1]), 8)
+    least = min(sizes)
+    if shared <= least or ahead[0][:shared] != ahead[1][:shared]:
+        if ahead[0][:least] != ahead[1][:least]:
+            return None
+        more = "A" if sizes[0] > sizes[1] else "B"
+        return Finding("grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B; the "
+                                   f"first {least} are the same, and {more} goes on with others",
+                       "The last group of an epoch is filled from the next epoch in one, and is smaller in the other, or "
+                       "batches are left out after it.", certain=False)
+    more, fewer = ("A", "B") if sizes[0] > sizes[1] else ("B", "A")
+    meaning = "Both read the same batches in the same order. "
+    epochs = {key[0] for key in ahead["AB".index(fewer)][:max(sizes)]}
+    if len(epochs) > 1 or (pair.x.epoch is None and max(sizes) == usual_count(pair)):
+        meaning += (f"{more} fills the last group of an epoch with batches of the next epoch; {fewer} makes an update "
+                    "from the smaller group.")
+    else:
+        meaning += f"{more} accumulates more of them."
+    return Finding("grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B", meaning)
+
+
+def usual_count(pair: Pair) -> int:
+    """The batches of most updates so far."""
+    counts = Counter(len(update.points("batch")) for update in pair.a if update.number <= pair.number)
+    return counts.most_common(1)[0][0] if counts else 0
+
+
+def batch_keys(tape: TapeContent, first: int, most: int = 3) -> list[Any]:
+    """What identifies each micro-batch of the next updates: its samples in order, or its checksums."""
+    keys: list[Any] = []
+    for number in range(first, first + most):
+        if update := tape.updates.get(number):
+            keys += [identity(update, point) for point in update.points("batch")]
+    return keys
+
+
+def identity(update: Update, point: str) -> Any:
+    table = update.table("batch", point)
+    return samples_of(update, point) or (table.checksums[:1] if table else None)
+
+
+def samples_of(update: Update, point: str) -> Samples:
+    return update.observed.get(("samples", point), ())
+
+
+def compare_batch(pair: Pair, point: str) -> Finding | None:
+    """How one micro-batch differs; None where it has the same bits, as far as both tapes have them."""
+    tables = pair.tables("batch", point)
+    if tables is None:
+        return None
+    a, b = tables
+    leaves = [{name: (shape, dtype) for name, shape, dtype in update.values["batches"][point]["leaves"]}
+              for update in (pair.x, pair.y)]
+    which = f"batch {point} of the update" if batch_count(pair.x) > 1 else "the batch"
+    sizes = [update.values["batches"][point]["samples"] for update in (pair.x, pair.y)]
+    differing = [row for row, name in enumerate(a.names) if a.checksums[row] != b.checksums[row]]
+    if not differing:
+        return None
+    samples = samples_of(pair.x, point), samples_of(pair.y, point)
+    if sizes[0] != sizes[1]:
+        return other_size(pair, which, sizes, samples)
+    for row in differing:
+        name = a.names[row]
+        kinds = [found.get(name, list(found.values())[min(row, len(found) - 1)])[1] for found in leaves]
+        if kinds[0] != kinds[1]:
+            return Finding("dtype", f"{name} of {which} is {kinds[0]} in A and {kinds[1]} in B",
+                           "It is converted on the way to the model.")
+    names = [a.names[row] for row in differing]
+    if 0 not in differing:              # the first is the input, of which the samples are known
+        return Finding("targets", f"{which} has the same {a.names[0]} and another {listed(names)}",
+                       "Labels that are numbered in another way, smoothed or mixed; or other targets for the samples.",
+                       certain=True)
+    if samples[0] and samples[1] and (found := same_samples(pair, which, samples)):
+        return found
+    if len(a.names) > 1 and len(differing) < len(a.names):
+        return other_inputs(pair, which, a, b, names)
+    return other_data(pair, point, which, a, b, samples)
+
+
+def other_size(pair: Pair, which: str, sizes: list[int], samples: tuple[Samples, Samples]) -> Finding:
+    fact = f"{which} has {sizes[0]} samples in A and {sizes[1]} in B"
+    few, many = sorted(samples, key=len)
+    usual = [Counter(len(samples_of(update, point)) for update in tape for point in update.points("samples"))
+             for tape in (pair.a, pair.b)]
+    if few and not Counter(few) - Counter(many) and pair.before is not None:
+        less = "A" if sizes[0] < sizes[1] else "B"
+        return Finding("data missing", fact, f"Those of {less} are in the other's too: {less} has no more, or cuts the "
+                       "batch.", certain=False)
+    if pair.before is not None and usual[0].most_common(1)[0][0] == usual[1].most_common(1)[0][0]:
+        return position_in_data(pair, samples, fact) or Finding(
+            "data missing", fact, "Other batches have the same size in both: an epoch ends elsewhere, as with drop_last.",
+            certain=False)
+    return Finding("batch size", fact, "The batch size differs.")
+
+
+def same_samples(pair: Pair, which: str, samples: tuple[Samples, Samples]) -> Finding | None:
+    """Where the two batches have samples in common, or the samples come at another update: what that means."""
+    if Counter(samples[0]) == Counter(samples[1]):
+        return Finding("order", f"{which} has the same samples in another order within it",
+                       "The batch is put together in another order: the sampler's seed, or several readers.")
+    return position_in_data(pair, samples, f"{which} has other samples")
+
+
+def position_in_data(pair: Pair, samples: tuple[Samples, Samples], fact: str) -> Finding | None:
+    """Where in the other's data the samples of a batch are."""
+    for side, other, tape, found in (("A", "B", pair.b, samples[0]), ("B", "A", pair.a, samples[1])):
+        if not found:
+            continue
+        for update in tape:             # the very batch, at another update
+            if update.number == pair.number or found not in (samples_of(update, each)
+                                                             for each in update.points("samples")):
+                continue
+            own = pair.a if side == "A" else pair.b
+            already = [each.number for each in own if each.number < pair.number
+                       and found in (samples_of(each, point) for point in each.points("samples"))]
+            if already and not repeats(pair, side):
+                first = already[-1]
+                return Finding("data repeated", f"{fact}: that of {side} is the one of its update {first} again, which "
+                                                f"{other} has at update {update.number} too",
+                               f"{side} trains on the same data again: a resume begins the epoch from its start, or the "
+                               "order is the same in every epoch.", certain=True)
+            if not already and any(each.number != pair.number for each in [update]) and update.number > pair.number \
+                    and shifted(pair, side, update.number - pair.number):
+                return Finding("data missing", f"{fact}: that of {side} comes at update {update.number} in {other}",
+                               f"{side} leaves out {update.number - pair.number} update"
+                               f"{'s' * (update.number - pair.number > 1)} of data that {other} trains on.")
+            break
+    return same_epoch(pair, fact)
+
+
+def repeats(pair: Pair, side: str) -> bool:
+    """Whether the other one also gets at this update a batch that it had before."""
+    tape, own = (pair.b, pair.y) if side == "A" else (pair.a, pair.x)
+    found = [samples_of(own, point) for point in own.points("samples")]
+    return any(samples_of(update, point) in found for update in tape if update.number < pair.number
+               for point in update.points("samples"))
+
+
+def shifted(pair: Pair, side: str, by: int) -> bool:
+    """Whether the next batches of one are also those of the other, `by` updates later."""
+    own, other = (pair.a, pair.b) if side == "A" else (pair.b, pair.a)
+    numbers = [number for number in range(pair.number, pair.number + 3)
+               if number in own.updates and number + by in other.updates]
+    return all(identity(own.updates[number], "1") == identity(other.updates[number + by], "1") for number in numbers)
+
+
+def same_epoch(pair: Pair, fact: str) -> Finding | None:
+    """Compare the samples of the whole epochs that the two updates are in."""
+    sets = [Counter(all_samples(epoch_of(tape, update, pair))) for tape, update in ((pair.a, pair.x), (pair.b, pair.y))]
+    shared = sum((sets[0] & sets[1]).values())
+    least = min(sum(found.values()) for found in sets)
+    if not shared or shared < 0.5 * least:
+        return None
+    epoch = "the epoch" if pair.x.epoch is None else f"epoch {pair.x.epoch + 1}"
+    for side, own, other in (("A", sets[0], sets[1]), ("B", sets[1], sets[0])):
+        again = {sample for sample, count in own.items() if count > other[sample] > 0}
+        if again and not {sample for sample, count in other.items() if count > own[sample] > 0}:
+            return Finding("data repeated", f"{fact}: {len(again)} samples are in {epoch} of {side} more often than in "
+                                            "the other", "Samples are repeated, such as by a sampler that fills up the "
+                           "last batch, or that draws with replacement.")
+    if sets[0] == sets[1]:
+        return Finding("order", f"{fact}: {epoch} has the same {sum(sets[0].values()):,} samples in both, in another "
+                                "order", order_meaning(pair))
+    if ended(pair):
+        return Finding("order", f"{fact}: {shared:,} of the samples are in {epoch} of both",
+                       order_meaning(pair), certain=False)
+    fewer = "A" if sum(sets[0].values()) < sum(sets[1].values()) else "B"
+    if sum(sets[0].values()) != sum(sets[1].values()):
+        return Finding("data missing", f"{fact}: {epoch} has {sum(sets[0].values()):,} samples in A and "
+                                       f"{sum(sets[1].values()):,} in B, of which {shared:,} are the same",
+                       f"{fewer} leaves samples out, such as a last batch that is dropped, or reads another part of the "
+                       "data.", certain=False)
+    return Finding("order", f"{fact}: {shared:,} of {least:,} samples are in {epoch} of both", order_meaning(pair),
+                   certain=False)
+
+
+def ended(pair: Pair) -> bool:
+    """Whether a tape ends within the epoch of the update."""
+    return any(max(tape.updates) - pair.number < 2 for tape in (pair.a, pair.b))
+
+
+def order_meaning(pair: Pair) -> str:
+    """What another order means, by whether an earlier epoch had the same order in both."""
+    for side, tape, update in (("A", pair.a, pair.x), ("B", pair.b, pair.y)):
+        first = next((each for each in tape if each.number < pair.number
+                      and identity(each, "1") == identity(update, "1")), None)
+        if first is not None:
+            return (f"{side} reads the data in the order of update {first.number} again: it is not shuffled anew in each "
+                    "epoch (shuffle, or the sampler's set_epoch).")
+    if pair.before is None:
+        return "The order of the data is drawn from another seed, or it is shuffled in one only."
+    return "The sampler's random numbers differ from this epoch on."
+
+
+def epoch_of(tape: TapeContent, update: Update, pair: Pair) -> Iterable[Update]:
+    """The updates of the epoch of an update; where it is not on the tape, as many as both have."""
+    if pair.x.epoch is None or pair.y.epoch is None:
+        last = min(max(pair.a.updates), max(pair.b.updates))
+        return [each for each in tape if each.number <= last]
+    return [each for each in tape if each.epoch == update.epoch]
+
+
+def all_samples(updates: Iterable[Update]) -> list[int]:
+    return [sample for update in updates for point in update.points("samples") for sample in samples_of(update, point)]
+
+
+def other_inputs(pair: Pair, which: str, a: Table, b: Table, names: list[str]) -> Finding:
+    relation = relate(*matched(a, b))
+    same = [name for name in a.names if name not in names]
+    if relation.kind in ("scaled", "rows") and not relation.ratios:
+        return Finding("inputs", f"{which} has the same {listed(same)}, and {names[0]} is {ratio_text(relation.ratio)} "
+                                 "times that of B", "Inputs are scaled, such as to 0..1 in one only.")
+    if relation.kind == "rounding":
+        return Finding("rounding", f"{names[0]} of {which} agrees to {relation.distance:.1g}, and not to the bit",
+                       "It is decoded, resized or normalized by other code.", certain=False, minor=True)
+    row = a.names.index(names[0])
+    return Finding("inputs", f"{which} has the same {listed(same)} and other values of {names[0]} (norm "
+                             f"{shown(a.norms[row])} in A, {shown(b.norms[row])} in B)",
+                   "They are the same samples after another transform: a random augmentation with other random numbers, "
+                   "or another normalization.", certain=False)
+
+
+def other_data(pair: Pair, point: str, which: str, a: Table, b: Table,
+               samples: tuple[Samples, Samples]) -> Finding:
+    relation = relate(a, b)
+    if relation.kind == "rounding":
+        return Finding("rounding", f"{which} agrees to {relation.distance:.1g}, and not to the bit",
+                       "It is decoded, resized or normalized by other code.", certain=False, minor=True)
+    norms = f"(norm of {a.names[0]}: {shown(a.norms[0])} in A, {shown(b.norms[0])} in B)"
+    if samples[0] and samples[1]:
+        return Finding("data", f"{which} has no sample that the other has in this epoch {norms}",
+                       "Other data, another part of it, or samples changed by random transforms; or its order differs and "
+                       "the tapes are too short to show it.", certain=False)
+    return Finding("data", f"{which} has other content {norms}", "The tapes do not have single samples of such a batch, "
+                   "so whether its order or its data differs is not known.", certain=False)
