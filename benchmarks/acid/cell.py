@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import traceback
 from importlib.util import module_from_spec, spec_from_file_location
@@ -15,6 +16,7 @@ if sys.path[0] == str(HERE):            # the folders here have the names of lib
 elif str(HERE) not in sys.path:
     sys.path.append(str(HERE))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import works  # noqa: E402
 from works import WORKS, Work  # noqa: E402
@@ -27,11 +29,19 @@ ENDS = {works.NotOffered: "not offered", works.NeedsGpu: "needs a GPU", works.Re
 def load_script(library: str, work: str) -> Any:
     """The function `train` of a script."""
     spec = spec_from_file_location(f"acid_{library}_{work}", HERE / library / f"{work}.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = module_from_spec(spec)
     sys.modules[spec.name] = module         # as the checks for types of some libraries need
     spec.loader.exec_module(module)
     return module.train
+
+
+def seed() -> None:
+    """Set the random-number generators of Python, NumPy and torch."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def train_cell(library: str, name: str, folder: Path, part: int = 0, rank: int = 0) -> dict[str, Any]:
@@ -41,8 +51,10 @@ def train_cell(library: str, name: str, folder: Path, part: int = 0, rank: int =
     work.folder.mkdir(exist_ok=True, parents=True)
     model = work.make_model().train()
     try:
+        train = load_script(library, name)
+        seed()                  # after the imports, which may draw random numbers
         with record(folder / f"tape-{rank}.tape", model, resume=part == 2) as tape:
-            results = load_script(library, name)(work, model, tape) or {}
+            results = train(work, model, tape) or {}
     except tuple(ENDS) as end:
         return {"end": ENDS[type(end)], "text": str(end)}
     except Exception:
@@ -54,7 +66,6 @@ def train_cell(library: str, name: str, folder: Path, part: int = 0, rank: int =
 def main() -> None:
     library, name, folder, part = sys.argv[1:]
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     rank = int(os.environ.get("RANK", 0))
     outcome = train_cell(library, name, Path(folder), int(part), rank)
     (Path(folder) / f"outcome-{rank}.json").write_text(json.dumps(outcome))

@@ -14,7 +14,7 @@ import site
 import subprocess
 import sys
 import sysconfig
-import tomllib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from math import isclose
@@ -22,9 +22,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from cell import HERE
+from page import PAGE, page
 from works import WORKS
 
+from loopctl.errors import counted
+from loopctl.tape.header import environment
 from loopctl.tape.reading import TapeContent, read_tape
 from loopctl.why.differences import explain_difference
 
@@ -33,6 +37,7 @@ LIBRARIES = {           # the folder, the name, and the package whose version is
     "accelerate": ("Accelerate", "accelerate"), "transformers": ("HF Trainer", "transformers"),
     "ignite": ("Ignite", "pytorch-ignite"), "fastai": ("fastai", "fastai"), "keras": ("Keras", "keras"),
     "skorch": ("skorch", "skorch"), "mmengine": ("MMEngine", "mmengine"), "torchtnt": ("torchtnt", "torchtnt")}
+NAMES = {library: name for library, (name, _) in LIBRARIES.items()}
 LIMIT = 180             # seconds for a part of a cell
 ROUNDING = 1e-5         # between two processes and one, whose sums have another order
 
@@ -45,7 +50,7 @@ class Cell:
     update: int | None = None   # the first update that differs
     cause: str = ""
     text: str = ""
-    results: dict[str, Any] = field(default_factory=dict)       # of the library and of the plain loop, where they differ
+    results: dict[str, Any] = field(default_factory=dict)       # theirs and the plain loop's, where they differ
 
 
 def python_of(library: str, environments: Path) -> str:
@@ -120,6 +125,30 @@ def other_results(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any
     return {name: [theirs.get(name), value] for name, value in ours.items() if not alike(value, theirs.get(name))}
 
 
+def samples_of(folder: Path, update: int) -> Counter[int]:
+    """The samples of an update in all processes, as checksums."""
+    found: Counter[int] = Counter()
+    for file in folder.glob("tape-*.tape"):
+        if made := read_tape(file).updates.get(update):
+            for point in made.points("samples"):
+                found.update(made.observed["samples", point])
+    return found
+
+
+def explain_processes(ours: Path, theirs: Path, update: int) -> tuple[str, str]:
+    """The cause and a text where the updates of several processes differ from those of the plain loop."""
+    expected, found = samples_of(ours.parent, update), samples_of(theirs.parent, update)
+    text = f"update {update}: the processes together have {found.total()} samples, the plain loop {expected.total()}"
+    if more := found - expected:
+        before = sum((samples_of(ours.parent, number) for number in range(1, update)), Counter())
+        again = (more & (before + expected)).total()
+        return "data repeated" if again else "data", f"{text}: {counted(again or more.total(), 'sample')} " \
+            + ("for the second time in this epoch" if again else "of others")
+    if missing := expected - found:
+        return "data missing", f"{text}: {counted(missing.total(), 'sample')} left out"
+    return "weighting", f"{text}: the same, which count by other weights"
+
+
 def compare(name: str, ours: Path, theirs: Path, results: dict[str, Any], outcome: dict[str, Any]) -> Cell:
     """Compare what a library did with the plain loop."""
     if outcome["end"] != "trained":
@@ -132,6 +161,8 @@ def compare(name: str, ours: Path, theirs: Path, results: dict[str, Any], outcom
         shown = [f"{key} is {theirs}, and the plain loop's is {ours}" for key, (theirs, ours) in other.items()
                  if not isinstance(ours, list)] or [f"{key} differs" for key in other]
         return Cell("differs", cause="result", text="the updates are the same; " + "; ".join(shown), results=other)
+    if WORKS[name].processes > 1:
+        return Cell("differs", update, *explain_processes(ours, theirs, update), other)
     found = explain_difference(theirs, ours)
     return Cell("differs", update, found.cause, found.text, other)
 
@@ -142,7 +173,6 @@ def install(library: str, environments: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     packages = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
     Path(packages, "below.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    import torch
     constraints = folder / "constraints.txt"
     constraints.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
     subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--requirement",
@@ -163,13 +193,12 @@ def main() -> None:
                         help="the folder with an environment for each library")
     parser.add_argument("--install", action="store_true", help="make the environments that are missing")
     parser.add_argument("--tapes", type=Path, help="keep the tapes and what was printed in this folder")
-    parser.add_argument("--results", type=Path, default=Path("acid.json"), help="the file with the results")
+    parser.add_argument("--results", type=Path, default=HERE / "results.json", help="the file with the results")
     parser.add_argument("--page", action="store_true", help="write docs/acid.md from the results, without training")
     parser.add_argument("--jobs", type=int, default=1, help="how many works are trained at once")
     given = parser.parse_args()
     if given.page:
-        from page import write_page
-        write_page(json.loads(given.results.read_text()))
+        PAGE.write_text(page(json.loads(given.results.read_text()), NAMES))
         return
     libraries = [given.library] if given.library else [*LIBRARIES]
     names = [given.work] if given.work else [*WORKS]
@@ -206,7 +235,8 @@ def main() -> None:
     if not given.work:
         kept = json.loads(given.results.read_text()) if given.library and given.results.exists() else {}
         given.results.write_text(json.dumps({
-            "versions": kept.get("versions", {}) | versions, "cells": kept.get("cells", {}) | cells}, indent=1) + "\n")
+            "environment": environment(torch.device("cpu")), "versions": kept.get("versions", {}) | versions,
+            "cells": kept.get("cells", {}) | cells}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ Where the library cannot do it the script raises NotOffered, NeedsGpu or Refuses
 
 The works `resume_in_mid_epoch` and `early_stopping_state` have two parts. `train` is called twice, each time in a new
 process with a new model: with `work.part` 1 it trains `work.stop_after` updates or epochs, and saves to `work.folder`;
-with `work.part` 2 it goes on from there to the end. With `work.part` 0, which only the plain loop gets, it trains in one go.
+with `work.part` 2 it goes on from there to the end. With `work.part` 0, which only the plain loop gets, it trains in
+one go.
 
-In the work `ddp_uneven_data`, torchrun starts two processes, and each calls `train`; the environment has RANK and so on.
-The plain loop makes the same updates in one process.
+In the work `ddp_uneven_data`, torchrun starts two processes, and each calls `train`; the environment has RANK and so
+on. The plain loop makes the same updates in one process.
 """
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,10 +157,11 @@ WORKS = {work.name: work for work in (
          "the same weight in its update.", samples=60, accumulate=4, epochs=2),
     Work("last_partial_group", "Accumulate the gradients of 4 batches where an epoch has 10: the last update of an "
          "epoch is the mean of its 2 batches.", samples=80, accumulate=4, epochs=2),
-    Work("fp16_overflow", "Train in float16 with a loss scale: the gradients are unscaled before their norm is clipped "
-         "to 0.5, and a step whose gradients overflow changes no weight.", fp16=True, overflow_in=3, max_norm=0.5),
-    Work("clip_with_accumulation", "Accumulate 4 batches and clip the norm of the gradient of the whole update to 0.25.",
-         accumulate=4, max_norm=0.25, epochs=2),
+    Work("fp16_overflow", "Train in float16 with a loss scale: the gradients are unscaled before their norm is "
+         "clipped to 0.5, and a step whose gradients overflow changes no weight.", fp16=True, overflow_in=3,
+         max_norm=0.5),
+    Work("clip_with_accumulation", "Accumulate 4 batches and clip the norm of the gradient of the whole update to "
+         "0.25.", accumulate=4, max_norm=0.25, epochs=2),
     Work("schedule_per_step_with_accumulation", "A learning rate that falls with every update to the end of the "
          "training, with 4 batches per update.", accumulate=4, scheduled=True, epochs=3),
     Work("skipped_step_and_schedule", "A learning rate that falls with every step to the end of the data; one step is "
@@ -170,8 +171,8 @@ WORKS = {work.name: work for work in (
     Work("ema", "An exponential moving average of the weights, taken after every update of 2 batches, beginning with "
          "the weights after the first. Returns the average, and its validation loss.", accumulate=2, ema_decay=0.75,
          epochs=2, results=("average", "valid_loss")),
-    Work("resume_in_mid_epoch", "Stop after 11 updates, 3 into the second epoch, save, and resume in a new process: the "
-         "same updates as without the stop.", epochs=3, scheduled=True, stop_after=11),
+    Work("resume_in_mid_epoch", "Stop after 11 updates, 3 into the second epoch, save, and resume in a new process: "
+         "the same updates as without the stop.", epochs=3, scheduled=True, stop_after=11),
     Work("lbfgs", "Train with L-BFGS, which computes the loss several times in an update.", lbfgs=True, epochs=2),
     Work("uneven_validation", "The validation loss is the mean over all samples, with a smaller last batch.",
          epochs=2, results=("valid_loss",)),
@@ -181,5 +182,3 @@ WORKS = {work.name: work for work in (
     Work("ddp_uneven_data", "Two processes, and a number of samples that they cannot share evenly: each sample counts "
          "once in an epoch, and has the same weight in its update.", samples=75, epochs=2, processes=2),
 )}
-
-logging.getLogger("loopctl").setLevel(logging.ERROR)

@@ -7,7 +7,7 @@ def train(work: Work, model, tape):
     for _ in range(work.epochs):
         for input, target in work.train_loader():
 
-            def closure():
+            def closure(input=input, target=target):
                 optimizer.zero_grad()
                 loss = work.loss(model(input), target)
                 loss.backward()
