@@ -1,4 +1,6 @@
 """AutoUnit, a checkpoint in mid-epoch, and torchdata's StatefulDataLoader, whose state the checkpoint has."""
+from contextlib import suppress
+
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtnt.framework.auto_unit import AutoUnit
@@ -38,7 +40,5 @@ def train(work: Work, model, tape):
     if work.part == 2:
         saver.restore_from_latest(str(work.folder), unit, train_dataloader=loader)
         tape.attempts -= 1          # restoring calls optimizer.step once with zero gradients, which is no update
-    try:
+    with suppress(Interrupted):
         train_unit(unit, loader, max_epochs=work.epochs, callbacks=[saver, Lambda(on_train_step_end=interrupt)])
-    except Interrupted:
-        pass
