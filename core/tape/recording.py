@@ -163,7 +163,10 @@ class Recording:
 
     def before_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """A hook of torch, before any optimizer steps."""
+        unknown = self.begun and not self.optimizers
         self.begin(optimizer)
+        if self.now and unknown:                # as in the first update after a resume, where it has a state already
+            self.now.state("start", [optimizer])
         if not (closure := next((each for each in (*arguments, *named.values()) if callable(each)), None)):
             self.add_gradients("update")
             return None
