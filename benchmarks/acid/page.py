@@ -113,7 +113,7 @@ def page(results: dict[str, Any], names: dict[str, str]) -> str:
     cells, versions = results["cells"], results["versions"]
     names = {library: name for library, name in names.items() if library in cells}
     groups = [dict(list(names.items())[start:start + COLUMNS]) for start in range(0, len(names), COLUMNS)]
-    sections = [f"### {name}\n\n{text}" for library, name in names.items()
+    sections = [f"### {name} {versions[library]}\n\n{text}" for library, name in names.items()
                 if library != "loopctl" and (text := remarks(library, name, cells[library]))]
     environment = results["environment"]
     return HEAD.format(

@@ -1,6 +1,6 @@
 """The acid test: the same small works in several libraries, each compared with the plain loop, update by update.
 
-`python benchmarks/acid/run.py` trains every work with every library that is installed, and prints a table.
+`python benchmarks/acid/run.py` trains every work with every library that is installed, and says what came of it.
 `python benchmarks/acid/run.py LIBRARY WORK` trains one, and says what differs.
 `--install` first makes an environment for each library, in a folder of its own below `--environments`.
 `--page` writes docs/acid.md from the results.
@@ -200,16 +200,20 @@ def main() -> None:
     if given.page:
         PAGE.write_text(page(json.loads(given.results.read_text()), NAMES))
         return
+    if given.tapes and given.tapes.exists() and any(given.tapes.iterdir()):
+        parser.error(f"--tapes {given.tapes} is not empty; choose another folder")
     libraries = [given.library] if given.library else [*LIBRARIES]
     names = [given.work] if given.work else [*WORKS]
     for library in libraries:
-        if given.install and library != "loopctl" and not (given.environments / library).exists():
+        if given.install and not version_of(library, python_of(library, given.environments)):
             install(library, given.environments)
     pythons = {library: python_of(library, given.environments) for library in libraries}
     versions = {library: version for library in libraries if (version := version_of(library, pythons[library]))}
     for library in libraries:
         if library not in versions:
-            print(f"{library} is not installed; use --install")
+            print(f"{library} is not installed; use --install, or name the folder of its environment: --environments")
+    if not versions:
+        raise SystemExit(1)
     with TemporaryDirectory() as temporary, ThreadPoolExecutor(given.jobs) as threads:
         folder = given.tapes or Path(temporary)
         plain = dict(zip(names, threads.map(
