@@ -268,12 +268,49 @@ def export(run: Path, kind: str, out: Path | None, weights: str | None) -> None:
 
 
 @main.command()
+@click.argument("run", type=PathType())
+@click.option("--to", required=True, type=COUNT, metavar="STEP",
+              help="The step to look at. Steps count updates made and skipped, from 1 on, as names of checkpoints do.")
+@shared_option("--plugin", plugin_names, multiple=True, type=TextType(), metavar="NAME[:OPTIONS]",
+               help="Add an observer, such as norms, tape or profile; repeat it for more.")
+@click.option("--steps", default=1, type=IntegerType(0), metavar="N", show_default=True,
+              help="The number of steps to make after STEP.")
+@click.option("--out", type=PathType(), metavar="DIR",
+              help="The folder for what the observers write.  [default: a new one in rewinds/]")
+@traceback_option
+def rewind(run: Path, to: int, plugin: tuple[str, ...], steps: int, out: Path | None) -> None:
+    """Make steps of a run again, with observers added, to look at them after they happened.
+
+    RUN is the folder of a run of `loopctl run`, which is left as it is. The run is entered in its last checkpoint
+    before STEP. What it has left, checkpoints, evaluations and a tape, is compared to the bit with what is made again.
+    """
+    from loopctl.cli.rewind import rewind_run  # by its full path, for `rewind` is this command
+    rewind_run(run, to, steps, plugin, out)
+
+
+@main.command()
 @click.argument("runs", nargs=-1, required=True, type=PathType())
 @click.option("--out", type=PathType(), metavar="FILE", help="Also write an HTML page with the curves: compare.html.")
 def compare(runs: tuple[Path, ...], out: Path | None) -> None:
     """Show how the options and the results of runs differ. RUNS are the folders of two runs or more."""
     from loopctl.cli.compare import compare_runs  # by its full path, for `compare` is this command
     say(compare_runs(runs, out))
+
+
+@main.command()
+@click.argument("runs", nargs=2, required=True, type=PathType(), metavar="A B")
+@click.option("--no-replay", is_flag=True, help="Only read what is there; make no update again to look closer.")
+@click.option("--json", "as_json", is_flag=True, help="Print an object, for scripts.")
+@traceback_option
+def why(runs: tuple[Path, Path], no_replay: bool, as_json: bool) -> None:
+    """Say what first differs between two runs, and what that means.
+
+    A and B are folders of runs with the plugin tape, tapes, or Python scripts, which are run and recorded. Where the
+    tapes do not say enough, updates of both runs are made again from their checkpoints, with a tape of every module.
+    Of runs without tapes, configurations, curves and checkpoints are compared.
+    """
+    from loopctl.cli.why import why as explain_runs  # by its full path, for `why` is this command
+    say(explain_runs(runs, not no_replay, as_json, lambda line: click.echo(line, err=True)))
 
 
 @main.command()

@@ -5,7 +5,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -118,6 +118,15 @@ def data_size(run: Run) -> str:
         if None not in sizes:
             return f" ({' + '.join(f'{size:,}' for size in sizes)} {unit})"
     return ""
+
+
+def write_inside(plugins: Iterable[Any]) -> None:
+    """Have plugins that would write elsewhere write to the run's folder too."""
+    for plugin in plugins:
+        for name in ("dir", "path"):
+            value = getattr(plugin, name, None)
+            if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+                setattr(plugin, name, Path(value).name)
 
 
 @contextmanager

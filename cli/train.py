@@ -23,7 +23,7 @@ from loopctl.cli import data, evaluation, launch, saved_run
 from loopctl.cli.arguments import build_arguments, build_plugins, chosen_torch_settings, has_checkpoint
 from loopctl.cli.batch_size import find_batch_size
 from loopctl.cli.lasting_output import lasting_output
-from loopctl.cli.run_folder import Recorder, named_folder, run_folder
+from loopctl.cli.run_folder import Recorder, named_folder, run_folder, write_inside
 from loopctl.composition.compose import blame_plugin
 from loopctl.data.batch import to_device
 from loopctl.distributed.process_group import launched_processes, rank, read_note, restart_count
@@ -143,11 +143,7 @@ def fast_dev_run(settings: dict[str, Any]) -> None:
     few = {"limit_train": "3", "limit_valid": "3", "overfit": None, "max_time": None}
     arguments, resolved, dataset = build_arguments(settings | few)
     test = evaluation.test_set(settings, resolved, arguments["device"], dataset)
-    for plugin in arguments["plugins"]:
-        for name in ("dir", "path"):            # what would be written elsewhere goes to the temporary folder too
-            value = getattr(plugin, name, None)
-            if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
-                setattr(plugin, name, Path(value).name)
+    write_inside(arguments["plugins"])
     arguments["plugins"] += [data.BatchSize(), Recorder(resolved, saved_run.describe_data(dataset), new=True),
                              TwoEpochs()]
     with (TemporaryDirectory(prefix="loopctl-") if rank() == 0 else nullcontext("")) as folder, torch_settings(

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from loopctl import Run, hookimpl
+from loopctl.model.forward import is_compiled
 
 try:
     import resource
@@ -155,10 +156,3 @@ def peak_memory(device: torch.device) -> float:
 def peak_of(name: str) -> float | None:
     """Peak TFLOP/s of the GPU that CUDA calls `name`; None if unknown, as for a laptop GPU or a MIG slice."""
     return PEAKS.get(re.sub(r"NVIDIA |Tesla |GeForce |[- ]\d+GB", "", name))
-
-
-def is_compiled(run: Any) -> bool:
-    """Whether the model or a part of it is compiled with torch.compile."""
-    markers = ("_orig_mod", "_torchdynamo_orig_callable")
-    return any(getattr(part, "_compiled_call_impl", None) or any(hasattr(part, marker) for marker in markers)
-               for part in (run.network, *run.model.modules()))

@@ -236,6 +236,7 @@ EXAMPLES = checks.EXAMPLES | {
     "progressive_resizing": "delay_fraction=0.2",
     "selective_backprop": "start=0.1,keep=0.7",
     "spike": "deviations=0.5,warmup=2",
+    "tape": "every_steps=2",
     "tensorboard": "every_steps=2,histogram_steps=3",
     "throughput": "peak=1",
     "warmup": "length=50%",

@@ -23,6 +23,8 @@ ARROWS = {
     "report": "errors metrics",
     "composition": "errors hooks optim data distributed model",
     "checkpoint": "errors rng counters hooks metrics optim data distributed composition model",
+    "tape": "errors metrics optim model data distributed checkpoint",
+    "why": "tape",
     "run": "errors counters metrics optim data distributed composition",
     "defaults": "errors hooks metrics optim model data run",
     "prepare": "errors rng metrics optim data distributed composition run model",
@@ -32,7 +34,7 @@ ARROWS = {
     "trial_run": "errors rng metrics optim model data distributed composition checkpoint run loop",
     "tuning": "errors rng global_settings hooks model data distributed composition checkpoint run prepare loop trial_run",
     "testing": "errors rng hooks optim model data composition checkpoint run loop",
-    "plugins": "errors rng hooks report metrics optim model data distributed composition checkpoint run trial_run",
+    "plugins": "errors rng hooks report metrics optim model data distributed composition checkpoint tape run trial_run",
     "cli": "errors determinism rng global_settings hooks report metrics optim model data distributed composition checkpoint run prepare loop evaluation tuning plugins",
 }
 

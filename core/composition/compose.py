@@ -32,6 +32,7 @@ class Hooks:
     by_hook: dict[str, list[Any]]       # pluggy's HookImpl objects of each hook, of plugins and defaults, in that order
     acting: dict[str, list[str]]  # the names of the plugins that implement each hook, in the order in which they act
     replaced: dict[str, str]      # by hook, the plugin that replaces its default; only hooks that one replaces
+    watchers: dict[str, list[Any]]      # by hook, what is told of its calls; by `watch_hooks`
 
     @property
     def hookimpls(self) -> list[Any]:
@@ -91,7 +92,8 @@ def compose(plugins: Iterable[Any], defaults: Iterable[Any] = ()) -> Hooks:
     manager.check_pending()
 
     composed = Hooks()
-    composed.plugins, composed.by_hook, composed.acting, composed.replaced = chosen, {}, {}, {}
+    composed.plugins, composed.by_hook, composed.acting = chosen, {}, {}
+    composed.replaced, composed.watchers = {}, {}
     for name in SPECS:
         impls = getattr(manager.hook, name).get_hookimpls()[::-1]        # in the order in which they act
         composed.by_hook[name] = impls

@@ -1,7 +1,7 @@
 """Watch the hooks of a run: be told before a hook is called, after each plugin has acted, and after the hook."""
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,26 @@ class Watcher:
     def entered(self, run: Run, hook: str, arguments: dict[str, Any]) -> None:
         """Called before anything acts at a hook."""
 
-    def acted(self, run: Run, hook: str, plugin: str) -> None:
-        """Called when a plugin has acted, or the default: then `plugin` is "". Of a wrapper, also when it begins."""
+    def acted(self, run: Run, hook: str, plugin: str, begins: bool) -> None:
+        """Called when a plugin has acted, or the default: then `plugin` is "".
+
+        A wrapper acts twice: before what it wraps, when `begins` is true, and after it.
+        """
 
     def left(self, run: Run, hook: str, result: Any) -> None:
         """Called when a hook returns; not where it raises."""
+
+
+WATCHED = """
+def {hook}({arguments}):
+    given = {{{given}}}
+    for watcher in watchers:
+        watcher.entered(run, {hook!r}, given)
+    result = inner({arguments})
+    for watcher in watchers:
+        watcher.left(run, {hook!r}, result)
+    return result
+"""
 
 
 def watch_hooks(composed: Hooks, hooks: Iterable[str], watcher: Watcher) -> None:
@@ -38,41 +53,41 @@ def watch_hooks(composed: Hooks, hooks: Iterable[str], watcher: Watcher) -> None
     The hooks are compiled anew. What they call, in which order, and what they return does not change.
     """
     for hook in hooks:
-        watched = [watched_impl(hook, impl, watcher, composed.plugins) for impl in composed.by_hook[hook]]
-        function = compile_hook(hook, watched, composed.plugins)
-        arguments = ARGUMENTS[hook]
-        source = (f"def {hook}({', '.join(arguments)}):\n"
-                  f"    entered(run, '{hook}', {{{', '.join(f'{name!r}: {name}' for name in arguments)}}})\n"
-                  f"    result = inner({', '.join(arguments)})\n"
-                  f"    left(run, '{hook}', result)\n"
-                  "    return result\n")
-        scope = {"entered": watcher.entered, "left": watcher.left, "inner": function}
-        setattr(composed, hook, define_function(source, scope))
+        watchers = composed.watchers.setdefault(hook, [])
+        watchers.append(watcher)
+        watched = [watched_impl(hook, impl, watchers, composed.plugins) for impl in composed.by_hook[hook]]
+        source = WATCHED.format(hook=hook, arguments=", ".join(ARGUMENTS[hook]),
+                                given=", ".join(f"{name!r}: {name}" for name in ARGUMENTS[hook]))
+        inner = compile_hook(hook, watched, composed.plugins)
+        setattr(composed, hook, define_function(source, {"watchers": watchers, "inner": inner}))
 
 
-def watched_impl(hook: str, impl: Any, watcher: Watcher, chosen: dict[str, Any]) -> Any:
-    """An implementation of a hook that takes all arguments, does what `impl` does, and then tells the watcher."""
+def watched_impl(hook: str, impl: Any, watchers: Sequence[Watcher], chosen: dict[str, Any]) -> Any:
+    """An implementation of a hook that takes all arguments, does what `impl` does, and then tells the watchers."""
     wanted, function = impl.argnames, impl.function
     plugin = impl.plugin_name if impl.plugin_name in chosen else ""
 
     def plain(*values: Any) -> Any:
         given = dict(zip(ARGUMENTS[hook], values, strict=True))
         result = function(*(given[name] for name in wanted))
-        watcher.acted(given["run"], hook, plugin)
+        for watcher in watchers:
+            watcher.acted(given["run"], hook, plugin, begins=False)
         return result
 
     def wrapper(*values: Any) -> Generator[None, Any, Any]:
         given = dict(zip(ARGUMENTS[hook], values, strict=True))
         around = function(*(given[name] for name in wanted))
         start_wrapper(around, plugin)
-        watcher.acted(given["run"], hook, plugin)
+        for watcher in watchers:
+            watcher.acted(given["run"], hook, plugin, begins=True)
         try:
             result = yield
         except BaseException as error:
             result = throw_error(around, error, plugin)
         else:
             result = send_result(around, result, plugin)
-        watcher.acted(given["run"], hook, plugin)
+        for watcher in watchers:
+            watcher.acted(given["run"], hook, plugin, begins=False)
         return result
 
     return SimpleNamespace(function=wrapper if impl.wrapper else plain, argnames=ARGUMENTS[hook], wrapper=impl.wrapper,

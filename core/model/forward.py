@@ -52,6 +52,13 @@ def unwrapped_network(run: Run) -> nn.Module:
     return ForwardModule(run.model, run.forward if isinstance(run.forward, Mapping) else {"": run.forward})
 
 
+def is_compiled(run: Run) -> bool:
+    """Whether the model or a part of it is compiled with torch.compile."""
+    markers = ("_orig_mod", "_torchdynamo_orig_callable")
+    return any(getattr(part, "_compiled_call_impl", None) or any(hasattr(part, marker) for marker in markers)
+               for part in (run.network, *run.model.modules()))
+
+
 def loss_by_forward(run: Run, batch: Any) -> Any:
     """Call `run.forward`; return its loss, set `run.outputs`, and log the further values that it returns by name.
 

@@ -1,50 +1,55 @@
 """Fingerprints of tensors: for each row an exact checksum, the norm, and a projection, computed on the device.
 
-The checksum is a sum of the tensor's bits, as int32, times odd constants that depend on the position. Integers have no
-rounding, so it is the same in any order of summation, on any device and with any number of threads; two tensors that
-differ in one element never share it, others once in 2^32. The norm tells how large a tensor is. The projection is the
-sum of its elements, each with a fixed random sign. It is linear: that of a sum of tensors is the sum of theirs. So two
-tensors of which one is a multiple of the other, or the sum of two others, are told from the numbers alone.
+The checksum is a sum of the tensor's bits, as int32, times odd constants that depend on the position, modulo 2^32.
+Integers have no rounding, so it is the same in any order of summation, on any device and with any number of threads.
+Two tensors that differ in one bit, or in one element of up to 32 bits, never share it; others do once in 2^32. The norm
+tells how large a tensor is. The projection is the sum of its elements, each with a fixed random sign. It is linear:
+that of a sum of tensors is the sum of theirs. So two tensors of which one is a multiple of the other, or the sum of two
+others, are told from the numbers alone. Norm and projection are float32 and rounded as any sum is; whether two tensors
+are equal is what the checksum says.
 """
 from __future__ import annotations
 
+import ctypes
 import random
 import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loopctl.tape.tape_file import COLUMNS, MISSING
+
 CHUNK = 1 << 16             # elements that share the constants of one row of a longer tensor
 BLOCK = 256                 # rows of such a tensor that are computed at once where that takes memory
-COLUMNS = 3                 # checksum, norm, projection
-MISSING = -1.0              # the norm of a tensor that is not there, such as the gradient of a frozen parameter
 PLAIN = (Tensor, torch.nn.Parameter)
 MAX_SAMPLES = 512           # samples of a batch with a checksum of their own
+MERSENNE_TWISTER = 625 * 4  # bytes of the state of that generator: 624 words and the position
 
 
 @cache
 def constants(device: torch.device) -> tuple[Tensor, Tensor]:
     """Odd int32 numbers and signs of either 1 or -1, by position within a row."""
-    number = torch.arange(1, CHUNK + 1, dtype=torch.int64) * 0x9E3779B97F4A7C1 & 0x7FFFFFFFFFFFFFFF
+    number = torch.arange(1, CHUNK + 1, dtype=torch.int64, device="cpu") * 0x9E3779B97F4A7C1 & 0x7FFFFFFFFFFFFFFF
     number = (number ^ number >> 29) * 0xBF58476D1CE4E5B & 0x7FFFFFFFFFFFFFFF
     number ^= number >> 32
     return (number | 1).to(torch.int32).to(device), (1 - 2 * (number >> 40 & 1)).to(torch.float32).to(device)
 
 
-@cache
+@lru_cache(1024)
 def first(weights: Tensor, size: int) -> Tensor:
     """The first `size` elements of the constants."""
     return weights[:size]
 
 
 def multiplier(index: int) -> int:
-    """The odd number that the checksum of row `index` of a long tensor is multiplied by, as an int32."""
-    number = (index * 0x85EBCA6B + 0xC2B2AE35 & 0xFFFFFFFF) | 1
+    """The odd number that the checksum of row `index` of a long tensor is multiplied by, as int32; 1 for the first."""
+    number = index * 0x85EBCA6B & 0xFFFFFFFF
+    number = (number ^ number >> 15) * 0xC2B2AE35 & 0xFFFFFFFF | 1
     return number - (number >> 31 << 32)
 
 
@@ -62,9 +67,22 @@ def bits(tensor: Tensor) -> Tensor:
     return flat.contiguous().view(torch.uint8).to(torch.int32)
 
 
+def in_one_kernel(device: torch.device) -> bool:
+    """Whether integers have a dot product there, which needs no temporary memory; on GPUs they have none."""
+    return device.type == "cpu"
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense float32, so that its bits can be read as they are."""
+    return (tensor.dtype is torch.float32 and type(tensor) in PLAIN and tensor.layout is torch.strided
+            and not tensor.is_nested and not tensor.is_neg())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The elements that this process has, as a dense tensor of real numbers."""
     tensor = getattr(tensor, "to_local", tensor.detach)().detach()
+    if tensor.is_nested:
+        tensor = torch.cat([part.reshape(-1) for part in tensor.unbind()])
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     if tensor.is_quantized:
@@ -79,7 +97,7 @@ def numbers(tensor: Tensor) -> Tensor:
 
 def weighed(elements: Tensor, weights: Tensor) -> list[Tensor]:
     """The sums of the elements times weights, one for each row of CHUNK elements, as scalars."""
-    if elements.device.type == "cpu":       # one kernel without temporary memory, which integers have on the CPU only
+    if in_one_kernel(elements.device):
         return [torch.dot(row, weights[:row.numel()]) for row in elements.split(CHUNK)]
     full = elements.numel() // CHUNK * CHUNK
     sums: list[Tensor] = []
@@ -93,7 +111,8 @@ def weighed(elements: Tensor, weights: Tensor) -> list[Tensor]:
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which autocast computes nothing in half precision."""
     kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 @torch.no_grad()
@@ -106,7 +125,7 @@ def fingerprint(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -
     if not rows:
         return torch.empty(0, COLUMNS, dtype=torch.int32, device=device)
     odd, signs = constants(device)
-    on_host = device.type == "cpu"
+    usual = in_one_kernel(device)
     checksums: list[Tensor] = []
     projections: list[Tensor] = []
     floats: list[Tensor] = []
@@ -119,11 +138,12 @@ def fingerprint(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -
             count = len(checksums)
             for tensor in present:
                 size = tensor.numel()
-                if tensor.dtype is torch.float32 and size <= CHUNK and type(tensor) in PLAIN and on_host:
-                    number = tensor.detach().reshape(-1)            # the usual case
+                if usual and size <= CHUNK and is_plain(tensor):
+                    number = tensor.detach().reshape(-1)            # the usual case, in few calls
                     checksums.append(torch.dot(number.view(torch.int32), first(odd, size)))
                     projections.append(torch.dot(number, first(signs, size)))
                 else:
+                    tensor = tensor.to(device, non_blocking=True)
                     number = numbers(tensor)
                     checksums += weighed(bits(tensor), odd)
                     projections += weighed(number, signs)
@@ -133,11 +153,11 @@ def fingerprint(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -
             sizes.append(len(checksums) - count)
             factors += map(multiplier, range(sizes[-1]))
         if not checksums:
-            table = torch.zeros(len(rows), COLUMNS, dtype=torch.int32, device=device)
-            table[:, 1] = torch.full((), MISSING).view(torch.int32).to(device)
-            return table
+            table = torch.zeros(len(rows), COLUMNS, dtype=torch.float32, device=device)
+            table[:, 1] = MISSING
+            return table.view(torch.int32)
         exact, linear = torch.stack(checksums), torch.stack(projections)
-        norms = torch.stack(torch._foreach_norm(floats))        # type: ignore[arg-type]
+        norms = torch.stack(torch._foreach_norm(floats))
         if any(size != 1 for size in sizes):
             exact *= torch.tensor(factors, dtype=torch.int32).to(device, non_blocking=True)
             exact = torch.stack([part.sum(dtype=torch.int32) for part in exact.split(sizes)])
@@ -156,17 +176,24 @@ def sample_checksums(tensor: Tensor) -> Tensor:
     if tensor.numel():
         for number, part in enumerate(bits(tensor).view(len(tensor), -1).split(CHUNK, 1)):
             weights = odd[:part.shape[1]]
-            on_host = tensor.device.type == "cpu"
-            total += multiplier(number) * (torch.mv(part, weights) if on_host
-                                           else (part * weights).sum(1, dtype=torch.int32))
+            usual = in_one_kernel(tensor.device)
+            sums = torch.mv(part, weights) if usual else (part * weights).sum(1, dtype=torch.int32)
+            total += multiplier(number) * sums
     return total
 
 
 def random_states(device: torch.device) -> dict[str, int]:
     """Checksums of the states of the random-number generators of torch, Python and NumPy, and of the device's."""
-    numpy_state: Any = np.random.get_state(legacy=False)
-    found = {"torch": zlib.crc32(torch.get_rng_state().numpy()), "python": hash(random.getstate()[1]) & 0xFFFFFFFF,
-             "numpy": zlib.crc32(numpy_state["state"]["key"], numpy_state["state"]["pos"])}
+    found = {"torch": zlib.crc32(torch.get_rng_state().numpy().data), "python": hash(random.getstate()[1]) & 0xFFFFFFFF,
+             "numpy": zlib.crc32(numpy_state())}
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        found["cuda"] = zlib.crc32(torch.cuda.get_rng_state(device).numpy())
+        found["cuda"] = zlib.crc32(torch.cuda.get_rng_state(device).numpy().data)
     return found
+
+
+def numpy_state() -> bytes:
+    """The state of NumPy's global generator; of a Mersenne twister from memory, as NumPy takes 24 us to return it."""
+    generator: Any = np.random.mtrand.get_bit_generator()
+    if type(generator) is np.random.MT19937:
+        return ctypes.string_at(generator.ctypes.state_address, MERSENNE_TWISTER)
+    return repr(generator.state).encode()

@@ -1,7 +1,8 @@
 """What is observed of one update, kept on the device until the update is over."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,14 @@ from loopctl.optim.group_numbers import numbers_by_name
 from loopctl.tape.fingerprint import COLUMNS, MAX_SAMPLES, fingerprint, random_states, sample_checksums
 
 MAX_ROWS = 64           # of a table; of a model with more tensors, several share a row
+MAX_LEAVES = 64         # of a batch that are described, tensors and others
 
 
 class Rows:
     """The rows of a table of fingerprints: named tensors, of which several share a row where there are many."""
 
-    def __init__(self, named: Mapping[str, Tensor], limit: int = MAX_ROWS) -> None:
-        share = -(-len(named) // limit) or 1
+    def __init__(self, named: Mapping[str, Tensor]) -> None:
+        share = -(-len(named) // MAX_ROWS) or 1
         found = list(named.items())
         parts = [found[start:start + share] for start in range(0, len(found), share)]
         self.names = tuple(part[0][0] if len(part) == 1 else f"{part[0][0]} to {part[-1][0]}" for part in parts)
@@ -46,7 +48,7 @@ class Observations:
         self.parts: list[Tensor] = []
         self.values: dict[str, Any] = {}
 
-    def table(self, what: str, point: str, names: tuple[str, ...], rows: list[list[Tensor | None]]) -> None:
+    def table(self, what: str, point: str, names: tuple[str, ...], rows: Sequence[Sequence[Tensor | None]]) -> None:
         """Add the fingerprints of tensors."""
         self.fingerprints(what, point, names, fingerprint(rows, self.device))
 
@@ -73,12 +75,16 @@ class Observations:
 
     def batch(self, point: str, batch: Any) -> None:
         """Add the fingerprint of each tensor of a batch, and checksums of its samples."""
-        names, tensors, others = leaves(batch)
-        self.table("batch", point, tuple(names), [[tensor] for tensor in tensors])
-        whole = [tensor for tensor in tensors if tensor.ndim]
+        named, others = leaves(batch)
+        rows = Rows(named)
+        self.table("batch", point, rows.names, rows.tensors)
+        whole = [tensor for tensor in named.values() if tensor.ndim and not tensor.is_nested]
+        kept = [*named.items()][:MAX_LEAVES]
+        rest = others[MAX_LEAVES:]
+        others = others[:MAX_LEAVES] + [f"and others: {zlib.crc32(repr(rest).encode()):08x}"] * bool(rest)
         described = {"leaves": [[name, "x".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")]
-                                for name, tensor in zip(names, tensors, strict=True)], "others": others,
-                     "samples": len(whole[0]) if whole else 0}
+                                for name, tensor in kept if not tensor.is_nested],
+                     "others": others, "samples": len(whole[0]) if whole else 0}
         self.values.setdefault("batches", {})[point] = described
         if whole and 0 < len(whole[0]) <= MAX_SAMPLES:      # of the input alone, for targets may not be known
             self.column("samples", point, sample_checksums(whole[0].to(self.device)))
@@ -115,8 +121,8 @@ class Observations:
         return torch.cat(self.parts) if self.parts else torch.empty(0, dtype=torch.int32)
 
 
-def leaves(batch: Any) -> tuple[list[str], list[Tensor], list[str]]:
-    """The tensors in a batch with a name for each, and its other leaves as text.
+def leaves(batch: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors in a batch by name, and its other leaves as text.
 
     Of a pair the names are input and target, of a mapping its keys, of a longer sequence the indices.
     """
@@ -128,7 +134,8 @@ def leaves(batch: Any) -> tuple[list[str], list[Tensor], list[str]]:
         named = [(("input", "target")[index] if pair else str(index), value) for index, value in enumerate(batch)]
     else:
         named = [("input", batch)]
-    names, tensors, others = [], [], []         # type: list[str], list[Tensor], list[str]
+    tensors: dict[str, Tensor] = {}
+    others: list[str] = []
     for name, value in named:
         inner: list[Any] = []
         map_nested(inner.append, value)
@@ -137,8 +144,7 @@ def leaves(batch: Any) -> tuple[list[str], list[Tensor], list[str]]:
             if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
                 leaf = torch.from_numpy(leaf)
             if isinstance(leaf, Tensor):
-                names.append(label)
-                tensors.append(leaf)
+                tensors[label] = leaf
             elif isinstance(leaf, str | int | float | bool):
                 others.append(f"{label} {leaf!r}"[:200])
-    return names, tensors, others
+    return tensors, others

@@ -9,18 +9,27 @@ from pathlib import Path
 from struct import unpack
 from typing import Any
 
-from loopctl.tape.fingerprint import COLUMNS, MISSING
-from loopctl.tape.tape_file import records, unpacked
+from loopctl.tape.tape_file import COLUMNS, MISSING, records, unpacked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
-    """The fingerprints of some tensors, a row each."""
+    """The fingerprints of some tensors, a row each. Two are equal if the tensors have the same bits.
+
+    So the norms and projections, which may be NaN, and whose rounding depends on the number of threads, do not count.
+    """
 
     names: tuple[str, ...]
     checksums: tuple[int, ...]
     norms: tuple[float, ...]            # -1 where there was no tensor
     projections: tuple[float, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return (isinstance(other, Table) and self.names == other.names and self.checksums == other.checksums
+                and self.missing == other.missing)
+
+    def __hash__(self) -> int:
+        return hash((self.names, self.checksums))
 
     @property
     def norm(self) -> float:
@@ -59,6 +68,19 @@ class Update:
             else:
                 found[what, point] = floats(part)[0] if what in SCALARS else tuple(part)
         return found
+
+    @property
+    def readable(self) -> bool:
+        """Whether points and data belong together, and the names of all rows are known."""
+        try:
+            size = 0
+            for what, point, rows, columns in self.values["points"]:
+                if not isinstance(what, str) or not isinstance(point, str) or (columns == 0) == isinstance(rows, int):
+                    return False
+                size += len(self.names[rows]) * COLUMNS if columns == COLUMNS else rows if columns == 1 else 0
+            return len(unpacked(self.values["data"])) == size
+        except (ValueError, TypeError, KeyError):
+            return False
 
     def table(self, what: str, point: str) -> Table | None:
         return self.observed.get((what, point))
@@ -101,6 +123,7 @@ def read_tape(file: Path) -> TapeContent:
     """
     header: dict[str, Any] = {}
     names: dict[int, tuple[str, ...]] = {}
+    changes: list[dict[str, Any]] = []
     tape = TapeContent(file, header, {}, [], None, 0)
     for record in records(file):
         if record is None:
@@ -112,8 +135,24 @@ def read_tape(file: Path) -> TapeContent:
         elif record["kind"] == "update":
             tape.updates[record["update"]] = Update(record["update"], record, names, record.get("epoch"),
                                                     bool(record.get("skipped")))
+        elif record["kind"] == "changed":
+            changes.append(record)
         elif record["kind"] == "evaluation":
             tape.evaluations.append(record)
         elif record["kind"] == "end":
             tape.end = record
+    for number, update in [*tape.updates.items()]:
+        if not update.readable:
+            del tape.updates[number]
+            tape.damaged += 1
+    for record in reversed(changes):        # what was changed between two updates is what the next one starts from
+        following = next((update for update in tape if update.number > record["update"]), None)
+        if following and not starts_unchanged(following, tape.updates.get(record["update"])):
+            following.values["changed_by"] = [record["by"], *following.values.get("changed_by", ())]
     return tape
+
+
+def starts_unchanged(update: Update, before: Update | None) -> bool:
+    """Whether an update starts from the weights that the one before it has made, so that none were changed between."""
+    return (before is not None and update.number == before.number + 1
+            and update.table("weights", "start") == before.table("weights", "end") is not None)

@@ -1,8 +1,9 @@
 """`record`: a tape of training code that does not use loopctl."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from loopctl.checkpoint.atomic_files import claim_output
 from loopctl.data.batch import iter_tensors
-from loopctl.errors import UsageError
+from loopctl.distributed.process_group import launched_processes, rank
+from loopctl.errors import UsageError, one_line
 from loopctl.metrics.step_values import StepValues
 from loopctl.model.own_names import own_buffers, own_parameters
 from loopctl.tape.header import describe_parameters, environment
-from loopctl.tape.modules import Modes, ModuleWatch
+from loopctl.tape.modules import Modes, ModuleWatch, in_backward
 from loopctl.tape.observations import Observations, Rows
-from loopctl.tape.tape_file import TapeWriter, packed, records
+from loopctl.tape.tape_file import TapeWriter, records
 
 MAX_BACKWARDS = 16          # of the backward passes of an update, whose gradients are recorded
+under_way: Path | None = None       # the tape that is recorded in this process
+log = logging.getLogger("loopctl")
 
 
 @contextmanager
@@ -37,14 +43,23 @@ def record(file: str | Path, model: nn.Module | None = None, *, every_steps: int
 
     model: whose parameters are trained; left out, the first module at the top that has parameters
     every_steps: how often to record: the first update and every N-th one
-    modules: also record the output of every module of the model, and the gradient with respect to it
+    modules: also record the output of every module of the model, and the gradient with respect to it; not if it is
+        compiled
     resume: go on with the tape of an earlier part of the same training
 
-    Raises UsageError where the file exists.
+    Of several processes that torchrun has started, each writes a tape: run.tape, run.1.tape and so on. Where the file
+    cannot be written, training goes on.
+
+    Raises UsageError where the file exists, or where a tape is recorded already.
     """
+    global under_way
     path = Path(file)
-    if path.exists() and not resume:
-        raise UsageError(f"{path} exists and is not overwritten; choose another file, or pass resume=True")
+    path = path.with_suffix(f".{rank()}{path.suffix}") if rank() else path
+    claim_output(path, resume, "file")
+    if under_way:
+        raise UsageError(f"the tape {under_way} is being recorded, and one block cannot be in another; leave one out")
+    if every_steps < 1:
+        raise UsageError(f"every_steps is at least 1, not {every_steps}")
     recording = Recording(path, model, every_steps, modules)
     replaced: list[tuple[Any, str, Any]] = [(nn.Module, "__call__", recording.watched_call),
                                             (torch.autograd, "backward", recording.watched_backward),
@@ -52,16 +67,23 @@ def record(file: str | Path, model: nn.Module | None = None, *, every_steps: int
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     handles = [register_optimizer_step_pre_hook(recording.before_update),
                register_optimizer_step_post_hook(recording.after_update)]
+    under_way = path
     try:
         for owner, name, watched in replaced:
             setattr(owner, name, watched(getattr(owner, name)))
         yield recording
+    except BaseException as error:
+        recording.error = error
+        raise
     finally:
+        under_way = None
         for owner, name, original in originals:
             setattr(owner, name, original)
         for handle in handles:
             handle.remove()
         recording.close()
+        if not recording.attempts:
+            log.warning("record: no optimizer of torch has made an update, so %s was not written", path)
 
 
 class Recording:
@@ -76,8 +98,10 @@ class Recording:
         self.now: Observations | None = None        # of the update that is being prepared, if it is recorded
         self.begun = False                          # whether something of that update was seen
         self.depth = 0                              # of calls of modules
-        self.updating = False                       # inside of an optimizer's step, closure excepted
+        self.stepping: list[int] = []               # the optimizers inside of whose steps we are
         self.updates = 0
+        self.failed = False                         # the file cannot be written
+        self.error: BaseException | None = None     # that ended the block
         self.optimizers: dict[int, Optimizer] = {}
         self.input: Any = None                      # of the model, until its backward pass
         self.target: Any = None
@@ -90,7 +114,9 @@ class Recording:
     def watched_call(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(call)
         def watched(module: nn.Module, *arguments: Any, **named: Any) -> Any:
-            top = not self.depth and torch.is_grad_enabled() and module.training and not torch.compiler.is_compiling()
+            if torch.compiler.is_compiling():
+                return call(module, *arguments, **named)
+            top = not self.depth and torch.is_grad_enabled() and module.training
             if top:
                 self.before_call(module, arguments, named)
             self.depth += 1
@@ -106,9 +132,10 @@ class Recording:
     def watched_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(backward)
         def watched(tensors: Any, *arguments: Any, **named: Any) -> None:
-            roots = [*iter_tensors(tensors)]
+            nested = in_backward()                  # in that of a part of the model, as in activation checkpointing
             backward(tensors, *arguments, **named)
-            self.after_backward(roots[0] if roots else None)
+            if not nested:
+                self.after_backward(next(iter_tensors(tensors), None))
         return watched
 
     def watched_scaler_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,12 +157,13 @@ class Recording:
         given = [*iter_tensors([*arguments, *named.values()])]
         if self.model is None and next(module.parameters(), None) is not None:
             self.model = module
-        is_loss = len(given) > 1 and any(tensor.requires_grad for tensor in given[:1])
+        is_loss = len(given) > 1 and given[0].requires_grad
         if is_loss:                             # a loss function, which gets what the model returned
             self.target = given[1]
             return
         self.begin()
-        self.input = named or (arguments[0] if len(arguments) == 1 else arguments)
+        unnamed = arguments[0] if len(arguments) == 1 else arguments
+        self.input = {"input": unnamed} | named if named and arguments else named or unnamed
 
     def after_call(self, result: Any) -> None:
         """Called with what a module at the top returned."""
@@ -163,10 +191,17 @@ class Recording:
 
     def before_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """A hook of torch, before any optimizer steps."""
+        if id(optimizer) in self.stepping:          # the step before was left by an error
+            self.stepping = []
+        self.stepping.append(id(optimizer))
+        if len(self.stepping) > 1:                  # a part of the step of an optimizer around it
+            return None
         unknown = self.begun and not self.optimizers
         self.begin(optimizer)
-        if self.now and unknown:                # as in the first update after a resume, where it has a state already
+        if self.now and unknown:                    # it may have a state already, as in the first update after a resume
             self.now.state("start", [optimizer])
+        if self.now:
+            self.now.groups(self.optimizers.values())
         if not (closure := next((each for each in (*arguments, *named.values()) if callable(each)), None)):
             self.add_gradients("update")
             return None
@@ -183,8 +218,10 @@ class Recording:
 
     def after_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A hook of torch, after any optimizer has stepped."""
-        self.updates += 1
-        self.finish()
+        self.stepping = self.stepping[:self.stepping.index(id(optimizer))] if id(optimizer) in self.stepping else []
+        if not self.stepping:
+            self.updates += 1
+            self.finish()
 
     @contextmanager
     def update(self, **numbers: float) -> Generator[None]:
@@ -200,9 +237,7 @@ class Recording:
         """Begin to record an update: what it starts from. Where that is under way, do nothing."""
         if optimizer is not None:
             self.optimizers[id(optimizer)] = optimizer
-        if self.weights is None and not self.find_weights(optimizer):
-            return
-        if self.begun:
+        if self.begun or (self.weights is None and not self.find_weights(optimizer)):
             return
         self.begun, self.backwards = True, 0
         if self.steps.due(self.attempts + 1):
@@ -216,6 +251,8 @@ class Recording:
 
     def find_weights(self, optimizer: Optimizer | None) -> bool:
         """Find the parameters: those of the model, else those of the optimizer."""
+        if isinstance(self.model, DistributedDataParallel | DataParallel):
+            self.model = self.model.module
         named: dict[str, Tensor] = dict(own_parameters(self.model)) if self.model is not None else {}
         if not named and optimizer is not None:
             held = [tensor for group in optimizer.param_groups for tensor in group["params"]]
@@ -248,25 +285,38 @@ class Recording:
             seen.close(now)
         now.random("end")
         self.add_state(now, "end")
-        now.groups(self.optimizers.values())
+        if skipped:
+            now.groups(self.optimizers.values())
         now.values |= {"skipped": skipped, "micro_batches": self.backwards} | values
         self.steps.send(self.attempts, {"vector": now.vector(), "points": now.points, "values": now.values})
-        self.write(wait=False)
+        self.attempt(self.write)
 
-    def write(self, wait: bool) -> None:
+    def attempt(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Call `write`. Where the file cannot be written, warn, and write nothing more."""
+        try:
+            if not self.failed:
+                write(*arguments)
+        except OSError as error:
+            self.failed = True
+            log.warning("record: %s cannot be written (%s); nothing more is", self.file,
+                        error.strerror or one_line(error))
+
+    def write(self, wait: bool = False) -> None:
+        """Write the updates whose values are on the host; with `wait` all of them."""
         for update, values in self.steps.arrived(wait):
             if not self.writer.opened:
                 header = environment(self.device) | {
-                    "model": type(self.model).__name__, "rank": 0, "world_size": 1, "seed": None, "config": {},
-                    **describe_parameters(self.named, self.optimizers.values())}
+                    "model": type(self.model).__name__, "rank": rank(), "world_size": launched_processes(),
+                    "seed": None, "config": {}, **describe_parameters(self.named, self.optimizers.values())}
                 self.writer.begin(header, update - 1)
-            points = [[what, point, self.writer.rows(rows) if isinstance(rows, tuple) else rows, columns]
-                      for what, point, rows, columns in values["points"]]
-            self.writer.add({"kind": "update", "update": update, **values["values"], "points": points,
-                             "data": packed(values["vector"])})
+            self.writer.add_update(update, **values)
 
     def close(self) -> None:
         """Write what is left, and close the file."""
-        self.write(wait=True)
-        self.writer.add({"kind": "end", "update": self.attempts, "why": ""})
-        self.writer.close()
+        if self.seen:
+            self.seen.remove()
+        with suppress(RuntimeError):            # of a device that an error has made unusable
+            self.attempt(self.write, not self.error)
+        self.attempt(self.writer.add, {"kind": "end", "update": self.attempts,
+                                       "why": type(self.error).__name__ if self.error else ""})
+        self.attempt(self.writer.close)

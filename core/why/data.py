@@ -3,28 +3,67 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+from loopctl.errors import counted
 from loopctl.tape.reading import Table, TapeContent, Update
-from loopctl.why.pair import Finding, Pair, batch_count, listed, ratio_text, shown
+from loopctl.why.pair import Finding, Pair, acting_in_one, batch_count, fraction, listed, ratio_text, shown, suspects
 from loopctl.why.tables import matched, relate
 
+MOST_SHIFTED = 1000         # updates by which the data of one is looked for in that of the other
 Samples = tuple[int, ...]
 
 
 def compare_batches(pair: Pair) -> Finding | None:
     """The first difference between the batches of two updates."""
-    points = [[point for point in update.points("batch")] for update in (pair.x, pair.y)]
+    points = [update.points("batch") for update in (pair.x, pair.y)]
     if not (points[0] and points[1]):
         return None
+    if processes(pair.a) != processes(pair.b):
+        return divided_batches(pair)
     for point in points[0]:
         if point in points[1] and (found := compare_batch(pair, point)):
+            if (who := suspects(pair, "transform_batch")) and found.cause not in ("grouping", "order", "data missing"):
+                found = replace(found, meaning=who, certain=False, fact_too=True,
+                                plugins=tuple(name for name, *_ in acting_in_one(pair, "transform_batch")))
             return regrouped(pair) or found
     if len(points[0]) != len(points[1]):
         return regrouped(pair) or Finding(
             "grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B",
             "The first ones are the same.")
     return None
+
+
+def compare_backward(pair: Pair) -> Finding | None:
+    """A step of an optimizer for which nothing was computed, in one of the two only."""
+    counts = batch_count(pair.x), batch_count(pair.y)
+    if 0 not in counts or counts[0] == counts[1]:
+        return None
+    side = "A" if counts[0] == 0 else "B"
+    return Finding("extra update", f"{side} steps its optimizer without a backward pass before it",
+                   "Some libraries do so once, to create the optimizer's state before they load it; from here on its "
+                   "updates are those of the other, one number later.")
+
+
+def processes(tape: TapeContent) -> int:
+    return int(tape.header.get("world_size") or 1)
+
+
+def divided_batches(pair: Pair) -> Finding | None:
+    """Compare the numbers of samples where the runs have another number of processes, each with a tape of its own."""
+    counts = [sum(each["samples"] for each in update.values.get("batches", {}).values()) * processes(tape)
+              for tape, update in ((pair.a, pair.x), (pair.b, pair.y))]
+    several = max(processes(pair.a), processes(pair.b))
+    if counts[0] == counts[1]:
+        return Finding("processes", f"A trains in {counted(processes(pair.a), 'process')}, B in {processes(pair.b)}",
+                       "The batches are divided among them, so they are not compared.", minor=True)
+    more = "A" if counts[0] > counts[1] else "B"
+    return Finding("data repeated" if more == ("A" if processes(pair.a) == several else "B") else "data missing",
+                   f"the update is made from {counts[0]} samples in A and from {counts[1]} in B, as far as one of "
+                   f"{several} processes tells", "The sampler of several processes repeats samples or leaves some "
+                                                 "out, so "
+                   "that all have as many.", certain=False)
 
 
 def batches(update: Update) -> str:
@@ -44,25 +83,36 @@ def regrouped(pair: Pair) -> Finding | None:
         if ahead[0][:least] != ahead[1][:least]:
             return None
         more = "A" if sizes[0] > sizes[1] else "B"
-        return Finding("grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B; the "
+        return Finding("grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B; "
+                                   "the "
                                    f"first {least} are the same, and {more} goes on with others",
-                       "The last group of an epoch is filled from the next epoch in one, and is smaller in the other, or "
+                       "The last group of an epoch is filled from the next epoch in one, and is smaller in the other, "
+                       "or "
                        "batches are left out after it.", certain=False)
     more, fewer = ("A", "B") if sizes[0] > sizes[1] else ("B", "A")
     meaning = "Both read the same batches in the same order. "
-    epochs = {key[0] for key in ahead["AB".index(fewer)][:max(sizes)]}
-    if len(epochs) > 1 or (pair.x.epoch is None and max(sizes) == usual_count(pair)):
+    if crosses_epoch(pair.a if fewer == "A" else pair.b, pair.number, max(sizes)):
         meaning += (f"{more} fills the last group of an epoch with batches of the next epoch; {fewer} makes an update "
                     "from the smaller group.")
     else:
         meaning += f"{more} accumulates more of them."
-    return Finding("grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B", meaning)
+    return Finding("grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in "
+                               "B", meaning)
 
 
-def usual_count(pair: Pair) -> int:
-    """The batches of most updates so far."""
-    counts = Counter(len(update.points("batch")) for update in pair.a if update.number <= pair.number)
-    return counts.most_common(1)[0][0] if counts else 0
+def crosses_epoch(tape: TapeContent, number: int, count: int) -> bool:
+    """Whether the next `count` batches of a tape, from an update on, are of more than one epoch.
+
+    Where epochs are not on the tape, one ends with an update of fewer batches than the others.
+    """
+    first = tape.updates[number]
+    if first.epoch is None:
+        return len(first.points("batch")) < max(len(update.points("batch")) for update in tape)
+    epochs: list[int | None] = []
+    while len(epochs) < count and number in tape.updates:
+        epochs += [tape.updates[number].epoch] * len(tape.updates[number].points("batch"))
+        number += 1
+    return len({*epochs[:count]}) > 1
 
 
 def batch_keys(tape: TapeContent, first: int, most: int = 3) -> list[Any]:
@@ -128,7 +178,8 @@ def other_size(pair: Pair, which: str, sizes: list[int], samples: tuple[Samples,
                        "batch.", certain=False)
     if pair.before is not None and usual[0].most_common(1)[0][0] == usual[1].most_common(1)[0][0]:
         return position_in_data(pair, samples, fact) or Finding(
-            "data missing", fact, "Other batches have the same size in both: an epoch ends elsewhere, as with drop_last.",
+            "data missing", fact, "Other batches have the same size in both: an epoch ends elsewhere, as with "
+                                  "drop_last.",
             certain=False)
     return Finding("batch size", fact, "The batch size differs.")
 
@@ -142,46 +193,43 @@ def same_samples(pair: Pair, which: str, samples: tuple[Samples, Samples]) -> Fi
 
 
 def position_in_data(pair: Pair, samples: tuple[Samples, Samples], fact: str) -> Finding | None:
-    """Where in the other's data the samples of a batch are."""
-    for side, other, tape, found in (("A", "B", pair.b, samples[0]), ("B", "A", pair.a, samples[1])):
-        if not found:
-            continue
-        for update in tape:             # the very batch, at another update
-            if update.number == pair.number or found not in (samples_of(update, each)
-                                                             for each in update.points("samples")):
-                continue
-            own = pair.a if side == "A" else pair.b
-            already = [each.number for each in own if each.number < pair.number
-                       and found in (samples_of(each, point) for point in each.points("samples"))]
-            if already and not repeats(pair, side):
-                first = already[-1]
-                return Finding("data repeated", f"{fact}: that of {side} is the one of its update {first} again, which "
-                                                f"{other} has at update {update.number} too",
-                               f"{side} trains on the same data again: a resume begins the epoch from its start, or the "
-                               "order is the same in every epoch.", certain=True)
-            if not already and any(each.number != pair.number for each in [update]) and update.number > pair.number \
-                    and shifted(pair, side, update.number - pair.number):
-                return Finding("data missing", f"{fact}: that of {side} comes at update {update.number} in {other}",
-                               f"{side} leaves out {update.number - pair.number} update"
-                               f"{'s' * (update.number - pair.number > 1)} of data that {other} trains on.")
-            break
+    """Where in the other's data the batches of one are: later, before, or nowhere in the same order."""
+    sides = [("A", "B", pair.a, pair.b), ("B", "A", pair.b, pair.a)]
+    for by in range(1, MOST_SHIFTED + 1):
+        for side, _, own, others in sides:
+            if is_shifted(pair, own, others, -by) and batch_key(own, pair.number) == batch_key(own, pair.number - by):
+                first = pair.number - by
+                if whole_epoch(pair, own, others, first):
+                    return same_epoch(pair, fact)
+                return Finding("data repeated", f"{fact}: that of {side} is the one of its update {first} again",
+                               f"{side} trains on the same data again: a resume begins the epoch at its start, or some "
+                               "batches before where it was left.")
+        for side, other, own, others in sides:
+            if is_shifted(pair, own, others, by):
+                return Finding("data missing", f"{fact}: that of {side} comes at update {pair.number + by} in {other}",
+                               f"{side} leaves out the data of {counted(by, 'update')} that {other} trains on.")
     return same_epoch(pair, fact)
 
 
-def repeats(pair: Pair, side: str) -> bool:
-    """Whether the other one also gets at this update a batch that it had before."""
-    tape, own = (pair.b, pair.y) if side == "A" else (pair.a, pair.x)
-    found = [samples_of(own, point) for point in own.points("samples")]
-    return any(samples_of(update, point) in found for update in tape if update.number < pair.number
-               for point in update.points("samples"))
+def is_shifted(pair: Pair, own: TapeContent, other: TapeContent, by: int) -> bool:
+    """Whether the next batches of one are those of the other `by` updates later."""
+    known = [number for number in range(pair.number, pair.number + 3)
+             if number in own.updates and number + by in other.updates]
+    return bool(known) and all(batch_key(own, number) == batch_key(other, number + by) for number in known)
 
 
-def shifted(pair: Pair, side: str, by: int) -> bool:
-    """Whether the next batches of one are also those of the other, `by` updates later."""
-    own, other = (pair.a, pair.b) if side == "A" else (pair.b, pair.a)
-    numbers = [number for number in range(pair.number, pair.number + 3)
-               if number in own.updates and number + by in other.updates]
-    return all(identity(own.updates[number], "1") == identity(other.updates[number + by], "1") for number in numbers)
+def batch_key(tape: TapeContent, number: int) -> Any:
+    """What identifies the first batch of an update; None where it is not known."""
+    return identity(tape.updates[number], "1") if number in tape.updates else None
+
+
+def whole_epoch(pair: Pair, own: TapeContent, other: TapeContent, first: int) -> bool:
+    """Whether the updates of a tape from `first` to the one before this have all samples of the other's data."""
+    earlier = own.updates[first]
+    if earlier.epoch is not None:
+        return earlier.epoch != own.updates[pair.number].epoch
+    seen = set(all_samples(update for update in own if first <= update.number < pair.number))
+    return seen >= set(all_samples(other))
 
 
 def same_epoch(pair: Pair, fact: str) -> Finding | None:
@@ -191,7 +239,7 @@ def same_epoch(pair: Pair, fact: str) -> Finding | None:
     least = min(sum(found.values()) for found in sets)
     if not shared or shared < 0.5 * least:
         return None
-    epoch = "the epoch" if pair.x.epoch is None else f"epoch {pair.x.epoch + 1}"
+    epoch = "the tape" if pair.x.epoch is None else f"epoch {pair.x.epoch + 1}"
     for side, own, other in (("A", sets[0], sets[1]), ("B", sets[1], sets[0])):
         again = {sample for sample, count in own.items() if count > other[sample] > 0}
         if again and not {sample for sample, count in other.items() if count > own[sample] > 0}:
@@ -208,7 +256,8 @@ def same_epoch(pair: Pair, fact: str) -> Finding | None:
     if sum(sets[0].values()) != sum(sets[1].values()):
         return Finding("data missing", f"{fact}: {epoch} has {sum(sets[0].values()):,} samples in A and "
                                        f"{sum(sets[1].values()):,} in B, of which {shared:,} are the same",
-                       f"{fewer} leaves samples out, such as a last batch that is dropped, or reads another part of the "
+                       f"{fewer} leaves samples out, such as a last batch that is dropped, or reads another part of "
+                       "the "
                        "data.", certain=False)
     return Finding("order", f"{fact}: {shared:,} of {least:,} samples are in {epoch} of both", order_meaning(pair),
                    certain=False)
@@ -225,7 +274,8 @@ def order_meaning(pair: Pair) -> str:
         first = next((each for each in tape if each.number < pair.number
                       and identity(each, "1") == identity(update, "1")), None)
         if first is not None:
-            return (f"{side} reads the data in the order of update {first.number} again: it is not shuffled anew in each "
+            return (f"{side} reads the data in the order of update {first.number} again: it is not shuffled anew in "
+                    "each "
                     "epoch (shuffle, or the sampler's set_epoch).")
     if pair.before is None:
         return "The order of the data is drawn from another seed, or it is shuffled in one only."
@@ -248,15 +298,19 @@ def other_inputs(pair: Pair, which: str, a: Table, b: Table, names: list[str]) -
     relation = relate(*matched(a, b))
     same = [name for name in a.names if name not in names]
     if relation.kind in ("scaled", "rows") and not relation.ratios:
-        return Finding("inputs", f"{which} has the same {listed(same)}, and {names[0]} is {ratio_text(relation.ratio)} "
-                                 "times that of B", "Inputs are scaled, such as to 0..1 in one only.")
+        parts = fraction(relation.ratio)
+        exact = f" ({parts[0]}/{parts[1]})" if parts and min(parts) == 1 else ""
+        return Finding("inputs", f"{which} has the same {listed(same)}, and {names[0]} in A is "
+                                 f"{ratio_text(relation.ratio)}{exact} times that in B",
+                       "Inputs are scaled in one only, such as to 0..1.")
     if relation.kind == "rounding":
         return Finding("rounding", f"{names[0]} of {which} agrees to {relation.distance:.1g}, and not to the bit",
                        "It is decoded, resized or normalized by other code.", certain=False, minor=True)
     row = a.names.index(names[0])
     return Finding("inputs", f"{which} has the same {listed(same)} and other values of {names[0]} (norm "
                              f"{shown(a.norms[row])} in A, {shown(b.norms[row])} in B)",
-                   "They are the same samples after another transform: a random augmentation with other random numbers, "
+                   "They are the same samples after another transform: a random augmentation with other random "
+                   "numbers, "
                    "or another normalization.", certain=False)
 
 
@@ -269,7 +323,9 @@ def other_data(pair: Pair, point: str, which: str, a: Table, b: Table,
     norms = f"(norm of {a.names[0]}: {shown(a.norms[0])} in A, {shown(b.norms[0])} in B)"
     if samples[0] and samples[1]:
         return Finding("data", f"{which} has no sample that the other has in this epoch {norms}",
-                       "Other data, another part of it, or samples changed by random transforms; or its order differs and "
+                       "Other data, another part of it, or samples changed by random transforms; or its order differs "
+                       "and "
                        "the tapes are too short to show it.", certain=False)
-    return Finding("data", f"{which} has other content {norms}", "The tapes do not have single samples of such a batch, "
+    return Finding("data", f"{which} has other content {norms}", "The tapes do not have single samples of such a "
+                                                                 "batch, "
                    "so whether its order or its data differs is not known.", certain=False)

@@ -4,31 +4,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from loopctl.composition.quoting import split
 from loopctl.errors import counted
 from loopctl.tape.reading import TapeContent, Update, read_tape
-from loopctl.why.data import compare_batches
+from loopctl.why.data import compare_backward, compare_batches
 from loopctl.why.gradients import compare_gradients, compare_stages
 from loopctl.why.pair import Finding, Pair, listed
-from loopctl.why.start import compare_random, compare_start
-from loopctl.why.tables import only_in_one
+from loopctl.why.start import compare_modes, compare_random, compare_start, draws_in_forward
+from loopctl.why.tables import distance, only_in_one
 from loopctl.why.update import compare_end, compare_loss, compare_numbers, compare_skipped, compare_update
 
 # What is compared of an update, in the order in which one thing follows from another. The first that differs, and is
 # not minor, is the explanation.
 STEPS: tuple[tuple[str, Callable[[Pair], Finding | None]], ...] = (
-    ("weights, buffers and optimizer state", compare_start),
+    ("", compare_backward),
+    ("weights", compare_start),
+    ("", compare_modes),
     ("", lambda pair: compare_random(pair, "start")),
     ("batches", compare_batches),
     ("", lambda pair: compare_random(pair, "forward")),
     ("gradients", compare_gradients),
     ("", compare_stages),
     ("", compare_skipped),
-    ("learning rates and options", compare_numbers),
+    ("learning rates", compare_numbers),
     ("updated weights", compare_update),
     ("", compare_end),
     ("", compare_loss),
 )
+
+
+# By the cause of a minor difference: of which later differences it may be the reason.
+EXPLAINED_BY = {"mode": ("direction", "forward pass", "buffers"),
+                "random numbers": ("direction", "forward pass", "inputs")}
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def explain_tapes(a: TapeContent, b: TapeContent) -> Explanation:
             if found is None:
                 equal += [what] if what else []
             elif found.minor:
-                if all(note.cause != found.cause or note.fact[:24] != found.fact[:24] for _, note in notes):
+                if all(note.cause != found.cause for _, note in notes):         # the first of each kind
                     notes.append((number, found))
             else:
                 return explained(pair, found, equal, notes)
@@ -88,17 +97,18 @@ def remember_distances(pair: Pair, grown: dict[str, float]) -> None:
 
 def explained(pair: Pair, found: Finding, equal: list[str], notes: list[tuple[int, Finding]]) -> Explanation:
     """The explanation by the first difference that matters."""
-    if found.cause in ("direction", "unknown", "initial weights", "data", "inputs") and (
-            note := next((note for _, note in notes if note.cause == "random numbers"), None)):
-        if found.cause in ("direction", "inputs") or note.certain:
-            found = Finding("random numbers" if found.cause == "direction" else found.cause,
-                            f"{found.fact}; before that, {note.fact}", note.meaning, certain=False)
+    for note in [note for _, note in notes if found.cause in EXPLAINED_BY.get(note.cause, ())
+                 and (note.cause == "mode" or found.cause == "inputs" or draws_in_forward(pair))][:1]:
+        # Something that alone changes nothing explains what does.
+        cause = found.cause if found.cause == "inputs" else note.cause
+        found = Finding(cause, f"{found.fact}; before that, {note.fact}", note.meaning,
+                        certain=note.certain and note.cause == "mode", fact_too=note.certain)
+        notes = [each for each in notes if each[1] is not note]
     lines = [f"{place(pair.x, pair.y)}: {found.fact}."]
     if found.meaning:
-        lines.append(found.meaning if found.certain else f"It may mean: {lower(found.meaning)}"
-                     if not found.meaning.startswith("What") else found.meaning)
+        lines.append(found.meaning if found.certain or found.fact_too else f"It may mean: {lower(found.meaning)}")
     if equal:
-        lines.append(f"Up to there the same: {listed(equal, 5)}.")
+        lines.append(f"Equal until then: {listed(equal, 5)}.")
     number = pair.before.number if pair.before else 0
     if number < pair.number - 1:
         lines.append(f"The tapes have nothing between the updates {number} and {pair.number}." if number else
@@ -130,7 +140,9 @@ def at_the_end(a: TapeContent, b: TapeContent, numbers: list[int],
     rounding = [(at, note) for at, note in notes if note.cause == "rounding"]
     if rounding:
         update, cause = rounding[0][0], "rounding"
-        lines.insert(0, f"The same but for rounding in {counted(len(numbers), 'update')}, from update {update} on.")
+        end = (tables := Pair(a, b, a.updates[last], b.updates[last]).tables("weights", "end")) and distance(*tables)
+        lines.insert(0, f"The same but for rounding in {counted(len(numbers), 'update')}, from update {update} on"
+                     + (f"; after update {last} the weights agree to {end:.1g}." if end else "."))
     elif notes:
         cause, update = notes[0][1].cause, notes[0][0]
         lines.insert(0, f"All {counted(len(numbers), 'update')} have the same weights, batches and gradients.")
@@ -184,16 +196,40 @@ def configuration(a: TapeContent, b: TapeContent) -> list[str]:
     configs = [tape.header.get("config") or {} for tape in (a, b)]
     if not (configs[0] and configs[1]):
         return []
+    one, other = (config | {"seed": tape.header.get("seed")} for config, tape in zip(configs, (a, b), strict=True))
+    found = configuration_differences(one, other)
+    return [f"The configurations differ: {'; '.join(found)}."] if found else []
+
+
+def configuration_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The options on which two runs differ, each as a clause; the plugin tape is left out."""
     found = []
-    for key in sorted(configs[0].keys() | configs[1].keys()):
-        one, other = (config.get(key) for config in configs)
-        if key in ("tag",) or one == other:
+    for key in sorted(one.keys() | other.keys()):
+        here, there = one.get(key), other.get(key)
+        if key == "tag" or here == there:
             continue
-        if isinstance(one, list) and isinstance(other, list):
-            found += [f"{item} in {side} only" for side, own, others in (("A", one, other), ("B", other, one))
-                      for item in own if item not in others and not str(item).startswith("tape")]
-            if sorted(map(str, one)) == sorted(map(str, other)):
-                found.append(f"the order of {key}")
+        if key == "plugin" and isinstance(here, list) and isinstance(there, list):
+            found += plugin_differences(here, there)
         else:
-            found.append(f"{key} {one} in A, {other} in B")
-    return [f"The configurations differ in: {'; '.join(found)}."] if found else []
+            found.append(f"{key} {shown_option(here)} in A, {shown_option(there)} in B")
+    return found
+
+
+def shown_option(value: Any) -> str:
+    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def plugin_differences(one: list[Any], other: list[Any]) -> list[str]:
+    """The plugins that one of two runs has, and the options that differ of those that both have."""
+    specs = [[str(spec) for spec in specs if str(spec).partition(":")[0] != "tape"] for specs in (one, other)]
+    own, others = ({spec.partition(":")[0]: split(spec.partition(":")[2]) for spec in found} for found in specs)
+    found = [f"the plugin {name} in {'A' if name in own else 'B'} only"
+             for name in [*own, *others] if (name in own) != (name in others)]
+    for name in own:
+        options = others.get(name)
+        if options is not None and options != own[name]:
+            here, there = ([each for each in found if each not in rest]
+                           for found, rest in ((own[name], options), (options, own[name])))
+            found.append(f"{name} with {', '.join(here) or 'no more'} in A, {', '.join(there) or 'no more'} in B")
+    order = [[name for name in names if name in own and name in others] for names in (own, others)]
+    return found or ["the order of the plugins"] * (order[0] != order[1])

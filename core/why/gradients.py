@@ -7,6 +7,7 @@ from loopctl.tape.reading import Table, Update
 from loopctl.why.pair import (
     Finding,
     Pair,
+    acting_in_one,
     batch_count,
     final_gradients,
     fraction,
@@ -14,6 +15,7 @@ from loopctl.why.pair import (
     ratio_text,
     raw_gradients,
     shown,
+    suspects,
 )
 from loopctl.why.start import environment_difference
 from loopctl.why.tables import Relation, fit, minus, relate
@@ -33,8 +35,9 @@ def compare_gradients(pair: Pair) -> Finding | None:
         return Finding("rounding", f"the gradients agree to {relation.distance:.1g}, and not to the bit",
                        environment_difference(pair), certain=False, minor=True)
     if relation.kind == "not finite":
-        return Finding("not finite", f"the gradients of {listed(relation.rows)} are not finite in {relation.lacking} only",
-                       half_precision(pair) or "It may be an overflow, a division by 0, or another formula.",
+        return Finding("not finite", f"the gradients of {listed(relation.rows)} are not finite in {relation.lacking} "
+                                     "only",
+                       half_precision(pair) or "An overflow, a division by 0, or another formula.",
                        certain=False)
     if relation.kind == "missing":
         return missing(pair, relation)
@@ -75,11 +78,12 @@ def scaled(pair: Pair, relation: Relation) -> Finding | None:
     """The gradient is the same multiple in every tensor: the way in which the loss is divided, or its scale."""
     ratio = relation.ratio
     fact = (f"the gradient of A is {ratio_text(ratio)} times that of B, in the same direction, in every tensor")
-    scale = loss_scale(pair, ratio)
+    scale = loss_scale_of(ratio)
     if scale:
         end = pair.related("gradients", pair.final_gradients())
         if end and end.kind in ("equal", "rounding"):
-            return Finding("scale", f"the backward pass of {scale[0]} is made with the loss times {shown(scale[1])}, and the "
+            return Finding("scale", f"the backward pass of {scale[0]} is made with the loss times {shown(scale[1])}, "
+                                    "and the "
                                     "gradients are divided by that again", "That is the loss scale of half precision.",
                            minor=True)
         if end and end.kind == "scaled" and isclose(end.ratio, ratio, rel_tol=1e-3):
@@ -94,7 +98,8 @@ def scaled(pair: Pair, relation: Relation) -> Finding | None:
     if counts[0] == counts[1] and parts and usual and counts[0] != usual and isclose(
             ratio if ratio < 1 else 1 / ratio, counts[0] / usual, rel_tol=1e-4):
         less = "A" if ratio < 1 else "B"
-        meaning = (f"The update is made from {counts[0]} batch{'es' * (counts[0] > 1)}, the last of an epoch, and others "
+        meaning = (f"The update is made from {counts[0]} batch{'es' * (counts[0] > 1)}, the last of an epoch, and "
+                   "others "
                    f"from {usual}: {less} divides this group by {usual}, not by {counts[0]}.")
     elif counts[0] == counts[1] > 1 and parts in ((counts[0], 1), (1, counts[0])):
         more = "A" if ratio > 1 else "B"
@@ -104,16 +109,17 @@ def scaled(pair: Pair, relation: Relation) -> Finding | None:
         meaning = (f"A batch has {max(parts)} samples: the loss is their sum in {more}, and their mean in the other."
                    if size else "")
     elif parts and max(parts) in (pair.a.header.get("world_size"), pair.b.header.get("world_size")):
-        meaning = f"It is the number of processes: gradients are added up in one, and averaged in the other."
+        meaning = "It is the number of processes: gradients are added up in one, and averaged in the other."
     if not meaning:
         certain = False
         meaning = ("The loss is multiplied or divided by another number" + (f", such as {max(parts)}" if parts
-                   and max(parts) > 1 else "") + ": a mean over another count, a weight of the loss, or gradients that are "
+                   and max(parts) > 1 else "") + ": a mean over another count, a weight of the loss, or gradients "
+                                                 "that are "
                    "clipped inside the backward pass.")
     return Finding("scale", fact, meaning, certain=certain)
 
 
-def loss_scale(pair: Pair, ratio: float) -> tuple[str, float] | None:
+def loss_scale_of(ratio: float) -> tuple[str, float] | None:
     """The one whose loss is scaled, and the scale, where a ratio of gradients is a power of two as scalers use."""
     large = ratio if ratio > 1 else 1 / ratio if ratio > 0 else 0
     if large < 64 or not isclose(log2(large), round(log2(large)), abs_tol=1e-4):
@@ -128,10 +134,15 @@ def clipped_while_scaled(pair: Pair, side: str, scale: float, end: Relation | No
     if 0 < ratio < 1:
         return Finding("clipping before unscale", f"{fact}; the gradient that it makes the update from is "
                                                   f"{ratio_text(ratio)} times the other's",
-                       f"{side} clips the gradients while they are multiplied by the loss scale, so that the limit is "
-                       f"{shown(scale)} times as small; scaler.unscale_(optimizer) belongs before the clipping.")
+                       unscale_meaning(side, scale))
     return Finding("unknown", f"{fact}, and the gradients still differ when the update is made",
-                   "What happens to them in between is not on the tapes.", certain=False)
+                   "What happens to them in between is not on the tapes.", certain=False, fact_too=True)
+
+
+def unscale_meaning(side: str, scale: float) -> str:
+    return (f"{side} clips the gradients while they are multiplied by the loss scale, so that the limit is "
+            f"{shown(scale)} "
+            "times as small; scaler.unscale_(optimizer) belongs before the clipping.")
 
 
 def usual_batches(pair: Pair) -> int:
@@ -154,7 +165,8 @@ def added(pair: Pair, a: Table, b: Table) -> Finding | None:
         if (factors := fit(difference, [own], noise)) and abs(factors[0]) < 1:
             side, value = ("A", factors[0]) if factors[0] > 0 else ("B", -factors[0])
             return Finding("weight decay", f"the gradient of {side} is that of the other plus {shown(value)} times the "
-                                           "weights", "It is a penalty on the weights in the loss, or weight decay that is "
+                                           "weights", "It is a penalty on the weights in the loss, or weight decay "
+                                                      "that is "
                            "added to the gradient (L2).")
     if pair.consecutive and pair.before:
         for side, update, sign in (("A", pair.before.x, 1), ("B", pair.before.y, -1)):
@@ -166,7 +178,8 @@ def added(pair: Pair, a: Table, b: Table) -> Finding | None:
                     much = "" if isclose(factors[0], 1, rel_tol=1e-2) else f"{shown(factors[0])} times "
                     return Finding("stale gradients", f"the gradient of {side} is that of the other plus {much}its own "
                                                       f"gradient of update {pair.before.number}",
-                                   "The gradients of the update before were not cleared: zero_grad() is not called, or it "
+                                   "The gradients of the update before were not cleared: zero_grad() is not called, "
+                                   "or it "
                                    "is called at another place.")
     return None
 
@@ -190,7 +203,8 @@ def weighted(pair: Pair) -> Finding | None:
     fact = ("the gradients of the batches count by other weights: in A "
             f"{listed([ratio_text(ratio) for ratio in ratios], 4)} times those in B")
     if len(sizes) == len(ratios) and len(set(sizes)) > 1:
-        return Finding("weighting", fact, f"The batches have {listed([str(size) for size in sizes], 4)} samples: one counts "
+        return Finding("weighting", fact, f"The batches have {listed([str(size) for size in sizes], 4)} samples: one "
+                                          "counts "
                        "each batch the same, the other each sample.")
     return Finding("weighting", fact, "The losses of the batches are divided by other numbers.", certain=False)
 
@@ -211,9 +225,12 @@ def micro_gradients(update: Update) -> list[list[float]]:
 def other_direction(pair: Pair, relation: Relation) -> Finding:
     """The gradients differ in another way."""
     fact = ("the gradient differs " + ("in every tensor" if len(relation.rows) == relation.count
-                                       else f"in {listed(relation.rows)} only") + f", by {shown(100 * relation.distance)} %")
+                                       else f"in {listed(relation.rows)} only") + ", by "
+                                                                                  f"{shown(100 * relation.distance)} %")
     if module := first_module(pair):
         fact += f"; {module}"
+    forward = module.startswith("the first module")
+    hooks = ("wrap_model", "micro_step", "compute_loss", "backward", "optimizer_step", "setup")
     if (half := half_precision(pair)) and relation.distance < 0.2:
         return Finding("dtype", fact, half, certain=False)
     losses = losses_of(pair)
@@ -221,7 +238,13 @@ def other_direction(pair: Pair, relation: Relation) -> Finding:
         meaning = "The loss is equal, so the backward pass differs: noise, a hook, another form of an operation."
     else:
         values = f" ({shown(losses[0])} in A, {shown(losses[1])} in B)" if losses else ""
-        meaning = f"The forward pass or the loss function differs{values}; the tapes do not tell how."
+        meaning = (f"The forward pass differs there{values}." if forward else
+                   f"The forward pass or the loss function differs{values}; the tapes do not tell how.")
+    if who := suspects(pair, *hooks):
+        return Finding("plugin", fact, who, certain=False, fact_too=True,
+                       plugins=tuple(dict.fromkeys(name for name, *_ in acting_in_one(pair, *hooks))))
+    if forward:
+        return Finding("forward pass", fact, meaning)
     if not module:
         meaning += " tape:modules=true, or record(modules=True), shows the first module."
     return Finding("direction", fact, meaning, certain=False)
@@ -246,17 +269,17 @@ def half_precision(pair: Pair) -> str:
 
 def first_module(pair: Pair) -> str:
     """The first module whose output differs, or whose output's gradient does; of tapes with modules."""
-    for what, order, words in (("outputs", 1, "the first module whose output differs is"),
-                               ("output gradients", 1, "all outputs are equal; the first module in the backward pass whose "
-                                                       "output's gradient differs is")):
+    for what, words, before in (
+            ("outputs", "the first module whose output differs is", "called before it"),
+            ("output gradients", "all outputs are equal, and the first gradient of an output that differs is that of",
+             "after it in the forward pass")):
         tables = pair.tables(what, "")
-        if tables is None:
-            continue
-        relation = relate(*tables)
-        rows = [name for name, one, other in zip(tables[0].names, tables[0].checksums, tables[1].checksums, strict=True)
-                if one != other]
-        if rows and relation.kind != "rounding":
-            return f"{words} {rows[0]}"
+        rows = [row for row, (one, other) in enumerate(zip(tables[0].checksums, tables[1].checksums, strict=True))
+                if one != other] if tables else []
+        if tables and rows:
+            names = tables[0].names
+            last = f"; the output of {names[rows[0] - 1]}, {before}, is equal" if rows[0] else ""
+            return f"{words} {names[rows[0]]}{last}"
     return ""
 
 
@@ -266,6 +289,14 @@ def compare_stages(pair: Pair) -> Finding | None:
     if ends is None:
         return None
     stages = stage_effects(pair.x), stage_effects(pair.y)
+    calls = [update.values.get("calls", 1) for update in (pair.x, pair.y)]
+    if calls[0] != calls[1]:
+        return Finding("plugin" if (who := suspects(pair, "optimizer_step")) else "optimizer",
+                       f"the gradients are computed {times(calls[0])} in the update of A and {times(calls[1])} in "
+                       "that of B",
+                       who or "The optimizer calls its closure another number of "
+                              "times.", certain=not who, fact_too=True,
+                       plugins=tuple(dict.fromkeys(name for name, *_ in acting_in_one(pair, "optimizer_step"))))
     relation = pair.related("final gradients", ends)
     assert relation
     if relation.same:
@@ -274,6 +305,10 @@ def compare_stages(pair: Pair) -> Finding | None:
         other = next((each for each in stages[1] if each[0] == name), None)
         if other is None and before.checksums != after.checksums:
             return acted(name, "A", before, after)
+        if other is not None:
+            changed = [one.checksums != two.checksums for one, two in ((before, after), other[1:])]
+            if changed[0] != changed[1]:
+                return acted(name, "A", before, after) if changed[0] else acted(name, "B", *other[1:])
         if other is not None and (found := pair.related("final gradients", pair.both(after, other[2]))) \
                 and found.kind not in ("equal", "rounding"):
             return acted_otherwise(name, before, after, other[1], other[2])
@@ -284,7 +319,11 @@ def compare_stages(pair: Pair) -> Finding | None:
         return Finding("rounding", f"the gradients agree to {relation.distance:.1g} when the update is made",
                        environment_difference(pair), certain=False, minor=True)
     return Finding("unknown", "the gradients differ when the update is made", "What changed them is not on the tapes.",
-                   certain=False)
+                   certain=False, fact_too=True)
+
+
+def times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def stage_effects(update: Update) -> list[tuple[str, Table, Table]]:
@@ -297,7 +336,8 @@ def stage_effects(update: Update) -> list[tuple[str, Table, Table]]:
         after = update.table("gradients", point)
         if after is None or raw is None or kind.startswith("backward"):
             continue
-        name = kind.split()[-1] if " " in kind else ""          # the plugin; "" for the step of record()
+        # The plugin, and of a wrapper that it begins; "" for the step of record().
+        name = kind.partition(" ")[2]
         found.append((name, found[-1][2] if found else raw, after))
     return found
 
@@ -312,7 +352,7 @@ def effect(before: Table, after: Table) -> tuple[str, str]:
         return "scale", norms
     if relation.kind == "missing":
         return "missing gradients", f"those of {listed(relation.rows)} are gone"
-    return "plugin", norms
+    return "changed gradients", norms
 
 
 def acted(name: str, side: str, before: Table, after: Table) -> Finding:
@@ -321,20 +361,24 @@ def acted(name: str, side: str, before: Table, after: Table) -> Finding:
     if name:
         return Finding(cause, f"the plugin {name} acted in {side} only ({what})",
                        "Before it the gradients are equal.", plugins=(name,))
-    fact = f"between the backward pass and the update the gradients of {side} are changed ({what}), and not in the other"
+    fact = f"between the backward pass and the update something changes the gradients in {side} only ({what})"
     return Finding(cause, fact, "They are clipped by their norm." if cause == "clipping" else
-                   "It is done by code outside of torch's optimizers, such as clipping by value or noise.",
+                   "It is done by other code than torch's optimizers, such as clipping by value, or noise.",
                    certain=cause == "clipping")
 
 
 def acted_otherwise(name: str, before_a: Table, after_a: Table, before_b: Table, after_b: Table) -> Finding:
     """Something that acted in both, in another way."""
     causes = effect(before_a, after_a), effect(before_b, after_b)
-    cause = causes[0][0] if causes[0][0] == causes[1][0] else "plugin" if name else "clipping"
+    cause = causes[0][0] if causes[0][0] == causes[1][0] else "changed gradients"
     who = f"the plugin {name}" if name else "what happens between the backward pass and the update"
     fact = f"{who} changes the same gradients in another way: {causes[0][1]} in A, {causes[1][1]} in B"
+    if causes[0][0] == causes[1][0] == "clipping" and (found := loss_scale_of(after_a.norm / after_b.norm)):
+        side = "A" if found[0] == "B" else "B"
+        return Finding("clipping before unscale", fact, unscale_meaning(side, found[1]), plugins=(name,) * bool(name))
     if causes[0][0] == causes[1][0] == "clipping":
-        return Finding("clipping", fact, f"The limit of the norm is {shown(after_a.norm)} in A and {shown(after_b.norm)} in "
+        return Finding("clipping", fact, f"The limit of the norm is {shown(after_a.norm)} in A and "
+                                         f"{shown(after_b.norm)} in "
                        "B.", plugins=(name,) * bool(name))
     return Finding(cause, fact, "Its options or its random numbers differ." if name else "", certain=bool(name),
                    plugins=(name,) * bool(name))

@@ -16,6 +16,7 @@ class Finding:
     fact: str                           # what the tapes show, as a clause about A and B
     meaning: str = ""                   # what it means, as a sentence
     certain: bool = True                # whether the numbers prove the meaning, and do not only suggest it
+    fact_too: bool = False              # the meaning is a fact that the tapes show, though perhaps not the reason
     minor: bool = False                 # it changes nothing by itself, or no more than rounding does
     plugins: tuple[str, ...] = ()       # that are named as the reason
 
@@ -70,6 +71,26 @@ class Pair:
             return None
         pair = matched(one, other)
         return pair if pair[0].names else None
+
+
+def acting_in_one(pair: Pair, *hooks: str) -> list[tuple[str, str, str]]:
+    """The plugins that act at one of these hooks in one of the two only: plugin, hook, A or B."""
+    headers = [tape.header["acting"] for tape in (pair.a, pair.b) if "acting" in tape.header]
+    if len(headers) < 2:
+        return []
+    found = []
+    for hook in hooks:
+        names = [header.get(hook, []) for header in headers]
+        found += [(name, hook, "A") for name in names[0] if name not in names[1]]
+        found += [(name, hook, "B") for name in names[1] if name not in names[0]]
+    return found
+
+
+def suspects(pair: Pair, *hooks: str) -> str:
+    """A sentence that names those plugins; empty where there are none."""
+    found = {name: (hook, side) for name, hook, side in acting_in_one(pair, *hooks)}
+    only = "; ".join(f"{name} acts at {hook} in {side} only" for name, (hook, side) in found.items())
+    return f"The plugin {only}, which may be the reason." if len(found) == 1 else f"Plugins: {only}." if found else ""
 
 
 def raw_gradients(update: Update) -> Table | None:

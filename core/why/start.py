@@ -1,6 +1,8 @@
 """What an update starts from: weights, buffers, the optimizer's state, the modes of modules, random numbers."""
 from __future__ import annotations
 
+from math import isclose, prod
+
 from loopctl.tape.reading import TapeContent, Update
 from loopctl.why.pair import Finding, Pair, listed, ratio_text, shown
 from loopctl.why.tables import Relation
@@ -8,55 +10,64 @@ from loopctl.why.tables import Relation
 
 def compare_start(pair: Pair) -> Finding | None:
     """The first of these in which the updates differ before they begin."""
-    return (compare_weights(pair) or compare_buffers(pair) or compare_optimizer_state(pair) or compare_modes(pair))
+    return compare_weights(pair) or compare_buffers(pair) or compare_optimizer_state(pair)
 
 
 def compare_weights(pair: Pair) -> Finding | None:
     relation = pair.relation("weights", "start")
     if relation is None or relation.same:
         return None
-    if relation.kind == "rounding":
-        return rounding(pair, "weights", relation, "before the update")
-    which = described(relation, "tensors")
     if pair.before is None:
         dtypes = [{kind for _, _, kind, _ in tape.header.get("parameters", [])} for tape in (pair.a, pair.b)]
         if dtypes[0] != dtypes[1]:
             return Finding("dtype", f"the weights are {listed(sorted(dtypes[0]))} in A and {listed(sorted(dtypes[1]))} "
                                     "in B", "The runs compute in another precision from the start.")
+    if relation.kind == "rounding":
+        return rounding(pair, "weights", relation, "before the update")
+    which = described(relation, "tensors")
+    if pair.before is None:
+        every = len({*relation.rows, *constant_tensors(pair)}) >= relation.count
         return Finding("initial weights", f"the weights differ before the first update, {which}",
-                       initial_meaning(relation), certain=len(relation.rows) == relation.count)
+                       SEED if every else PART, certain=every)
     if not pair.consecutive:
-        return Finding("unknown", f"the weights differ, {which}", f"They were equal after update {pair.before.number}; "
-                       f"updates {pair.before.number + 1} to {pair.number - 1} are not on both tapes.", certain=False)
+        return Finding("unknown", f"the weights differ before the update, {which}",
+                       f"They were equal after update {pair.before.number}.", certain=False)
     changed = [name for name, tape, update, last in (("A", pair.a, pair.x, pair.before.x),
                                                      ("B", pair.b, pair.y, pair.before.y))
                if last.table("weights", "end") != update.table("weights", "start")]
     plugins = plugins_that_changed(pair)
     where = f"between the updates {pair.before.number} and {pair.number}"
-    who = f" by {plugins[0]}" if plugins else ""
+    who = f" by {' and '.join(each for _, each in plugins)}" if plugins else ""
     evaluated = [name for name, tape in (("A", pair.a), ("B", pair.b)) if evaluated_after(tape, pair.before.number)]
     advice = ("Weights that were put in place for an evaluation, such as averaged ones, were not put back, or a "
               "checkpoint was loaded." if evaluated and not plugins else
               "It is done outside of the optimizer's step.")
     return Finding("weights changed", f"the weights of {' and '.join(changed) or 'one'} were changed {where}{who}, "
                                       f"{which}", advice, certain=bool(changed) and (bool(plugins) or not evaluated),
-                   plugins=tuple(plugins))
+                   plugins=tuple(name for name, _ in plugins))
 
 
-def initial_meaning(relation: Relation) -> str:
-    if len(relation.rows) == relation.count:
-        return "Every tensor differs: another seed, or a model that draws its weights in another order."
-    return ("The others are equal, so it is no other seed from the start: these were drawn after something else had "
-            "drawn random numbers, or were loaded.")
+SEED = "Every tensor that is drawn at random differs: another seed, or a model that draws its weights in another order."
+PART = ("The others are equal, so the seed is: these were drawn after something else had drawn random numbers, or were "
+        "loaded.")
 
 
-def plugins_that_changed(pair: Pair) -> list[str]:
-    """The plugins after which the weights had changed, in one of the two only."""
+def constant_tensors(pair: Pair) -> list[str]:
+    """The tensors that are all 0 or all 1, as those of BatchNorm are with any seed."""
+    table = pair.x.table("weights", "start")
+    sizes = {name: prod(map(int, shape.split("x"))) if shape else 1
+             for name, shape, *_ in pair.a.header.get("parameters", [])}
+    return [name for name, norm in zip(table.names, table.norms, strict=True)
+            if norm == 0 or isclose(norm * norm, sizes.get(name, -1), rel_tol=1e-5)] if table else []
+
+
+def plugins_that_changed(pair: Pair) -> list[tuple[str, str]]:
+    """The plugins after which the weights had changed, in one of the two only: their names, and in words."""
     found = []
     for one, other in ((pair.x, pair.y), (pair.y, pair.x)):
         others = {tuple(each) for each in other.values.get("changed_by", [])}
         side = "A" if one is pair.x else "B"
-        found += [f"the plugin {plugin} in its hook {hook}, in {side} only"
+        found += [(plugin, f"the plugin {plugin} in its hook {hook}, in {side} only")
                   for hook, plugin in one.values.get("changed_by", []) if (hook, plugin) not in others]
     return found
 
@@ -78,7 +89,8 @@ def compare_buffers(pair: Pair) -> Finding | None:
                if last.table("buffers", "end") != update.table("buffers", "start")]
     return Finding("buffers", f"the buffers of {' and '.join(changed) or 'one'} were changed between the updates "
                               f"{pair.before.number} and {pair.number}, {described(relation, 'buffers')}",
-                   "Running statistics change in every forward pass in training mode: an evaluation, or another forward "
+                   "Running statistics change in every forward pass in training mode: an evaluation, or another "
+                   "forward "
                    "pass, was made without model.eval().", certain=bool(changed))
 
 
@@ -103,7 +115,8 @@ def compare_optimizer_state(pair: Pair) -> Finding | None:
     lost = [name for name, table in (("A", one), ("B", other)) if not any(norm > 0 for norm in table.norms)]
     fact = (f"the optimizer's state of {lost[0]} is zero" if lost
             else f"the optimizer's state differs: {listed(relation.rows)}")
-    return Finding("optimizer state", fact, "It was equal after the update before, so it was reset or loaded in between."
+    return Finding("optimizer state", fact, "It was equal after the update before, so it was reset or loaded in "
+                                            "between."
                    if pair.consecutive else "Momentum and the like were lost or loaded.", certain=bool(lost))
 
 
@@ -113,10 +126,11 @@ def compare_modes(pair: Pair) -> Finding | None:
         return None
     in_a, in_b = (set(modules_in_eval(pair.a, pair.x)), set(modules_in_eval(pair.b, pair.y)))
     side, extra = ("A", in_a - in_b) if in_a - in_b else ("B", in_b - in_a)
-    return Finding("mode", f"in {side} {listed(sorted(extra))} {'is' if len(extra) == 1 else 'are'} in evaluation mode, "
+    return Finding("mode", f"in {side} {listed(sorted(extra))} {'is' if len(extra) == 1 else 'are'} in evaluation "
+                           "mode, "
                            "in the other in training mode",
                    "Dropout and BatchNorm work in another way there: model.train() is not called again after an "
-                   "evaluation, or parts are kept in evaluation mode on purpose.")
+                   "evaluation, or parts are kept in evaluation mode on purpose.", minor=True)
 
 
 def modules_in_eval(tape: TapeContent, update: Update) -> tuple[str, ...]:
@@ -133,7 +147,8 @@ def modules_in_eval(tape: TapeContent, update: Update) -> tuple[str, ...]:
 def compare_random(pair: Pair, point: str) -> Finding | None:
     """Whether the random-number generators are in another state at a point. That alone changes nothing."""
     one, other = (update.values.get("random", {}).get(point, {}) for update in (pair.x, pair.y))
-    differing = [name for name in one if name in other and one[name] != other[name]]
+    differing = [name for name in one if name in other and one[name] != other[name]
+                 and (name in drawn_from(pair.a) or name in drawn_from(pair.b))]
     if not differing:
         return None
     generators = f"the random-number generator of {listed(differing)}"
@@ -142,7 +157,8 @@ def compare_random(pair: Pair, point: str) -> Finding | None:
                        drawn(pair, differing, "start", "forward"), minor=True)
     if pair.before is None:
         return Finding("random numbers", f"{generators} is in another state before the first update",
-                       "The seed differs, or something draws random numbers before training in one of them.", minor=True)
+                       "The seed differs, or something draws random numbers before training in one of "
+                       "them.", minor=True)
     evaluations = [[each for each in tape.evaluations if each["update"] == pair.before.number]
                    for tape in (pair.a, pair.b)]
     if pair.consecutive and random_equal(pair.before, "end") and any(evaluations):
@@ -157,6 +173,24 @@ def compare_random(pair: Pair, point: str) -> Finding | None:
     return Finding("random numbers", f"{generators} is in another state {where}",
                    "One draws more random numbers there: an augmentation, a sampler, an evaluation.", certain=False,
                    minor=True)
+
+
+def drawn_from(tape: TapeContent) -> set[str]:
+    """The random-number generators from which something is drawn while the tape is recorded."""
+    if "drawn_from" not in tape.header:
+        states: dict[str, set[int]] = {}
+        for update in tape:
+            for found in update.values.get("random", {}).values():
+                for name, state in found.items():
+                    states.setdefault(name, set()).add(state)
+        tape.header["drawn_from"] = {name for name, found in states.items() if len(found) > 1}
+    return tape.header["drawn_from"]
+
+
+def draws_in_forward(pair: Pair) -> bool:
+    """Whether random numbers are drawn from where an update begins to where its gradients are computed."""
+    found = [update.values.get("random", {}) for update in (pair.x, pair.y)]
+    return any(each.get("start") != each.get("forward") for each in found)
 
 
 def drawn(pair: Pair, generators: list[str], start: str, end: str) -> str:
@@ -180,7 +214,8 @@ def rounding(pair: Pair, what: str, relation: Relation, where: str) -> Finding:
                    environment_difference(pair), certain=False, minor=True)
 
 
-ENVIRONMENT = {"torch": "torch", "device_name": "device", "threads": "number of threads", "matmul": "precision of matmul",
+ENVIRONMENT = {"torch": "torch", "device_name": "device", "threads": "number of threads", "matmul": "precision of "
+                                                                                                    "matmul",
                "deterministic": "choice of deterministic algorithms", "cudnn_benchmark": "cudnn.benchmark"}
 
 

@@ -11,6 +11,7 @@ from loopctl.tape.reading import Table
 
 ROUNDING = 1e-5         # the largest relative distance that another order of sums in float32 explains in one update
 SCALED = 2e-5           # how exactly a table that is called a multiple of another one is that
+NOTHING = 1e-6          # the part of the norm of all tensors below which that of one is rounding
 FITTED = 0.02           # the part of a difference that a sum with another table may leave unexplained
 
 
@@ -49,20 +50,22 @@ def relate(a: Table, b: Table, tolerance: float = ROUNDING) -> Relation:
                      if one.norms[row] == MISSING and (b if one is a else a).norms[row] > 0)
         if gone:
             return Relation("missing", rows=gone, count=count, lacking=lacking, distance=1.0)
-    both = [row for row in differing if a.norms[row] != MISSING and b.norms[row] != MISSING]
+    # A gradient that is 0 but for rounding, such as that of a bias before BatchNorm, tells nothing.
+    floor = NOTHING * max(a.norm, b.norm)
+    both = [row for row in differing if a.norms[row] != MISSING and b.norms[row] != MISSING
+            and max(a.norms[row], b.norms[row]) > floor]
     away = distance(a, b)
     if away <= tolerance and all(near(a, b, row, 1.0, tolerance) for row in both):
         return Relation("rounding", distance=away, rows=rows, count=count)
-    sizes = [row for row in both if max(a.norms[row], b.norms[row]) > 1e-12]
-    if sizes and all(a.norms[row] > 0 and b.norms[row] > 0 for row in sizes):
-        ratios = [a.norms[row] / b.norms[row] for row in sizes]
-        largest = max(sizes, key=lambda row: b.norms[row])
+    if both and all(a.norms[row] > 0 and b.norms[row] > 0 for row in both):
+        ratios = [a.norms[row] / b.norms[row] for row in both]
+        largest = max(both, key=lambda row: b.norms[row])
         ratio = signed(a, b, largest)
-        if all(near(a, b, row, ratio, SCALED) for row in sizes):
-            whole = len(differing) == sum(1 for norm in b.norms if norm > 0)
+        if all(near(a, b, row, ratio, SCALED) for row in both):
+            whole = len(both) == sum(norm > floor for norm in b.norms)
             return Relation("scaled" if whole else "rows", ratio, away, rows, count)
-        own = [signed(a, b, row) for row in sizes]
-        if all(near(a, b, row, each, SCALED) for row, each in zip(sizes, own, strict=True)) and len(sizes) > 1:
+        own = [signed(a, b, row) for row in both]
+        if all(near(a, b, row, each, SCALED) for row, each in zip(both, own, strict=True)) and len(both) > 1:
             return Relation("rows", 1.0, away, rows, count, ratios=tuple(ratios))
     return Relation("different", 1.0, away, rows, count)
 
@@ -149,8 +152,8 @@ def without_prefix(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def chosen(table: Table, rows: tuple[int, ...], names: tuple[str, ...]) -> Table:
     """The given rows of a table, under other names."""
-    return Table(names, *(tuple(column[row] for row in rows)
-                          for column in (table.checksums, table.norms, table.projections)))
+    return Table(names, tuple(table.checksums[row] for row in rows), tuple(table.norms[row] for row in rows),
+                 tuple(table.projections[row] for row in rows))
 
 
 def matched(a: Table, b: Table) -> tuple[Table, Table]:

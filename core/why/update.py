@@ -1,14 +1,25 @@
-"""How the updates themselves differ: learning rates and other numbers, skipped updates, and what the optimizer makes."""
+"""How the updates themselves differ: learning rates and other numbers, skipped updates, what the optimizer makes."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from math import isclose, sqrt
 from typing import Any
 
 from loopctl.tape.reading import Table, TapeContent, Update
-from loopctl.why.pair import Finding, Pair, final_gradients, fraction, listed, ratio_text, shown
+from loopctl.why.pair import (
+    Finding,
+    Pair,
+    acting_in_one,
+    final_gradients,
+    fraction,
+    listed,
+    ratio_text,
+    shown,
+    suspects,
+)
 from loopctl.why.start import described, environment_difference, modules_in_eval
-from loopctl.why.tables import fit, minus, relate
+from loopctl.why.tables import fit, minus
 
 RATES = ("lr",)
 
@@ -26,6 +37,8 @@ def compare_skipped(pair: Pair) -> Finding | None:
 
 def compare_numbers(pair: Pair) -> Finding | None:
     """The first number of the parameter groups that differs: by group, or by parameter where the groups differ."""
+    if pair.before is None and (found := other_optimizer(pair)):
+        return found
     groups = numbers_of(pair.x), numbers_of(pair.y)
     if not groups[0] or not groups[1]:
         return None
@@ -36,6 +49,26 @@ def compare_numbers(pair: Pair) -> Finding | None:
                     return number_differs(pair, index, name, one[name], other[name], len(groups[0]))
         return same_options(pair)
     return compare_by_parameter(pair, groups)
+
+
+def other_optimizer(pair: Pair) -> Finding | None:
+    """Whether the optimizers are of other classes."""
+    classes = classes_of(pair)
+    decays = any(numbers.get("weight_decay") for numbers in numbers_of(pair.x))
+    if classes[0] == classes[1] or (set(classes[0] + classes[1]) == {"Adam", "AdamW"} and not decays):
+        return None
+    fact = f"the optimizer is {listed(classes[0])} in A and {listed(classes[1])} in B"
+    if set(classes[0] + classes[1]) == {"Adam", "AdamW"}:
+        return Finding("weight decay", fact, "AdamW decays the weights apart from the gradient; Adam adds the decay "
+                                             "to the "
+                                             "gradient (L2), where it is divided by its size.")
+    return Finding("optimizer", fact, "The same gradients make another update.")
+
+
+def classes_of(pair: Pair) -> tuple[list[str], list[str]]:
+    """The classes of the optimizers of both."""
+    one, other = (sorted({group["optimizer"] for group in tape.header.get("groups", [])}) for tape in (pair.a, pair.b))
+    return one, other
 
 
 def alike(one: float, other: float) -> bool:
@@ -81,7 +114,8 @@ def number_differs(pair: Pair, index: int, name: str, one: float, other: float, 
     """A number of one group differs."""
     of_group = f" of group {index}" if count > 1 else ""
     if name not in RATES:
-        word = "momentum (the first of betas)" if name == "momentum" and "betas.1" in numbers_of(pair.x)[index] else name
+        of_betas = name == "momentum" and "betas.1" in numbers_of(pair.x)[index]
+        word = "momentum (the first of betas)" if of_betas else name
         cause = "weight decay" if name == "weight_decay" else "option"
         return Finding(cause, f"{word}{of_group} is {shown(one)} in A and {shown(other)} in B", "")
     fact = f"the learning rate{of_group} is {one:.6g} in A and {other:.6g} in B"
@@ -89,24 +123,29 @@ def number_differs(pair: Pair, index: int, name: str, one: float, other: float, 
     later = [number for number in sorted(series[0].keys() & series[1].keys()) if number >= pair.number][:200]
     earlier = [number for number in series[0] if number < pair.number]
     ratios = [series[0][number] / series[1][number] for number in later if series[1][number]]
+    constant = [len({float(f"{value:.9g}") for value in found.values()}) == 1 for found in series]
+    if constant[0] != constant[1]:
+        side = "A" if constant[0] else "B"
+        who = suspects(pair, "lr_scale")
+        return Finding("schedule", fact, f"The rate of {side} is the same in every update; that of the other has a "
+                                         "schedule."
+                       + f" {who}" * bool(who), plugins=tuple(name for name, *_ in acting_in_one(pair, "lr_scale")))
     for side, ahead, behind in (("A", 0, 1), ("B", 1, 0)):
         for by in (1, 2):
             if is_ahead(series[ahead], series[behind], later, by):
-                return Finding("schedule", f"{fact}: that of {side} is the rate of the other at update {pair.number + by}",
-                               skip_meaning(pair, side) or f"The schedule of {side} is {by} update{'s' * (by > 1)} ahead: it "
+                return Finding("schedule", f"{fact}: that of {side} is the rate of the other at update "
+                                           f"{pair.number + by}",
+                               skip_meaning(pair, side) or f"The schedule of {side} is {by} update{'s' * (by > 1)} "
+                                                           "ahead: it "
                                "is stepped once more, or it begins at another count.")
     if (found := stretched(series, pair.number)) and earlier:
         return Finding("schedule", fact, found)
     if len(later) > 2 and all(isclose(ratio, ratios[0], rel_tol=1e-4) for ratio in ratios) and ratios:
         parts = fraction(ratios[0], 64)
         meaning = f"It is {ratio_text(ratios[0])} times that of B in every update from here on."
-        if parts and max(parts) in (pair.a.header.get("world_size"), pair.b.header.get("world_size")) and max(parts) > 1:
+        if parts and 1 < max(parts) in (pair.a.header.get("world_size"), pair.b.header.get("world_size")):
             meaning += " That is the number of processes."
         return Finding("rate", fact, meaning)
-    constant = [len({round(value, 12) for value in found.values()}) == 1 for found in series]
-    if constant[0] != constant[1]:
-        side = "A" if constant[0] else "B"
-        return Finding("schedule", fact, f"The rate of {side} is the same in every update; that of the other has a schedule.")
     if len(later) < 3:
         return Finding("rate", fact, "")
     return Finding("schedule", fact, "Both change from update to update, in another way: another schedule, warmup or "
@@ -137,7 +176,8 @@ def skip_meaning(pair: Pair, side: str) -> str:
     if not skipped:
         return ""
     other = "B" if side == "A" else "A"
-    return (f"Update {skipped[-1]} was skipped in both: the schedule of {side} counts it, and that of {other} does not.")
+    return (f"Update {skipped[-1]} was skipped in both: the schedule of {side} counts it, and that of {other} does "
+            "not.")
 
 
 def stretched(series: list[dict[int, float]], number: int) -> str:
@@ -145,18 +185,19 @@ def stretched(series: list[dict[int, float]], number: int) -> str:
     changes = []
     for found in series:
         numbers = sorted(found)
-        changes.append([b for a, b in zip(numbers, numbers[1:], strict=False) if not alike(found[a], found[b])])
+        changes.append([b for a, b in pairwise(numbers) if not alike(found[a], found[b])])
     for side, few, many in (("A", changes[0], changes[1]), ("B", changes[1], changes[0])):
-        gaps = [b - a for a, b in zip(few, few[1:], strict=False)]
-        if len(many) > 2 * len(few) and (gaps and min(gaps) > 1 or (few and not gaps)):
+        gaps = [b - a for a, b in pairwise(few)]
+        if len(many) > 2 * len(few) and ((gaps and min(gaps) > 1) or (few and not gaps)):
             every = f"every {gaps[0]} updates" if gaps and len(set(gaps)) == 1 else f"at update {few[0]}"
-            return (f"The rate of {side} changes {every} only, that of the other in each update: it is stepped once per "
+            return (f"The rate of {side} changes {every} only, that of the other in each update: it is stepped once "
+                    "per "
                     "epoch, or per group of batches, in one, and in each update in the other.")
     return ""
 
 
 def same_options(pair: Pair) -> Finding | None:
-    """Options of the groups that are no numbers, such as nesterov; only told in a header, so asked at the first update."""
+    """Options of the groups that are no numbers, such as nesterov. The header has them, so they are asked for once."""
     if pair.before is not None:
         return None
     ignored = {"foreach", "fused", "capturable", "differentiable", "name", "optimizer"}
@@ -176,14 +217,13 @@ def compare_update(pair: Pair) -> Finding | None:
     if relation.kind == "rounding" and relation.distance < 1e-6 * max(1.0, pair.grown.get("weights end", 0) * 1e6):
         small = update_distance(pair, ends)
         if small is None or small < 1e-3:
-            return Finding("rounding", f"the weights agree to {relation.distance:.1g} after the update, and not to the bit",
+            return Finding("rounding", f"the weights agree to {relation.distance:.1g} after the update, and not to "
+                                       "the bit",
                            fused_difference(pair) or environment_difference(pair), certain=False, minor=True)
     starts = pair.tables("weights", "start")
     if starts is None:
-        return Finding("unknown", f"the weights differ after the update, {described(relation, 'tensors')}", certain=False)
-    classes = [sorted({group["optimizer"] for group in tape.header.get("groups", [])}) for tape in (pair.a, pair.b)]
-    by_class = (f" The optimizer is {listed(classes[0])} in A and {listed(classes[1])} in B."
-                if classes[0] != classes[1] else "")
+        return Finding("unknown", "the weights differ after the update, "
+                                  f"{described(relation, 'tensors')}", certain=False)
     still = [unchanged(start, end) for start, end in zip(starts, ends, strict=True)]
     for side, own, other in (("A", still[0], still[1]), ("B", still[1], still[0])):
         fixed = [starts[0].names[row] for row in sorted(own - other)]
@@ -198,18 +238,18 @@ def compare_update(pair: Pair) -> Finding | None:
     if (factors := fit(difference, [starts[0].projections], noise)) and abs(factors[0]) < 0.5:
         side, amount = ("A", -factors[0]) if factors[0] < 0 else ("B", factors[0])
         return Finding("weight decay", f"the update of {side} also subtracts {shown(amount)} times the weights",
-                       f"It decays the weights, apart from the gradient, and the other does not.{by_class}")
-    if by_class:
-        return Finding("optimizer", "the same gradients at the same learning rate make another update", by_class.strip())
+                       "It decays the weights, apart from the gradient, and the other does not.")
     if factor := same_direction(steps[0], steps[1], noise):
         return Finding("rate", f"the update of A is {ratio_text(factor)} times that of B, from the same gradients",
-                       "The learning rate on the tapes is equal, so the optimizer uses another one, or scales its update.",
+                       "The learning rate on the tapes is equal, so the optimizer uses another one, or scales its "
+                       "update.",
                        certain=False)
     if pair.consecutive and pair.before and (found := by_momentum(pair, difference, noise)):
         return found
     return Finding("optimizer", f"the same gradients at the same learning rate make another update, "
                                 f"{described(relation, 'tensors')}",
-                   fused_difference(pair) or "The optimizer has another option or another state, which the tapes do not "
+                   fused_difference(pair) or "The optimizer has another option or another state, which the tapes do "
+                                             "not "
                    "show.", certain=False)
 
 
@@ -231,7 +271,8 @@ def fused_difference(pair: Pair) -> str:
         for key in ("fused", "foreach", "capturable"):
             values = [group["options"].get(key) for group in (one, other)]
             if values[0] != values[1]:
-                return f"The optimizer has {key}={values[0]} in A and {key}={values[1]} in B, which rounds in another way."
+                return (f"The optimizer has {key}={values[0]} in A and {key}={values[1]} in B, which rounds in another "
+                        "way.")
     return ""
 
 
@@ -248,7 +289,8 @@ def frozen(pair: Pair, side: str, names: list[str]) -> Finding:
     fact = f"the update of {side} does not change {listed(names)}, although the gradients are the same"
     if all(name in every and name not in held for name in names):
         return Finding("frozen", fact, "The optimizer does not hold them.")
-    return Finding("frozen", fact, "Their learning rate is 0, or something restores them after the step.", certain=False)
+    return Finding("frozen", fact, "Their learning rate is 0, or something restores them after the "
+                                   "step.", certain=False)
 
 
 def same_direction(one: list[float], other: list[float], noise: float) -> float | None:
@@ -280,14 +322,16 @@ def compare_end(pair: Pair) -> Finding | None:
                            environment_difference(pair), certain=False, minor=True)
         starts = pair.tables("buffers", "start")
         ends = pair.tables("buffers", "end")
-        assert starts and ends
-        still = [unchanged(start, end) == set(range(len(start.names))) for start, end in zip(starts, ends, strict=True)]
+        assert starts
+        assert ends
+        still = [unchanged(start, end) == set(range(len(start.names)))
+                 for start, end in zip(starts, ends, strict=True)]
         if still[0] != still[1]:
             side = "A" if still[0] else "B"
-            return Finding("buffers", f"the forward pass of {side} does not change the buffers, and that of the other does",
-                           f"BatchNorm of {side} is in evaluation mode, or has no running statistics"
-                           + (f": {listed(modules_in_eval(pair.a if side == 'A' else pair.b, pair.x))}." if modules_in_eval(
-                               pair.a if side == "A" else pair.b, pair.x) else "."), certain=False)
+            names = modules_in_eval(pair.a if side == "A" else pair.b, pair.x)
+            return Finding("buffers", f"the forward pass of {side} does not change the buffers, and that of the other "
+                                      "does", f"BatchNorm of {side} is in evaluation mode, or has no running statistics"
+                           + (f": {listed(names)}." if names else "."), certain=False)
         return Finding("buffers", f"the buffers differ after the same forward pass, {described(relation, 'buffers')}",
                        "The momentum of BatchNorm differs, or there is another number of forward passes in an update.",
                        certain=False)
@@ -296,7 +340,8 @@ def compare_end(pair: Pair) -> Finding | None:
             return Finding("rounding", f"the optimizer's state agrees to {relation.distance:.1g} after the update",
                            environment_difference(pair), certain=False, minor=True)
         if not relation.same:
-            return Finding("optimizer state", f"the optimizer's state differs after the update: {listed(relation.rows)}",
+            return Finding("optimizer state", "the optimizer's state differs after the update: "
+                                              f"{listed(relation.rows)}",
                            "The weights are still equal. An option such as beta2, or the form of the update, differs.",
                            certain=False)
     return None
@@ -313,6 +358,3 @@ def compare_loss(pair: Pair) -> Finding | None:
 
 def relate_nan(one: float, other: float) -> bool:
     return one != one and other != other
-
-
-__all__ = ["compare_end", "compare_loss", "compare_numbers", "compare_skipped", "compare_update", "relate"]

@@ -135,7 +135,7 @@ def test_equals_steps_without_a_graph_to_the_bit(net, batches, valid, clone, sam
 
 REFUSED = {
     "activation_checkpointing", "amp", "bf16", "cyclic", "ddp", "freeze", "fsdp", "grad_noise", "local_sgd", "nan_guard", "norms", "offload_activations",
-    "onecycle", "sam", "spike", "split", "tensorboard",
+    "onecycle", "sam", "spike", "split", "tape", "tensorboard",
 }      # with the options that `example` passes
 
 
