@@ -87,7 +87,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     print("| work | tape | ms per step | ratio | MB per 1,000 steps |\n|---|---|---|---|---|")
-    for name, make, steps in (("cnn on digits, batch of 64", digits, 100), ("transformer, 8 x 128 tokens", language, 10)):
+    for name, make, steps in (("cnn on digits, batch of 64", digits, 100), ("transformer, 8 x 128 "
+                                                                            "tokens", language, 10)):
         work = make()
         pairs: dict[str, list[tuple[float, float]]] = {spec: [] for spec in TAPES}
         sizes = {spec: timed(work, spec, steps)[1] for spec in TAPES}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -27,6 +28,7 @@ from loopctl.tape.tape_file import TapeWriter, records
 
 MAX_BACKWARDS = 16          # of the backward passes of an update, whose gradients are recorded
 under_way: Path | None = None       # the tape that is recorded in this process
+OPTIMIZER_FILE = Optimizer.__init__.__code__.co_filename
 log = logging.getLogger("loopctl")
 
 
@@ -193,7 +195,7 @@ class Recording:
 
     def before_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """A hook of torch, before any optimizer steps."""
-        if id(optimizer) in self.stepping:          # the step before was left by an error
+        if id(optimizer) in self.stepping and not is_nested(optimizer):     # the step before was left by an error
             self.stepping = []
         self.stepping.append(id(optimizer))
         if len(self.stepping) > 1:                  # a part of the step of an optimizer around it
@@ -203,6 +205,8 @@ class Recording:
         if self.now and unknown and self.attempts:      # the first update after a resume; it has a state already
             self.now.state("start", [optimizer])
         if self.now:
+            if ["state", "start"] not in [point[:2] for point in self.now.points]:      # of one not known before
+                self.now.state("start", self.optimizers.values())
             self.now.groups(self.optimizers.values())
         if not (closure := next((each for each in (*arguments, *named.values()) if callable(each)), None)):
             self.add_gradients("update")
@@ -220,7 +224,8 @@ class Recording:
 
     def after_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A hook of torch, after any optimizer has stepped."""
-        self.stepping = self.stepping[:self.stepping.index(id(optimizer))] if id(optimizer) in self.stepping else []
+        while self.stepping and self.stepping.pop() != id(optimizer):       # those that were left by an error
+            pass
         if not self.stepping:
             self.updates += 1
             self.finish()
@@ -311,7 +316,7 @@ class Recording:
         for update, values in self.steps.arrived(wait):
             if not self.writer.opened:
                 header = environment(self.device) | {
-                    "model": type(self.model).__name__, "rank": rank(), "world_size": launched_processes(),
+                    "model": type(self.model).__name__, "rank": rank(), "world_size": processes(),
                     "seed": None, "config": {}, **describe_parameters(self.named, self.optimizers.values())}
                 self.writer.begin(header, update - 1)
             self.writer.add_update(update, **values)
@@ -325,3 +330,17 @@ class Recording:
         self.attempt(self.writer.add, {"kind": "end", "update": self.attempts,
                                        "why": type(self.error).__name__ if self.error else ""})
         self.attempt(self.writer.close)
+
+
+def is_nested(optimizer: Optimizer) -> bool:
+    """Whether a step of this optimizer is made inside of another one of it: a class calls the step that it overrides."""
+    frame, steps = sys._getframe(), 0
+    while frame := frame.f_back:            # type: ignore[assignment]
+        if frame.f_code.co_filename == OPTIMIZER_FILE and frame.f_code.co_name == "wrapper":
+            steps += frame.f_locals["args"][0] is optimizer
+    return steps > 1
+
+
+def processes() -> int:
+    """The number of processes that train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else launched_processes()

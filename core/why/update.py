@@ -65,12 +65,6 @@ def other_optimizer(pair: Pair) -> Finding | None:
     return Finding("optimizer", fact, "The same gradients make another update.")
 
 
-def classes_of(pair: Pair) -> tuple[list[str], list[str]]:
-    """The classes of the optimizers of both."""
-    one, other = (sorted({group["optimizer"] for group in tape.header.get("groups", [])}) for tape in (pair.a, pair.b))
-    return one, other
-
-
 def alike(one: float, other: float) -> bool:
     """Whether two numbers are equal but for the rounding of a schedule."""
     return isclose(one, other, rel_tol=1e-6, abs_tol=1e-30)

@@ -80,7 +80,7 @@ def test_the_update_and_the_module_are_found_by_making_updates_again(kind):
 
 
 def test_updates_are_made_again_only_between_the_checkpoints_around_the_difference():
-    assert "Found by making the updates 16 to 20 of both again." in call("why", "bare-plain", "bare-planted")
+    assert "Found by making the updates 16 to 18 of both again." in call("why", "bare-plain", "bare-planted")
     assert "Found by making the updates 17 to 17 of both again." in call("why", "fine-plain", "fine-planted")
 
 

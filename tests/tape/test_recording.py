@@ -393,3 +393,18 @@ def test_a_tape_takes_kilobytes_at_any_size_of_the_model(tmp_path):
     assert len(names) <= 64
     assert names[0] == "0.weight to 4.bias"
     assert max(len(line) for line in (tmp_path / "a.tape").read_text().splitlines() if '"update"' in line) < 16_000
+
+
+def test_a_step_that_calls_the_one_it_overrides_is_one_update(tmp_path):
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = nn.Linear(2, 2)
+    torch.optim.SGD(model.parameters(), lr=0.1)         # whose step has torch's hooks from now on
+    optimizer = Own(model.parameters(), lr=0.1)
+    with record(tmp_path / "a.tape", model):
+        for _ in range(3):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+    assert [*read_tape(tmp_path / "a.tape").updates] == [1, 2, 3]
