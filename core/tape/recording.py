@@ -200,10 +200,7 @@ class Recording:
         self.stepping.append(id(optimizer))
         if len(self.stepping) > 1:                  # a part of the step of an optimizer around it
             return None
-        unknown = self.begun and not self.optimizers
         self.begin(optimizer)
-        if self.now and unknown and self.attempts:      # the first update after a resume; it has a state already
-            self.now.state("start", [optimizer])
         if self.now:
             if ["state", "start"] not in [point[:2] for point in self.now.points]:      # of one not known before
                 self.now.state("start", self.optimizers.values())
