@@ -164,6 +164,7 @@ class Recording:
             self.target = given[1]
             return
         self.begin()
+        self.observe_modes()
         unnamed = arguments[0] if len(arguments) == 1 else arguments
         self.input = {"input": unnamed} | named if named and arguments else named or unnamed
 
@@ -178,6 +179,7 @@ class Recording:
     def after_backward(self, root: Tensor | None) -> None:
         """Called after a backward pass from `root`."""
         self.begin()
+        self.observe_modes()            # unless the model was called, which it is not where it is in evaluation mode
         self.backwards += 1
         if self.now and self.weights and self.backwards <= MAX_BACKWARDS:
             if self.input is not None:
@@ -198,10 +200,7 @@ class Recording:
         self.stepping.append(id(optimizer))
         if len(self.stepping) > 1:                  # a part of the step of an optimizer around it
             return None
-        unknown = self.begun and not self.optimizers
         self.begin(optimizer)
-        if self.now and unknown:                    # it may have a state already, as in the first update after a resume
-            self.now.state("start", [optimizer])
         if self.now:
             self.now.groups(self.optimizers.values())
         if not (closure := next((each for each in (*arguments, *named.values()) if callable(each)), None)):
@@ -247,10 +246,13 @@ class Recording:
             self.now = Observations(self.device)
             self.now.random("start")
             self.add_state(self.now, "start")
-            if self.modes:
-                self.modes.observe(self.now)
             if self.modules and self.model is not None:
                 self.seen = ModuleWatch(self.model, self.device)
+
+    def observe_modes(self) -> None:
+        """Observe the modes once in an update, as they are in its forward pass; a closure may set them."""
+        if self.now and self.modes and "modes" not in self.now.values:
+            self.modes.observe(self.now)
 
     def find_weights(self, optimizer: Optimizer | None) -> bool:
         """Find the parameters: those of the model, else those of the optimizer."""
