@@ -164,6 +164,7 @@ class Recording:
             self.target = given[1]
             return
         self.begin()
+        self.observe_modes()
         unnamed = arguments[0] if len(arguments) == 1 else arguments
         self.input = {"input": unnamed} | named if named and arguments else named or unnamed
 
@@ -178,6 +179,7 @@ class Recording:
     def after_backward(self, root: Tensor | None) -> None:
         """Called after a backward pass from `root`."""
         self.begin()
+        self.observe_modes()            # unless the model was called, which it is not where it is in evaluation mode
         self.backwards += 1
         if self.now and self.weights and self.backwards <= MAX_BACKWARDS:
             if self.input is not None:
@@ -198,13 +200,8 @@ class Recording:
         self.stepping.append(id(optimizer))
         if len(self.stepping) > 1:                  # a part of the step of an optimizer around it
             return None
-        unknown = self.begun and not self.optimizers
         self.begin(optimizer)
-        if self.now and unknown:                    # it may have a state already, as in the first update after a resume
-            self.now.state("start", [optimizer])
         if self.now:
-            if ["state", "start"] not in [point[:2] for point in self.now.points]:      # of one not known before
-                self.now.state("start", self.optimizers.values())
             self.now.groups(self.optimizers.values())
         if not (closure := next((each for each in (*arguments, *named.values()) if callable(each)), None)):
             self.add_gradients("update")
@@ -249,10 +246,13 @@ class Recording:
             self.now = Observations(self.device)
             self.now.random("start")
             self.add_state(self.now, "start")
-            if self.modes:
-                self.modes.observe(self.now)
             if self.modules and self.model is not None:
                 self.seen = ModuleWatch(self.model, self.device)
+
+    def observe_modes(self) -> None:
+        """Observe the modes once in an update, as they are in its forward pass; a closure may set them."""
+        if self.now and self.modes and "modes" not in self.now.values:
+            self.modes.observe(self.now)
 
     def find_weights(self, optimizer: Optimizer | None) -> bool:
         """Find the parameters: those of the model, else those of the optimizer."""
@@ -328,7 +328,7 @@ class Recording:
 
 
 def is_nested(optimizer: Optimizer) -> bool:
-    """Whether a step of this optimizer is made inside of another one of it: a class calls the step that it overrides."""
+    """Whether a step of this optimizer is made inside of another one of it, as where a class extends `step`."""
     frame, steps = sys._getframe(), 0
     while frame := frame.f_back:            # type: ignore[assignment]
         if frame.f_code.co_filename == OPTIMIZER_FILE and frame.f_code.co_name == "wrapper":

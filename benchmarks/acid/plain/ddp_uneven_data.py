@@ -3,8 +3,9 @@ from works import Work
 
 
 def train(work: Work, model, tape):
-    optimizer, batches = work.make_optimizer(model.parameters()), work.batches()
+    optimizer = work.make_optimizer(model.parameters())
     for _ in range(work.epochs):
+        batches = work.batches()
         for start in range(0, len(batches), work.processes):
             group = batches[start:start + work.processes]
             samples = sum(len(target) for _, target in group)

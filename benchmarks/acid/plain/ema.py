@@ -5,9 +5,10 @@ from works import Work
 
 
 def train(work: Work, model, tape):
-    optimizer, batches = work.make_optimizer(model.parameters()), work.batches()
+    optimizer = work.make_optimizer(model.parameters())
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(work.ema_decay))
     for _ in range(work.epochs):
+        batches = work.batches()
         for start in range(0, len(batches), work.accumulate):
             optimizer.zero_grad()
             for input, target in batches[start:start + work.accumulate]:
