@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -98,7 +100,7 @@ class Recording:
         self.now: Observations | None = None        # of the update that is being prepared, if it is recorded
         self.begun = False                          # whether something of that update was seen
         self.depth = 0                              # of calls of modules
-        self.stepping: list[int] = []               # the optimizers inside of whose steps we are
+        self.stepping: list[FrameType] = []         # the steps of optimizers that are under way, one in the other
         self.updates = 0
         self.failed = False                         # the file cannot be written
         self.error: BaseException | None = None     # that ended the block
@@ -191,10 +193,10 @@ class Recording:
 
     def before_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """A hook of torch, before any optimizer steps."""
-        if id(optimizer) in self.stepping:          # the step before was left by an error
-            self.stepping = []
-        self.stepping.append(id(optimizer))
-        if len(self.stepping) > 1:                  # a part of the step of an optimizer around it
+        above = [*calls()]
+        self.stepping = [frame for frame in self.stepping if frame in above]        # others were left by an error
+        self.stepping.append(hooked_step(above))
+        if self.stepping[1:]:                       # a part of another step, such as that of a class that extends one
             return None
         self.begin(optimizer)
         if self.now:
@@ -215,7 +217,9 @@ class Recording:
 
     def after_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A hook of torch, after any optimizer has stepped."""
-        self.stepping = self.stepping[:self.stepping.index(id(optimizer))] if id(optimizer) in self.stepping else []
+        frame = hooked_step([*calls()])
+        if frame in self.stepping:
+            self.stepping = self.stepping[:self.stepping.index(frame)]
         if not self.stepping:
             self.updates += 1
             self.finish()
@@ -317,3 +321,16 @@ class Recording:
         self.attempt(self.writer.add, {"kind": "end", "update": self.attempts,
                                        "why": type(self.error).__name__ if self.error else ""})
         self.attempt(self.writer.close)
+
+
+def calls() -> Iterator[FrameType]:
+    """The calls that are under way, from the innermost one out."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame:
+        yield frame
+        frame = frame.f_back
+
+
+def hooked_step(above: list[FrameType]) -> FrameType:
+    """The call in which torch calls a hook before and after the step of an optimizer."""
+    return next(frame for frame in above if frame.f_globals.get("__name__") == Optimizer.__module__)
