@@ -96,7 +96,7 @@ def read_side(name: str, path: Path, scratch: Path, tell: Callable[[str], None])
         return Side(name, path, None, read_tape(path))
     file = scratch / f"{name}.tape"
     tell(f"running {path}")
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(file), str(path)], stdout=sys.stderr, check=False)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(file), str(path)], stdout=2, check=False)
     if done.returncode or not file.exists():
         reason = (f"ended with status {done.returncode}" if done.returncode
                   else "made no update with an optimizer of torch")
@@ -117,7 +117,7 @@ def worth_replaying(found: Explanation) -> bool:
     """Whether a finer tape says more: the update is not known, or the module is not."""
     if found.same or found.update is None or found.cause == "length":
         return False
-    return found.last_equal < found.update - 1 or ("first module" not in found.text and found.cause in SEARCHED)
+    return found.last_equal < found.update - 1 or found.cause in SEARCHED
 
 
 def search(a: Side, b: Side, found: Explanation, scratch: Path,

@@ -24,6 +24,7 @@ WATCHED = ("epoch_start", "before_step", "optimizer_step", "micro_step", "after_
            "after_evaluate", "epoch_end", "safe_point")
 MAX_CALLS = 4           # of the closure in a step, in which gradients are recorded
 MAX_BATCHES = 64        # micro-batches of a step that are recorded
+MAX_SUMS = 16           # micro-batches of a step up to which the sum of gradients is recorded after each
 
 
 @dataclass(eq=False)
@@ -133,6 +134,8 @@ class Tape(StepLogger, Watcher):
             self.depth -= 1
             if dtype := getattr(run.outputs, "dtype", None):
                 self.now.values["outputs"] = str(dtype).removeprefix("torch.")
+            if not self.depth and not self.calls and 1 < len(run.batches) <= MAX_SUMS:     # what each adds to the sum
+                self.add_gradients(run, f"backward {self.micro_batches}")
         elif self.now and hook == "grads_ready":
             self.now.groups(self.optimizers)
 

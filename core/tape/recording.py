@@ -3,11 +3,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from loopctl.tape.tape_file import TapeWriter, records
 
 MAX_BACKWARDS = 16          # of the backward passes of an update, whose gradients are recorded
 under_way: Path | None = None       # the tape that is recorded in this process
+OPTIMIZER_FILE = Optimizer.__init__.__code__.co_filename
 log = logging.getLogger("loopctl")
 
 
@@ -100,7 +100,7 @@ class Recording:
         self.now: Observations | None = None        # of the update that is being prepared, if it is recorded
         self.begun = False                          # whether something of that update was seen
         self.depth = 0                              # of calls of modules
-        self.stepping: list[FrameType] = []         # the steps of optimizers that are under way, one in the other
+        self.stepping: list[int] = []               # the optimizers inside of whose steps we are
         self.updates = 0
         self.failed = False                         # the file cannot be written
         self.error: BaseException | None = None     # that ended the block
@@ -164,6 +164,7 @@ class Recording:
             self.target = given[1]
             return
         self.begin()
+        self.observe_modes()
         unnamed = arguments[0] if len(arguments) == 1 else arguments
         self.input = {"input": unnamed} | named if named and arguments else named or unnamed
 
@@ -178,6 +179,7 @@ class Recording:
     def after_backward(self, root: Tensor | None) -> None:
         """Called after a backward pass from `root`."""
         self.begin()
+        self.observe_modes()            # unless the model was called, which it is not where it is in evaluation mode
         self.backwards += 1
         if self.now and self.weights and self.backwards <= MAX_BACKWARDS:
             if self.input is not None:
@@ -193,10 +195,10 @@ class Recording:
 
     def before_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """A hook of torch, before any optimizer steps."""
-        above = [*calls()]
-        self.stepping = [frame for frame in self.stepping if frame in above]        # others were left by an error
-        self.stepping.append(hooked_step(above))
-        if self.stepping[1:]:                       # a part of another step, such as that of a class that extends one
+        if id(optimizer) in self.stepping and not is_nested(optimizer):     # the step before was left by an error
+            self.stepping = []
+        self.stepping.append(id(optimizer))
+        if len(self.stepping) > 1:                  # a part of the step of an optimizer around it
             return None
         self.begin(optimizer)
         if self.now:
@@ -217,9 +219,8 @@ class Recording:
 
     def after_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A hook of torch, after any optimizer has stepped."""
-        frame = hooked_step([*calls()])
-        if frame in self.stepping:
-            self.stepping = self.stepping[:self.stepping.index(frame)]
+        while self.stepping and self.stepping.pop() != id(optimizer):       # those that were left by an error
+            pass
         if not self.stepping:
             self.updates += 1
             self.finish()
@@ -245,10 +246,13 @@ class Recording:
             self.now = Observations(self.device)
             self.now.random("start")
             self.add_state(self.now, "start")
-            if self.modes:
-                self.modes.observe(self.now)
             if self.modules and self.model is not None:
                 self.seen = ModuleWatch(self.model, self.device)
+
+    def observe_modes(self) -> None:
+        """Observe the modes once in an update, as they are in its forward pass; a closure may set them."""
+        if self.now and self.modes and "modes" not in self.now.values:
+            self.modes.observe(self.now)
 
     def find_weights(self, optimizer: Optimizer | None) -> bool:
         """Find the parameters: those of the model, else those of the optimizer."""
@@ -307,7 +311,7 @@ class Recording:
         for update, values in self.steps.arrived(wait):
             if not self.writer.opened:
                 header = environment(self.device) | {
-                    "model": type(self.model).__name__, "rank": rank(), "world_size": launched_processes(),
+                    "model": type(self.model).__name__, "rank": rank(), "world_size": processes(),
                     "seed": None, "config": {}, **describe_parameters(self.named, self.optimizers.values())}
                 self.writer.begin(header, update - 1)
             self.writer.add_update(update, **values)
@@ -323,14 +327,15 @@ class Recording:
         self.attempt(self.writer.close)
 
 
-def calls() -> Iterator[FrameType]:
-    """The calls that are under way, from the innermost one out."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame:
-        yield frame
-        frame = frame.f_back
+def is_nested(optimizer: Optimizer) -> bool:
+    """Whether a step of this optimizer is made inside of another one of it, as where a class extends `step`."""
+    frame, steps = sys._getframe(), 0
+    while frame := frame.f_back:            # type: ignore[assignment]
+        if frame.f_code.co_filename == OPTIMIZER_FILE and frame.f_code.co_name == "wrapper":
+            steps += frame.f_locals["args"][0] is optimizer
+    return steps > 1
 
 
-def hooked_step(above: list[FrameType]) -> FrameType:
-    """The call in which torch calls a hook before and after the step of an optimizer."""
-    return next(frame for frame in above if frame.f_globals.get("__name__") == Optimizer.__module__)
+def processes() -> int:
+    """The number of processes that train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else launched_processes()

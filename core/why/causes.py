@@ -38,6 +38,8 @@ CAUSES = {
     "skipped": "the update was skipped in one",
     "not finite": "NaN or infinity in one",
     "optimizer": "another optimizer, or another form of its update",
+    "extra update": "a step of the optimizer without a backward pass",
+    "processes": "another number of processes, each with a part of the batches",
     "length": "one has more updates",
     "unknown": "something differs, and the tapes do not tell why",
 }

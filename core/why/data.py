@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from loopctl.errors import counted
 from loopctl.tape.reading import Table, TapeContent, Update
 from loopctl.why.pair import Finding, Pair, acting_in_one, batch_count, fraction, listed, ratio_text, shown, suspects
 from loopctl.why.tables import matched, relate
 
+MOST_SHIFTED = 1000         # updates by which the data of one is looked for in that of the other
 Samples = tuple[int, ...]
 
 
@@ -18,6 +20,8 @@ def compare_batches(pair: Pair) -> Finding | None:
     points = [update.points("batch") for update in (pair.x, pair.y)]
     if not (points[0] and points[1]):
         return None
+    if processes(pair.a) != processes(pair.b):
+        return divided_batches(pair)
     for point in points[0]:
         if point in points[1] and (found := compare_batch(pair, point)):
             if (who := suspects(pair, "transform_batch")) and found.cause not in ("grouping", "order", "data missing"):
@@ -29,6 +33,37 @@ def compare_batches(pair: Pair) -> Finding | None:
             "grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B",
             "The first ones are the same.")
     return None
+
+
+def compare_backward(pair: Pair) -> Finding | None:
+    """A step of an optimizer for which nothing was computed, in one of the two only."""
+    counts = batch_count(pair.x), batch_count(pair.y)
+    if 0 not in counts or counts[0] == counts[1]:
+        return None
+    side = "A" if counts[0] == 0 else "B"
+    return Finding("extra update", f"{side} steps its optimizer without a backward pass before it",
+                   "Some libraries do so once, to create the optimizer's state before they load it; from here on its "
+                   "updates are those of the other, one number later.")
+
+
+def processes(tape: TapeContent) -> int:
+    return int(tape.header.get("world_size") or 1)
+
+
+def divided_batches(pair: Pair) -> Finding | None:
+    """Compare the numbers of samples where the runs have another number of processes, each with a tape of its own."""
+    counts = [sum(each["samples"] for each in update.values.get("batches", {}).values()) * processes(tape)
+              for tape, update in ((pair.a, pair.x), (pair.b, pair.y))]
+    several = max(processes(pair.a), processes(pair.b))
+    if counts[0] == counts[1]:
+        return Finding("processes", f"A trains in {counted(processes(pair.a), 'process')}, B in {processes(pair.b)}",
+                       "The batches are divided among them, so they are not compared.", minor=True)
+    more = "A" if counts[0] > counts[1] else "B"
+    return Finding("data repeated" if more == ("A" if processes(pair.a) == several else "B") else "data missing",
+                   f"the update is made from {counts[0]} samples in A and from {counts[1]} in B, as far as one of "
+                   f"{several} processes tells", "The sampler of several processes repeats samples or leaves some "
+                                                 "out, so "
+                   "that all have as many.", certain=False)
 
 
 def batches(update: Update) -> str:
@@ -158,33 +193,34 @@ def same_samples(pair: Pair, which: str, samples: tuple[Samples, Samples]) -> Fi
 
 
 def position_in_data(pair: Pair, samples: tuple[Samples, Samples], fact: str) -> Finding | None:
-    """Where in the other's data the samples of a batch are."""
-    for side, other, tape, found in (("A", "B", pair.b, samples[0]), ("B", "A", pair.a, samples[1])):
-        if not found:
-            continue
-        for update in tape:             # the very batch, at another update
-            if update.number == pair.number or found not in (samples_of(update, each)
-                                                             for each in update.points("samples")):
-                continue
-            own = pair.a if side == "A" else pair.b
-            already = [each.number for each in own if each.number < pair.number
-                       and found in (samples_of(each, point) for point in each.points("samples"))]
-            if already and not repeats(pair, side):
-                first = already[-1]
-                if whole_epoch(pair, own, tape, first):
+    """Where in the other's data the batches of one are: later, before, or nowhere in the same order."""
+    sides = [("A", "B", pair.a, pair.b), ("B", "A", pair.b, pair.a)]
+    for by in range(1, MOST_SHIFTED + 1):
+        for side, _, own, others in sides:
+            if is_shifted(pair, own, others, -by) and batch_key(own, pair.number) == batch_key(own, pair.number - by):
+                first = pair.number - by
+                if whole_epoch(pair, own, others, first):
                     return same_epoch(pair, fact)
-                return Finding("data repeated", f"{fact}: that of {side} is the one of its update {first} again, which "
-                                                f"{other} has at update {update.number} too",
-                               f"{side} trains on the same data again: a resume begins the epoch from its start, or "
-                               "the "
-                               "order is the same in every epoch.", certain=True)
-            if not already and any(each.number != pair.number for each in [update]) and update.number > pair.number \
-                    and shifted(pair, side, update.number - pair.number):
-                return Finding("data missing", f"{fact}: that of {side} comes at update {update.number} in {other}",
-                               f"{side} leaves out {update.number - pair.number} update"
-                               f"{'s' * (update.number - pair.number > 1)} of data that {other} trains on.")
-            break
+                return Finding("data repeated", f"{fact}: that of {side} is the one of its update {first} again",
+                               f"{side} trains on the same data again: a resume begins the epoch at its start, or some "
+                               "batches before where it was left.")
+        for side, other, own, others in sides:
+            if is_shifted(pair, own, others, by):
+                return Finding("data missing", f"{fact}: that of {side} comes at update {pair.number + by} in {other}",
+                               f"{side} leaves out the data of {counted(by, 'update')} that {other} trains on.")
     return same_epoch(pair, fact)
+
+
+def is_shifted(pair: Pair, own: TapeContent, other: TapeContent, by: int) -> bool:
+    """Whether the next batches of one are those of the other `by` updates later."""
+    known = [number for number in range(pair.number, pair.number + 3)
+             if number in own.updates and number + by in other.updates]
+    return bool(known) and all(batch_key(own, number) == batch_key(other, number + by) for number in known)
+
+
+def batch_key(tape: TapeContent, number: int) -> Any:
+    """What identifies the first batch of an update; None where it is not known."""
+    return identity(tape.updates[number], "1") if number in tape.updates else None
 
 
 def whole_epoch(pair: Pair, own: TapeContent, other: TapeContent, first: int) -> bool:
@@ -194,22 +230,6 @@ def whole_epoch(pair: Pair, own: TapeContent, other: TapeContent, first: int) ->
         return earlier.epoch != own.updates[pair.number].epoch
     seen = set(all_samples(update for update in own if first <= update.number < pair.number))
     return seen >= set(all_samples(other))
-
-
-def repeats(pair: Pair, side: str) -> bool:
-    """Whether the other one also gets at this update a batch that it had before."""
-    tape, own = (pair.b, pair.y) if side == "A" else (pair.a, pair.x)
-    found = [samples_of(own, point) for point in own.points("samples")]
-    return any(samples_of(update, point) in found for update in tape if update.number < pair.number
-               for point in update.points("samples"))
-
-
-def shifted(pair: Pair, side: str, by: int) -> bool:
-    """Whether the next batches of one are also those of the other, `by` updates later."""
-    own, other = (pair.a, pair.b) if side == "A" else (pair.b, pair.a)
-    numbers = [number for number in range(pair.number, pair.number + 3)
-               if number in own.updates and number + by in other.updates]
-    return all(identity(own.updates[number], "1") == identity(other.updates[number + by], "1") for number in numbers)
 
 
 def same_epoch(pair: Pair, fact: str) -> Finding | None:

@@ -9,7 +9,7 @@ from typing import Any
 from loopctl.composition.quoting import split
 from loopctl.errors import counted
 from loopctl.tape.reading import TapeContent, Update, read_tape
-from loopctl.why.data import compare_batches
+from loopctl.why.data import compare_backward, compare_batches
 from loopctl.why.gradients import compare_gradients, compare_stages
 from loopctl.why.pair import Finding, Pair, listed
 from loopctl.why.start import compare_modes, compare_random, compare_start, draws_in_forward
@@ -19,6 +19,7 @@ from loopctl.why.update import compare_end, compare_loss, compare_numbers, compa
 # What is compared of an update, in the order in which one thing follows from another. The first that differs, and is
 # not minor, is the explanation.
 STEPS: tuple[tuple[str, Callable[[Pair], Finding | None]], ...] = (
+    ("", compare_backward),
     ("weights", compare_start),
     ("", compare_modes),
     ("", lambda pair: compare_random(pair, "start")),

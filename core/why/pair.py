@@ -93,6 +93,12 @@ def suspects(pair: Pair, *hooks: str) -> str:
     return f"The plugin {only}, which may be the reason." if len(found) == 1 else f"Plugins: {only}." if found else ""
 
 
+def classes_of(pair: Pair) -> tuple[list[str], list[str]]:
+    """The classes of the optimizers of both."""
+    one, other = (sorted({group["optimizer"] for group in tape.header.get("groups", [])}) for tape in (pair.a, pair.b))
+    return one, other
+
+
 def raw_gradients(update: Update) -> Table | None:
     """The gradients after the last backward pass of the first closure call."""
     points = [point for point in update.points("gradients")

@@ -4,7 +4,7 @@ from __future__ import annotations
 from math import isclose, prod
 
 from loopctl.tape.reading import TapeContent, Update
-from loopctl.why.pair import Finding, Pair, listed, ratio_text, shown
+from loopctl.why.pair import Finding, Pair, classes_of, listed, ratio_text, shown
 from loopctl.why.tables import Relation
 
 
@@ -96,7 +96,8 @@ def compare_buffers(pair: Pair) -> Finding | None:
 
 def compare_optimizer_state(pair: Pair) -> Finding | None:
     one, other = pair.x.table("state", "start"), pair.y.table("state", "start")
-    if one is None and other is None:
+    classes = classes_of(pair)
+    if (one is None and other is None) or classes[0] != classes[1]:
         return None
     if one is None or other is None:
         lacking = "A" if one is None else "B"

@@ -11,6 +11,7 @@ from loopctl.why.pair import (
     Finding,
     Pair,
     acting_in_one,
+    classes_of,
     final_gradients,
     fraction,
     listed,
@@ -63,12 +64,6 @@ def other_optimizer(pair: Pair) -> Finding | None:
                                              "to the "
                                              "gradient (L2), where it is divided by its size.")
     return Finding("optimizer", fact, "The same gradients make another update.")
-
-
-def classes_of(pair: Pair) -> tuple[list[str], list[str]]:
-    """The classes of the optimizers of both."""
-    one, other = (sorted({group["optimizer"] for group in tape.header.get("groups", [])}) for tape in (pair.a, pair.b))
-    return one, other
 
 
 def alike(one: float, other: float) -> bool:

@@ -104,6 +104,36 @@ def test_a_tape_goes_on_with_resume(plain, batches, clone, tmp_path):
     assert [*whole] == [*parts]
 
 
+def test_the_first_update_of_a_resumed_tape_has_the_state_that_the_optimizer_was_given(plain, batches, tmp_path):
+    optimizer = sgd(plain.parameters())
+    for part in (batches[:2], batches[2:4]):
+        with record(tmp_path / "a.tape", resume=True):
+            train(plain, part, lambda parameters: optimizer)
+    two, three = list(read_tape(tmp_path / "a.tape"))[1:3]
+    assert three.table("state", "start") == two.table("state", "end")
+    assert three.table("state", "start").names == ("momentum_buffer",)
+
+
+def test_the_modes_of_an_update_are_those_of_its_forward_pass(net, batches, tmp_path):
+    optimizer, (input, target) = sgd(net.parameters()), batches[0]
+
+    def closure():
+        net.train()
+        optimizer.zero_grad()
+        loss = cross_entropy(net(input), target)
+        loss.backward()
+        return loss
+
+    with record(tmp_path / "a.tape", net):
+        net.eval()
+        optimizer.step(closure)
+        net.eval()
+        cross_entropy(net(input), target).backward()
+        net.train()
+        optimizer.step()
+    assert [bool(update.values["in_eval_mode"]) for update in read_tape(tmp_path / "a.tape")] == [False, True]
+
+
 def test_a_file_that_cannot_be_written_is_a_warning_and_training_goes_on(plain, batches, tmp_path, caplog, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -367,3 +397,18 @@ def test_a_tape_takes_kilobytes_at_any_size_of_the_model(tmp_path):
     assert len(names) <= 64
     assert names[0] == "0.weight to 4.bias"
     assert max(len(line) for line in (tmp_path / "a.tape").read_text().splitlines() if '"update"' in line) < 16_000
+
+
+def test_a_step_that_calls_the_one_it_overrides_is_one_update(tmp_path):
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = nn.Linear(2, 2)
+    torch.optim.SGD(model.parameters(), lr=0.1)         # whose step has torch's hooks from now on
+    optimizer = Own(model.parameters(), lr=0.1)
+    with record(tmp_path / "a.tape", model):
+        for _ in range(3):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+    assert [*read_tape(tmp_path / "a.tape").updates] == [1, 2, 3]

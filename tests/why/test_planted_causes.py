@@ -503,3 +503,41 @@ def test_equal_loops_are_the_same(tmp_path):
     Loop().train(tmp_path / "a")
     Loop().train(tmp_path / "b")
     assert explain_difference(tmp_path / "a", tmp_path / "b").same
+
+
+def test_an_optimizer_state_that_was_loaded_is_not_called_lost(tmp_path):
+    model, inputs = nn.Linear(3, 2), torch.randn(4, 3)
+
+    def train(file, updates, state=None, resume=False):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        if state:
+            optimizer.load_state_dict(state)
+        with record(file, model, resume=resume):
+            for _ in range(updates):
+                optimizer.zero_grad()
+                model(inputs).square().mean().backward()
+                optimizer.step()
+        return optimizer.state_dict()
+
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    train(tmp_path / "whole", 4)
+    model.load_state_dict(start)
+    train(tmp_path / "resumed", 2, train(tmp_path / "resumed", 2), resume=True)
+    assert explain_difference(tmp_path / "whole", tmp_path / "resumed").same
+    model.load_state_dict(start)
+    train(tmp_path / "lost", 2)
+    train(tmp_path / "lost", 2, resume=True)
+    assert explain_difference(tmp_path / "whole", tmp_path / "lost").cause == "optimizer state"
+
+
+def test_a_step_without_a_backward_pass_is_named(tmp_path):
+    class CreatesStateFirst(Loop):
+        def before_backward(self, update):
+            if update == 3:
+                self.optimizer.step()
+
+    CreatesStateFirst().train(tmp_path / "a")
+    Loop().train(tmp_path / "b")
+    found = explain_difference(tmp_path / "a", tmp_path / "b")
+    assert (found.cause, found.update) == ("extra update", 3), found.text
+    assert "A steps its optimizer without a backward pass before it" in found.text

@@ -119,3 +119,16 @@ def test_the_first_module_that_differs_is_named():
 
 def test_every_cause_that_is_found_is_listed(plain):
     assert explained(plain, "clip:max_norm=0.5").cause in CAUSES
+
+
+def test_micro_batches_that_count_otherwise_are_told_by_their_gradients(tmp_path):
+    @dataclass(eq=False)
+    class EachBatchTheSame:
+        @hookimpl
+        def batch_weight(self, run, batch):
+            return 1
+
+    one, other = (tiny_run("tape", "accumulate:every=3", *more).out / "run.tape" for more in ((), (EachBatchTheSame(),)))
+    found = explain_difference(one, other)
+    assert (found.cause, found.update) == ("weighting", 2), found.text
+    assert "The batches have 8 and 5 samples: one counts each batch the same, the other each sample." in found.text

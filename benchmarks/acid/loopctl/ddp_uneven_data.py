@@ -1,0 +1,8 @@
+"""The plugin ddp, which shares the batches among the processes."""
+from works import Work
+
+from loopctl import fit
+
+
+def train(work: Work, model, tape):
+    fit(model, work.loss, work.make_optimizer, work.train_loader(), epochs=work.epochs, plugins=["ddp"])

@@ -1,0 +1,23 @@
+"""Started by torchrun, without `even_batches`; the loss function divides by the items of all processes."""
+import torch
+from transformers import Trainer, TrainingArguments
+from works import Work
+
+
+def collate(samples):
+    input, labels = zip(*samples, strict=True)
+    return {"input": torch.stack(input), "labels": torch.stack(labels)}
+
+
+def train(work: Work, model, tape):
+    arguments = TrainingArguments(
+        work.folder, use_cpu=True, per_device_train_batch_size=work.batch_size, num_train_epochs=work.epochs,
+        train_sampling_strategy="sequential", max_grad_norm=0.0, lr_scheduler_type="constant",
+        report_to="none", save_strategy="no", accelerator_config={"even_batches": False}, ddp_backend="gloo")
+
+    def compute_loss(output, labels, num_items_in_batch):
+        return work.loss(output, labels) * len(labels) / num_items_in_batch
+
+    optimizer = work.make_optimizer(model.parameters())
+    Trainer(model, arguments, collate, work.train_data, compute_loss_func=compute_loss,
+            optimizers=(optimizer, None)).train()
