@@ -24,7 +24,7 @@ ARROWS = {
     "composition": "errors hooks optim data distributed model",
     "checkpoint": "errors rng counters hooks metrics optim data distributed composition model",
     "tape": "errors metrics optim model data distributed checkpoint",
-    "why": "composition tape",
+    "why": "errors composition tape",
     "run": "errors counters metrics optim data distributed composition",
     "defaults": "errors hooks metrics optim model data run",
     "prepare": "errors rng metrics optim data distributed composition run model",
