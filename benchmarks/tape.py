@@ -2,10 +2,10 @@
 
     python benchmarks/tape.py [rounds]
 
-The default cnn on digits in batches of 64, and a language model of ten million parameters, a transformer, on 8 sequences
-of 128 tokens. One thread. A round trains with each tape right after the run without one, and the ratios are medians of
-such pairs; the first row, without a tape beside itself, is what the machine's noise leaves. Prints a table of
-docs/performance.md.
+The default cnn on digits in batches of 64, and a language model of ten million parameters, a transformer, on 8
+sequences of 128 tokens. One thread. A round trains with each tape right after the run without one, and the ratios are
+medians of such pairs; the first row, without a tape beside itself, is what the machine's noise leaves. Prints a table
+of docs/performance.md.
 """
 import sys
 from collections.abc import Iterator
@@ -87,8 +87,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     print("| work | tape | ms per step | ratio | MB per 1,000 steps |\n|---|---|---|---|---|")
-    for name, make, steps in (("cnn on digits, batch of 64", digits, 100), ("transformer, 8 x 128 "
-                                                                            "tokens", language, 10)):
+    works = (("cnn on digits, batch of 64", digits, 100), ("transformer, 8 x 128 tokens", language, 10))
+    for name, make, steps in works:
         work = make()
         pairs: dict[str, list[tuple[float, float]]] = {spec: [] for spec in TAPES}
         sizes = {spec: timed(work, spec, steps)[1] for spec in TAPES}

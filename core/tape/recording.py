@@ -202,8 +202,6 @@ class Recording:
             return None
         self.begin(optimizer)
         if self.now:
-            if ["state", "start"] not in [point[:2] for point in self.now.points]:      # of one not known before
-                self.now.state("start", self.optimizers.values())
             self.now.groups(self.optimizers.values())
         if not (closure := next((each for each in (*arguments, *named.values()) if callable(each)), None)):
             self.add_gradients("update")
@@ -330,7 +328,7 @@ class Recording:
 
 
 def is_nested(optimizer: Optimizer) -> bool:
-    """Whether a step of this optimizer is made inside of another one of it: a class calls the step that it overrides."""
+    """Whether a step of this optimizer is made inside of another one of it, as where a class extends `step`."""
     frame, steps = sys._getframe(), 0
     while frame := frame.f_back:            # type: ignore[assignment]
         if frame.f_code.co_filename == OPTIMIZER_FILE and frame.f_code.co_name == "wrapper":

@@ -11,6 +11,7 @@ from loopctl.why.pair import (
     Finding,
     Pair,
     acting_in_one,
+    classes_of,
     final_gradients,
     fraction,
     listed,
