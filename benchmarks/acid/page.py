@@ -42,7 +42,7 @@ same here if its documentation shows how to write it.
 
 ## Library by library
 
-What stands in quotes was found from the tapes alone.
+What stands first, in quotes, was found from the tapes alone. The last sentences are about what the documentation says.
 
 {sections}
 
@@ -85,7 +85,7 @@ def table(cells: dict[str, dict[str, Any]], names: dict[str, str]) -> str:
 
 def said(cell: dict[str, Any], name: str) -> str:
     """What `why` says first, with the names of the two in place of A and B."""
-    text = re.split(r"\n(?:Up to there|Before that|The tapes)", cell["text"])[0].replace("\n", " ")
+    text = re.split(r"\n(?:It may mean|Equal until|Before that|The tapes)", cell["text"])[0].replace("\n", " ")
     text = re.sub(r"(^|\. )B\b", r"\1The plain loop", re.sub(r"\bA\b", name, text))
     return re.sub(r"\bB\b", "the plain loop", text).strip().rstrip(".")
 
@@ -100,7 +100,8 @@ def remarks(library: str, name: str, cells: dict[str, Any]) -> str:
         alike = cell and cell["end"] in ("same", "rounding")
         if cell is None or (alike and not note):
             continue
-        words = [note.get("says", ""), note.get("documented", "")]
+        documented = note.get("documented", "")
+        words = [note.get("says", ""), documented and f"*Documentation*: {documented}"]
         if cell["end"] == "differs":
             words.insert(0, f'"{said(cell, name)}."')
         elif not alike and not words[0]:
