@@ -200,12 +200,14 @@ def main() -> None:
                         help="the folder with an environment for each library")
     parser.add_argument("--install", action="store_true", help="make the environments that are missing")
     parser.add_argument("--tapes", type=Path, help="keep the tapes and what was printed in this folder")
-    parser.add_argument("--results", type=Path, default=HERE / "results.json", help="the file with the results")
+    parser.add_argument("--results", type=Path, help="the file with the results, to which those of a library or a work "
+                        "are added; left out, results.json beside this file, and none for a single work")
     parser.add_argument("--page", action="store_true", help="write docs/acid.md from the results, without training")
     parser.add_argument("--jobs", type=int, default=1, help="how many works are trained at once")
     given = parser.parse_args()
+    file = given.results or HERE / "results.json"
     if given.page:
-        PAGE.write_text(page(json.loads(given.results.read_text()), NAMES))
+        PAGE.write_text(page(json.loads(file.read_text()), NAMES))
         return
     if given.tapes and given.tapes.exists() and any(given.tapes.iterdir()):
         parser.error(f"--tapes {given.tapes} is not empty; choose another folder")
@@ -243,11 +245,12 @@ def main() -> None:
             cells[library][name] = asdict(cell)
             where = f" at update {cell.update}" if cell.update else ""
             print(f"{library:12} {name:36} {cell.end}{where}{': ' * bool(cell.text)}{cell.text}", flush=True)
-    if not given.work:
-        kept = json.loads(given.results.read_text()) if given.library and given.results.exists() else {}
-        given.results.write_text(json.dumps({
-            "environment": environment(torch.device("cpu")), "versions": kept.get("versions", {}) | versions,
-            "cells": kept.get("cells", {}) | cells}, indent=1) + "\n")
+    if given.results or not given.work:
+        kept = json.loads(file.read_text()) if given.library and file.exists() else {"versions": {}, "cells": {}}
+        for library, own in cells.items():
+            kept["cells"][library] = kept["cells"].get(library, {}) | own
+        file.write_text(json.dumps({"environment": environment(torch.device("cpu")),
+                                    "versions": kept["versions"] | versions, "cells": kept["cells"]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
