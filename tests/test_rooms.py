@@ -24,7 +24,7 @@ ARROWS = {
     "composition": "errors hooks optim data distributed model",
     "checkpoint": "errors rng counters hooks metrics optim data distributed composition model",
     "tape": "errors metrics optim model data distributed checkpoint",
-    "why": "tape",
+    "why": "errors composition tape",
     "run": "errors counters metrics optim data distributed composition",
     "defaults": "errors hooks metrics optim model data run",
     "prepare": "errors rng metrics optim data distributed composition run model",
@@ -33,9 +33,9 @@ ARROWS = {
     "evaluation": "hooks metrics data distributed composition run prepare loop",
     "trial_run": "errors rng metrics optim model data distributed composition checkpoint run loop",
     "tuning": "errors rng global_settings hooks model data distributed composition checkpoint run prepare loop trial_run",
-    "testing": "errors rng hooks optim model data composition checkpoint run loop",
+    "testing": "errors rng hooks optim model data composition checkpoint tape why run loop",
     "plugins": "errors rng hooks report metrics optim model data distributed composition checkpoint tape run trial_run",
-    "cli": "errors determinism rng global_settings hooks report metrics optim model data distributed composition checkpoint run prepare loop evaluation tuning plugins",
+    "cli": "errors determinism rng global_settings hooks report metrics optim model data distributed composition checkpoint run prepare loop evaluation tuning tape why plugins",
 }
 
 

@@ -200,7 +200,10 @@ class Recording:
         self.stepping.append(id(optimizer))
         if len(self.stepping) > 1:                  # a part of the step of an optimizer around it
             return None
+        unknown = self.begun and id(optimizer) not in self.optimizers
         self.begin(optimizer)
+        if self.now and unknown and ["state", "start"] not in [point[:2] for point in self.now.points]:
+            self.now.state("start", self.optimizers.values())       # it may have one, as after a resume
         if self.now:
             self.now.groups(self.optimizers.values())
         if not (closure := next((each for each in (*arguments, *named.values()) if callable(each)), None)):

@@ -227,7 +227,11 @@ def test_a_closure_that_is_called_several_times_is_one_update(plain, batches, tm
     assert updates[0].table("gradients", "backward 1") != updates[0].table("gradients", "backward 2")
 
 
-def test_an_optimizer_that_steps_another_one_makes_one_update(plain, batches, tmp_path):
+def test_an_optimizer_that_steps_another_one_or_extends_one_makes_one_update(plain, batches, tmp_path):
+    class Extended(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
     class Around(torch.optim.Optimizer):
         def __init__(self, inner):
             super().__init__(inner.param_groups, {})
@@ -239,7 +243,7 @@ def test_an_optimizer_that_steps_another_one_makes_one_update(plain, batches, tm
                 raise ValueError
 
     def steps():
-        optimizer = Around(sgd(plain.parameters()))
+        optimizer = Around(Extended(plain.parameters(), lr=0.1))
         for optimizer.fail in (False, True, False):
             cross_entropy(plain(batches[0][0]), batches[0][1]).backward()
             try:
