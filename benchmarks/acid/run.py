@@ -128,7 +128,7 @@ def other_results(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any
 def samples_of(folder: Path, update: int) -> Counter[int]:
     """The samples of an update in all processes, as checksums."""
     found: Counter[int] = Counter()
-    for file in folder.glob("tape-*.tape"):
+    for file in folder.glob("*.tape"):
         if made := read_tape(file).updates.get(update):
             for point in made.points("samples"):
                 found.update(made.observed["samples", point])
@@ -139,7 +139,7 @@ def explain_samples(ours: Path, theirs: Path, update: int) -> tuple[str, str]:
     """The cause and a text, by the batches and the samples of an update in all processes."""
     batches = [made.values["micro_batches"] if (made := read_tape(file).updates.get(update)) else 0
                for file in (theirs, ours)]
-    if not (theirs.parent / "tape-1.tape").exists() and batches[0] != batches[1]:
+    if len([*theirs.parent.glob("*.tape")]) == 1 and batches[0] != batches[1]:
         return "grouping", f"update {update} is made from {counted(batches[0], 'batch')}, and that of the plain loop " \
             f"from {counted(batches[1], 'batch')}"
     expected, found = samples_of(ours.parent, update), samples_of(theirs.parent, update)
@@ -236,7 +236,7 @@ def main() -> None:
                 return Cell("failed", text="there is no script")
             own = folder / library / name
             outcome = train_all_parts(library, name, own, pythons[library])
-            return compare(name, folder / "plain" / name / "tape-0.tape", own / "tape-0.tape",
+            return compare(name, folder / "plain" / name / "updates.tape", own / "updates.tape",
                            plain[name]["results"], outcome)
         waiting = {(library, name): threads.submit(one, library, name) for library in versions for name in names}
         cells: dict[str, dict[str, Any]] = {library: {} for library in versions}
