@@ -137,12 +137,17 @@ def samples_of(folder: Path, update: int) -> Counter[int]:
 
 def explain_samples(ours: Path, theirs: Path, update: int) -> tuple[str, str]:
     """The cause and a text, by the batches and the samples of an update in all processes."""
-    batches = [made.values["micro_batches"] if (made := read_tape(file).updates.get(update)) else 0
-               for file in (theirs, ours)]
+    tapes = [read_tape(file).updates for file in (theirs, ours)]
+    if not all(update in updates for updates in tapes):
+        return "length", f"{counted(len(tapes[0]), 'update')}, and the plain loop makes {len(tapes[1])}; those that " \
+            "both make are the same"
+    batches = [updates[update].values["micro_batches"] for updates in tapes]
     if len([*theirs.parent.glob("*.tape")]) == 1 and batches[0] != batches[1]:
         return "grouping", f"update {update} is made from {counted(batches[0], 'batch')}, and that of the plain loop " \
             f"from {counted(batches[1], 'batch')}"
     expected, found = samples_of(ours.parent, update), samples_of(theirs.parent, update)
+    if found.total() == expected.total() and found != expected:
+        return "data", f"update {update} has other samples than that of the plain loop"
     text = f"update {update} has {counted(found.total(), 'sample')}, and that of the plain loop {expected.total()}"
     if more := found - expected:
         before = sum((samples_of(ours.parent, number) for number in range(1, update)), Counter())
@@ -168,8 +173,10 @@ def compare(name: str, ours: Path, theirs: Path, results: dict[str, Any], outcom
                  if not isinstance(ours, list)] or [f"{key} differs" for key in other]
         return Cell("differs", cause="result", text="the updates are the same; " + "; ".join(shown), results=other)
     found = explain_difference(theirs, ours)
-    # With several processes the gradients are of a part of the samples, and some libraries keep them elsewhere.
-    if WORKS[name].processes > 1 or ((found.update or 0) < update and found.cause != "length"):
+    # With several processes the gradients are of a part of the samples; some libraries keep them elsewhere, or call the
+    # model before they load the weights of a checkpoint.
+    if (WORKS[name].processes > 1 or found.cause == "weights changed"
+            or ((found.update or 0) < update and found.cause != "length")):
         return Cell("differs", update, *explain_samples(ours, theirs, update), other)
     return Cell("differs", update, found.cause, found.text, other)
 
