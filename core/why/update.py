@@ -58,6 +58,8 @@ def other_optimizer(pair: Pair) -> Finding | None:
     """Whether the optimizers are of other classes."""
     classes = classes_of(pair)
     decays = any(numbers.get("weight_decay") for numbers in numbers_of(pair.x))
+    if not all(classes):                # updates that no optimizer of torch makes
+        return None
     if classes[0] == classes[1] or (set(classes[0] + classes[1]) == {"Adam", "AdamW"} and not decays):
         return None
     fact = f"the optimizer is {listed(classes[0])} in A and {listed(classes[1])} in B"
