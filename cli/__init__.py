@@ -269,11 +269,11 @@ def export(run: Path, kind: str, out: Path | None, weights: str | None) -> None:
 
 @main.command()
 @click.argument("run", type=PathType())
-@click.option("--to", required=True, type=COUNT, metavar="STEP",
+@shared_option("--to", required=True, type=COUNT, metavar="STEP",
               help="The step to look at. Steps count updates made and skipped, from 1 on, as names of checkpoints do.")
 @shared_option("--plugin", plugin_names, multiple=True, type=TextType(), metavar="NAME[:OPTIONS]",
                help="Add an observer, such as norms, tape or profile; repeat it for more.")
-@click.option("--steps", default=1, type=IntegerType(0), metavar="N", show_default=True,
+@shared_option("--steps", default=1, type=IntegerType(0), metavar="N",
               help="The number of steps to make after STEP.")
 @click.option("--out", type=PathType(), metavar="DIR",
               help="The folder for what the observers write.  [default: a new one in rewinds/]")

@@ -15,7 +15,6 @@ from loopctl.checkpoint.atomic_files import DamagedCheckpoint, read_checkpoint
 from loopctl.checkpoint.finding import check_layout, restore_content
 from loopctl.checkpoint.sharded_tensors import check_sharded
 from loopctl.checkpoint.state import capture_state
-from loopctl.cli.compare import read_history
 from loopctl.errors import UsageError, counted, names
 from loopctl.run import Run
 from loopctl.tape.fingerprint import bits
@@ -94,9 +93,9 @@ class Rewind:
         else:
             self.compared[kind] += 1
 
-    def compare_history(self, run: Run, file: Path) -> None:
+    def compare_history(self, run: Run, history: list[dict[str, float]]) -> None:
         """Compare the rows of the evaluations that were made with those in the log of the run."""
-        there = {(row.get("epoch"), row.get("step")): row for row in read_history(file)}
+        there = {(row.get("epoch"), row.get("step")): row for row in history}
         for row in run.history[self.known:]:
             if logged := there.get((row["epoch"], row["step"])):
                 numbers = {name: value for name, value in row.items() if name.startswith(("train_", "val_", "lr"))}

@@ -1,6 +1,7 @@
 """`loopctl rewind`: make some steps of a run again, with observers added, and prove that it is the same run."""
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,9 +16,10 @@ import torch
 
 from loopctl import fit, torch_settings
 from loopctl.checkpoint.finding import checkpoints_in, find_candidates, step_number
-from loopctl.cli import data, launch, main
+from loopctl.cli import data, launch
 from loopctl.cli.arguments import build_arguments, chosen_torch_settings
-from loopctl.cli.compare import log_path, read_config
+from loopctl.cli.compare import log_path, read_config, read_history
+from loopctl.cli.options import training_options
 from loopctl.cli.replay_plugins import (
     check_observer,
     check_outside,
@@ -36,6 +38,7 @@ from loopctl.plugins.tape import Tape
 from loopctl.run import Run
 from loopctl.tape.reading import TapeContent, read_tape
 
+log = logging.getLogger("loopctl")
 CHANGED = ("epochs", "max_steps", "eval_every")         # may be others in a resumed run, and change what follows
 
 
@@ -51,6 +54,7 @@ class Replay:
     compared: dict[str, int]            # how many of which fingerprints of the run are equal, by what they are
     differs: tuple[int, str] | None     # the first step at which it is not the same run, and what differs there
     reasons: list[str]                  # what is known to differ in the environment and in the settings
+    next: int | None                    # the step of the run's first checkpoint that was not reached
 
     @property
     def proved(self) -> bool:
@@ -78,7 +82,7 @@ def replay(
     config = read_config(folder / "run.toml")
     specs = list(settings["plugin"])
     left = checkpoints_of(folder, config)
-    tape = tape_of(folder, specs)
+    tape, history = tape_of(folder, specs), readable(read_history, folder / log_path(config)) or []
     check_end(folder, first, left, tape)
     entry = find_entry(left, first)
     added = [complete(spec, first, last, entry.step) for spec in plugins]
@@ -86,8 +90,7 @@ def replay(
         check_observer(spec, text)
     with TemporaryDirectory(prefix="loopctl-") as scratch, new_folder(folder, out, first) as target, same_settings():
         check_outside(folder, target, [build_plugin(text)[1] for text in added])
-        arguments, resolved, _ = build_arguments(
-            settings | {"plugin": [*specs, *added], "max_time": None}, entry.file)
+        arguments, resolved, _ = build_arguments(settings | {"plugin": [*specs, *added]}, entry.file)
         own, rest = arguments["plugins"][:len(specs)], arguments["plugins"][len(specs):]
         write_inside(own)
         saving = any(map(rolls_back, own))
@@ -103,15 +106,21 @@ def replay(
             reason = run.stop or run.leave
             raise UsageError(f"step {first:,} was not reached: {folder} ends at step {run.attempts:,}"
                              f"{f' ({reason})' if reason else ''}; choose an earlier one")
-        proof.compare_history(run, folder / log_path(config))
+        proof.compare_history(run, history)
         if tape:
             proof.compare_tapes(tape[1], read_tape(recorded[0].file), entry.step)
         reasons = other_environment(folder, tape[1] if tape else None, proof.here) + entry.other_settings(config)
         return Replay(run, entry.step, entry.file, run.attempts, target, proof.compared,
-                      min(proof.differences, default=None), reasons)
+                      min(proof.differences, default=None), reasons, min(proof.checkpoints, default=None))
 
 
 # What the run has left
+
+
+@click.command()
+@training_options
+def configured(**settings: Any) -> None:
+    """The options that a run.toml has, without those that say how long a run may take and what it is called."""
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -124,12 +133,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not file.is_file() or not read_config(file):
         raise UsageError(f"{folder} has no run.toml that says what it trained; name the folder of a run of `loopctl "
                          "run`")
-    settings = main.commands["run"].make_context("run", [f"--config={file}"]).params
+    try:
+        settings = configured.make_context("run", [f"--config={file}"]).params
+    except click.UsageError as error:
+        raise UsageError(error.format_message().removeprefix("--config: ")) from error
     number = max(len(launch.device_numbers(settings["devices"])), launched_processes())
     if number > 1:
         raise UsageError(f"{folder} is a run of {number} processes; only a run of one process can be replayed")
-    return {name: value for name, value in settings.items() if name not in ("fast_dev_run", "name", "out", "resume",
-                                                                            "config")}
+    return {name: value for name, value in settings.items() if name != "config"}
 
 
 def checkpoints_of(folder: Path, config: dict[str, Any]) -> list[tuple[int, Path]]:
@@ -150,9 +161,18 @@ def tape_of(folder: Path, specs: Iterable[str]) -> tuple[Tape, TapeContent] | No
     for spec in specs:
         if split_spec(spec)[0] == "tape":
             plugin = build_plugin(spec)[1]
-            if (folder / plugin.path).is_file():
-                return plugin, read_tape(folder / plugin.path)
+            if (folder / plugin.path).is_file() and (content := readable(read_tape, folder / plugin.path)):
+                return plugin, content
     return None
+
+
+def readable(read: Callable[[Path], Any], file: Path) -> Any:
+    """What `read` returns of a file; None, with a warning, where it is damaged."""
+    try:
+        return read(file)
+    except UsageError as error:
+        log.warning("%s; it is left out", error)
+        return None
 
 
 def check_end(folder: Path, first: int, left: list[tuple[int, Path]], tape: tuple[Tape, TapeContent] | None) -> None:
@@ -251,7 +271,7 @@ def rewind_run(folder: Path, to: int, steps: int, plugins: Sequence[str], out: P
 
     found = replay(folder, to, to + steps, plugins, out, tell)
     tell(f"steps {found.entered + 1:,} to {found.last:,} were made again")
-    tell(verdict(found))
+    tell(verdict(found, to))
     with unwritable_is_error(found.out):
         (found.out / "rewind.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     written = sorted(file.name for file in found.out.iterdir() if file.name != "rewind.txt")
@@ -260,8 +280,8 @@ def rewind_run(folder: Path, to: int, steps: int, plugins: Sequence[str], out: P
         raise click.ClickException(f"what is in {found.out} is not of the run {folder}")
 
 
-def verdict(found: Replay) -> str:
-    """Whether a replay is the same run, and how that is known."""
+def verdict(found: Replay, to: int) -> str:
+    """Whether a replay of step `to` is the same run, and how that is known."""
     because = f": {'; '.join(found.reasons)}" if found.reasons else ""
     if found.differs:
         step, what = found.differs
@@ -271,6 +291,7 @@ def verdict(found: Replay) -> str:
     equal = [counted(number, kind) if kind != "update of its tape" else f"{counted(number, 'update')} of its tape"
              for kind, number in found.compared.items() if number]
     if equal:
-        return f"the same run: {names(equal)} equal to the bit"
-    return ("not proved to be the same run: it left no checkpoint, evaluation or tape between these steps to compare "
-            f"with{because}; more --steps reach the next one, and a run with the plugin tape has one in each step")
+        return f"the same run: {names(equal)} {'is' if sum(found.compared.values()) == 1 else 'are'} equal to the bit"
+    reach = f"--steps {found.next + 1 - to} goes beyond its checkpoint of step {found.next:,}" if found.next else ""
+    return ("not proved to be the same run: between these steps it left no checkpoint, evaluation or tape to compare "
+            f"with{because}; {reach}{', and ' * bool(reach)}a run with the plugin tape can be compared at each step")

@@ -27,7 +27,8 @@ class Spike(StepGuard):
     of the step over all processes and for the norm before clipping. Steps that are undone do not change them. Losses
     and norms that are not finite are spikes too, at any time, so nan_guard is not needed besides. What happens on CUDA
     is as with nan_guard: the host learns of a spike some steps later. A file lists step, epoch, batches of the epoch
-    and statistics of every spike. The metric skipped_steps counts them.
+    and statistics of every spike. The metric skipped_steps counts them. `loopctl rewind RUN --to STEP` makes the step
+    of a spike again, with other plugins, to look at it.
 
     action: skip continues with the next batches; stop ends the run; rollback continues too, but from the last
         checkpoint, as PaLM did, arXiv:2204.02311

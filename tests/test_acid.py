@@ -43,7 +43,7 @@ def test_loopctl_makes_the_updates_of_the_plain_loop(acid, work, tmp_path, reque
             outcome = cell.train_cell("loopctl", work, tmp_path / "loopctl", part)
     found = run.compare(work, tmp_path / "plain" / "tape-0.tape", tmp_path / "loopctl" / "tape-0.tape", plain["results"],
                         outcome)
-    assert found.end == "same", found.text
+    assert found.end == "same" or (found.end == "rounding" and asked.processes > 1), found.text
     assert set(plain["results"]) == set(asked.results)
 
 

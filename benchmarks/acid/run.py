@@ -39,14 +39,14 @@ LIBRARIES = {           # the folder, the name, and the package whose version is
     "skorch": ("skorch", "skorch"), "mmengine": ("MMEngine", "mmengine"), "torchtnt": ("torchtnt", "torchtnt")}
 NAMES = {library: name for library, (name, _) in LIBRARIES.items()}
 LIMIT = 180             # seconds for a part of a cell
-ROUNDING = 1e-5         # between two processes and one, whose sums have another order
+ROUNDING = 1e-5         # to which weights agree where sums or formulas have another order
 
 
 @dataclass
 class Cell:
     """What came of one work with one library."""
 
-    end: str                    # same, differs, not offered, needs a GPU, refuses, or failed
+    end: str                    # same, rounding, differs, not offered, needs a GPU, refuses, or failed
     update: int | None = None   # the first update that differs
     cause: str = ""
     text: str = ""
@@ -102,7 +102,7 @@ def weights_after(tape: TapeContent) -> list[tuple[int, Any]]:
 
 
 def first_difference(ours: Path, theirs: Path, exact: bool = True) -> int | None:
-    """The number of the first update after which the weights differ, or which only one tape has."""
+    """The number of the first update after which the weights differ, in a bit or by more, or which one tape has."""
     one, other = weights_after(read_tape(ours)), weights_after(read_tape(theirs))
     for index in range(max(len(one), len(other))):
         if index >= len(one) or index >= len(other):
@@ -135,35 +135,42 @@ def samples_of(folder: Path, update: int) -> Counter[int]:
     return found
 
 
-def explain_processes(ours: Path, theirs: Path, update: int) -> tuple[str, str]:
-    """The cause and a text where the updates of several processes differ from those of the plain loop."""
+def explain_samples(ours: Path, theirs: Path, update: int) -> tuple[str, str]:
+    """The cause and a text, by the batches and the samples of an update in all processes."""
+    batches = [made.values["micro_batches"] if (made := read_tape(file).updates.get(update)) else 0
+               for file in (theirs, ours)]
+    if not (theirs.parent / "tape-1.tape").exists() and batches[0] != batches[1]:
+        return "grouping", f"update {update} is made from {counted(batches[0], 'batch')}, and that of the plain loop " \
+            f"from {counted(batches[1], 'batch')}"
     expected, found = samples_of(ours.parent, update), samples_of(theirs.parent, update)
-    text = f"update {update}: the processes together have {found.total()} samples, the plain loop {expected.total()}"
+    text = f"update {update} has {counted(found.total(), 'sample')}, and that of the plain loop {expected.total()}"
     if more := found - expected:
         before = sum((samples_of(ours.parent, number) for number in range(1, update)), Counter())
-        again = (more & (before + expected)).total()
-        return "data repeated" if again else "data", f"{text}: {counted(again or more.total(), 'sample')} " \
-            + ("for the second time in this epoch" if again else "of others")
+        if again := (more & (before + expected)).total():
+            return "data repeated", f"{text}: {counted(again, 'sample')} a second time"
+        return "data", f"{text}: {counted(more.total(), 'sample')} of others"
     if missing := expected - found:
         return "data missing", f"{text}: {counted(missing.total(), 'sample')} left out"
-    return "weighting", f"{text}: the same, which count by other weights"
+    return "unknown", f"the weights differ after update {update}, which has the same samples"
 
 
 def compare(name: str, ours: Path, theirs: Path, results: dict[str, Any], outcome: dict[str, Any]) -> Cell:
     """Compare what a library did with the plain loop."""
     if outcome["end"] != "trained":
         return Cell(outcome["end"], text=outcome["text"])
-    update = first_difference(ours, theirs, exact=WORKS[name].processes == 1)
+    update = first_difference(ours, theirs, exact=False)
     other = other_results(results, outcome["results"])
     if update is None and not other:
-        return Cell("same")
+        rounded = first_difference(ours, theirs)
+        return Cell("rounding", rounded) if rounded else Cell("same")
     if update is None:
         shown = [f"{key} is {theirs}, and the plain loop's is {ours}" for key, (theirs, ours) in other.items()
                  if not isinstance(ours, list)] or [f"{key} differs" for key in other]
         return Cell("differs", cause="result", text="the updates are the same; " + "; ".join(shown), results=other)
-    if WORKS[name].processes > 1:
-        return Cell("differs", update, *explain_processes(ours, theirs, update), other)
     found = explain_difference(theirs, ours)
+    # With several processes the gradients are of a part of the samples, and some libraries keep them elsewhere.
+    if WORKS[name].processes > 1 or ((found.update or 0) < update and found.cause != "length"):
+        return Cell("differs", update, *explain_samples(ours, theirs, update), other)
     return Cell("differs", update, found.cause, found.text, other)
 
 

@@ -8,7 +8,17 @@ from typing import Any
 
 from loopctl.errors import counted
 from loopctl.tape.reading import Table, TapeContent, Update
-from loopctl.why.pair import Finding, Pair, acting_in_one, batch_count, fraction, listed, ratio_text, shown, suspects
+from loopctl.why.pair import (
+    Finding,
+    Pair,
+    acting_in_one,
+    batch_count,
+    fraction,
+    listed,
+    ratio_text,
+    shown,
+    with_suspects,
+)
 from loopctl.why.tables import matched, relate
 
 MOST_SHIFTED = 1000         # updates by which the data of one is looked for in that of the other
@@ -24,14 +34,15 @@ def compare_batches(pair: Pair) -> Finding | None:
         return divided_batches(pair)
     for point in points[0]:
         if point in points[1] and (found := compare_batch(pair, point)):
-            if (who := suspects(pair, "transform_batch")) and found.cause not in ("grouping", "order", "data missing"):
-                found = replace(found, meaning=who, certain=False, fact_too=True,
-                                plugins=tuple(name for name, *_ in acting_in_one(pair, "transform_batch")))
-            return regrouped(pair) or found
+            found = regrouped(pair) or found
+            if acting_in_one(pair, "transform_batch"):          # which changes what a batch contains
+                found = replace(found, meaning="", certain=False, fact_too=True)
+            return with_suspects(found, pair, "transform_batch", "group_batches")
     if len(points[0]) != len(points[1]):
-        return regrouped(pair) or Finding(
+        found = regrouped(pair) or Finding(
             "grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B",
             "The first ones are the same.")
+        return with_suspects(found, pair, "group_batches")
     return None
 
 

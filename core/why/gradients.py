@@ -16,6 +16,7 @@ from loopctl.why.pair import (
     raw_gradients,
     shown,
     suspects,
+    with_suspects,
 )
 from loopctl.why.start import environment_difference
 from loopctl.why.tables import Relation, fit, minus, relate
@@ -69,7 +70,8 @@ def missing(pair: Pair, relation: Relation) -> Finding:
     frozen = {name for name, *_, requires_grad in tape.header.get("parameters", []) if not requires_grad}
     fact = f"{lacking} has no gradient for {listed(relation.rows)}"
     if any(name in frozen for row in relation.rows for name in row.split(" to ")):
-        return Finding("missing gradients", fact, "They do not require gradients there: they are frozen.")
+        found = Finding("missing gradients", fact, "They do not require gradients there: they are frozen.")
+        return with_suspects(found, pair, "setup", "param_groups")
     return Finding("missing gradients", fact, "They are not used in that forward pass, or are cut off by detach() or "
                    "no_grad().", certain=False)
 
@@ -232,7 +234,7 @@ def other_direction(pair: Pair, relation: Relation) -> Finding:
     forward = module.startswith("the first module")
     hooks = ("wrap_model", "micro_step", "compute_loss", "backward", "optimizer_step", "setup")
     if (half := half_precision(pair)) and relation.distance < 0.2:
-        return Finding("dtype", fact, half, certain=False)
+        return with_suspects(Finding("dtype", fact, half, fact_too=True, certain=False), pair, *hooks)
     losses = losses_of(pair)
     if losses and isclose(*losses, rel_tol=1e-6):
         meaning = "The loss is equal, so the backward pass differs: noise, a hook, another form of an operation."
@@ -337,7 +339,7 @@ def stage_effects(update: Update) -> list[tuple[str, Table, Table]]:
         if after is None or raw is None or kind.startswith("backward"):
             continue
         # The plugin, and of a wrapper that it begins; "" for the step of record().
-        name = kind.partition(" ")[2]
+        name = kind.partition(" ")[2].removesuffix(" (before)")
         found.append((name, found[-1][2] if found else raw, after))
     return found
 

@@ -1,7 +1,7 @@
 """One update of two tapes, side by side, and what is found in it."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isclose
 
 from loopctl.tape.reading import Table, TapeContent, Update
@@ -84,6 +84,14 @@ def acting_in_one(pair: Pair, *hooks: str) -> list[tuple[str, str, str]]:
         found += [(name, hook, "A") for name in names[0] if name not in names[1]]
         found += [(name, hook, "B") for name in names[1] if name not in names[0]]
     return found
+
+
+def with_suspects(found: Finding, pair: Pair, *hooks: str) -> Finding:
+    """A finding with the plugins added that act at one of these hooks in one of the two only."""
+    if not (who := suspects(pair, *hooks)):
+        return found
+    return replace(found, meaning=f"{found.meaning} {who}".strip(),
+                   plugins=tuple(dict.fromkeys(name for name, *_ in acting_in_one(pair, *hooks))))
 
 
 def suspects(pair: Pair, *hooks: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from math import isclose, prod
 
 from loopctl.tape.reading import TapeContent, Update
-from loopctl.why.pair import Finding, Pair, classes_of, listed, ratio_text, shown
+from loopctl.why.pair import Finding, Pair, classes_of, listed, ratio_text, shown, with_suspects
 from loopctl.why.tables import Relation
 
 
@@ -20,8 +20,10 @@ def compare_weights(pair: Pair) -> Finding | None:
     if pair.before is None:
         dtypes = [{kind for _, _, kind, _ in tape.header.get("parameters", [])} for tape in (pair.a, pair.b)]
         if dtypes[0] != dtypes[1]:
-            return Finding("dtype", f"the weights are {listed(sorted(dtypes[0]))} in A and {listed(sorted(dtypes[1]))} "
-                                    "in B", "The runs compute in another precision from the start.")
+            kinds = [listed(sorted(each)) for each in dtypes]
+            found = Finding("dtype", f"the weights are {kinds[0]} in A and {kinds[1]} in B",
+                            "The runs compute in another precision from the start.")
+            return with_suspects(found, pair, "setup", "wrap_model")
     if relation.kind == "rounding":
         return rounding(pair, "weights", relation, "before the update")
     which = described(relation, "tensors")

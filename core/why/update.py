@@ -6,18 +6,18 @@ from itertools import pairwise
 from math import isclose, sqrt
 from typing import Any
 
+from loopctl.errors import counted
 from loopctl.tape.reading import Table, TapeContent, Update
 from loopctl.why.pair import (
     Finding,
     Pair,
-    acting_in_one,
     classes_of,
     final_gradients,
     fraction,
     listed,
     ratio_text,
     shown,
-    suspects,
+    with_suspects,
 )
 from loopctl.why.start import described, environment_difference, modules_in_eval
 from loopctl.why.tables import fit, minus
@@ -47,7 +47,8 @@ def compare_numbers(pair: Pair) -> Finding | None:
         for index, (one, other) in enumerate(zip(*groups, strict=True)):
             for name in one:
                 if name in other and not alike(one[name], other[name]):
-                    return number_differs(pair, index, name, one[name], other[name], len(groups[0]))
+                    found = number_differs(pair, index, name, one[name], other[name], len(groups[0]))
+                    return with_suspects(found, pair, "lr_scale") if name in RATES else found
         return same_options(pair)
     return compare_by_parameter(pair, groups)
 
@@ -99,10 +100,11 @@ def compare_by_parameter(pair: Pair, groups: tuple[list[dict[str, float]], list[
     if not differing:
         return None
     (name, one, two), parameters = next(iter(differing.items()))
-    fact = (f"there are {len(groups[0])} parameter groups in A and {len(groups[1])} in B; {name} of "
+    fact = (f"there are {counted(len(groups[0]), 'parameter group')} in A and {len(groups[1])} in B; {name} of "
             f"{listed(sorted(parameters))} is {shown(one)} in A and {shown(two)} in B")
-    return Finding("groups", fact, "Parameters are divided into groups in another way, such as biases without weight "
-                                   "decay.")
+    found = Finding("groups", fact, "Parameters are divided into groups in another way, such as biases without weight "
+                                    "decay.")
+    return with_suspects(found, pair, "param_groups")
 
 
 def number_differs(pair: Pair, index: int, name: str, one: float, other: float, count: int) -> Finding:
@@ -121,10 +123,8 @@ def number_differs(pair: Pair, index: int, name: str, one: float, other: float, 
     constant = [len({float(f"{value:.9g}") for value in found.values()}) == 1 for found in series]
     if constant[0] != constant[1]:
         side = "A" if constant[0] else "B"
-        who = suspects(pair, "lr_scale")
         return Finding("schedule", fact, f"The rate of {side} is the same in every update; that of the other has a "
-                                         "schedule."
-                       + f" {who}" * bool(who), plugins=tuple(name for name, *_ in acting_in_one(pair, "lr_scale")))
+                                         "schedule.")
     for side, ahead, behind in (("A", 0, 1), ("B", 1, 0)):
         for by in (1, 2):
             if is_ahead(series[ahead], series[behind], later, by):

@@ -57,7 +57,7 @@ def test_the_observers_of_a_rewind_write_what_they_would_have_written_in_the_run
     text = call("rewind", a, "--to", 20, *OBSERVERS)
     assert "a is entered after step 18, in a/checkpoints/step-00000018.pt" in text
     assert "steps 19 to 21 were made again" in text
-    assert "the same run: 1 checkpoint and 1 update of its tape equal to the bit" in text
+    assert "the same run: 1 checkpoint and 1 update of its tape are equal to the bit" in text
     assert "folder: rewinds/a-step-20 with norms.csv, run.tape and steps.csv" in text
     assert hashes(a) == before                                  # the run's folder is as it was, to the byte
     found, there = Path("rewinds/a-step-20"), trained / "observed"
@@ -74,11 +74,13 @@ def test_the_observers_of_a_rewind_write_what_they_would_have_written_in_the_run
 def test_checkpoints_and_evaluations_that_are_passed_are_compared(a):
     text = call("rewind", a, "--to", 17, "--steps", 6)
     assert "entered after step 16" in text
-    assert "the same run: 2 checkpoints, 1 evaluation and 1 update of its tape equal to the bit" in text
+    assert "the same run: 2 checkpoints, 1 evaluation and 1 update of its tape are equal to the bit" in text
     assert text.endswith("folder: rewinds/a-step-17\n")
     again = call("rewind", a, "--to", 17, "--steps", 0)
     assert "steps 17 to 17 were made again" in again
-    assert "not proved to be the same run: it left no checkpoint, evaluation or tape between these steps" in again
+    assert ("not proved to be the same run: between these steps it left no checkpoint, evaluation or tape to compare with; "
+            "--steps 2 goes beyond its checkpoint of step 18, and a run with the plugin tape can be compared at each") in again
+    assert "the same run: 1 checkpoint and 1 evaluation are equal" in call("rewind", a, "--to", 17, "--steps", 2)
     assert again.endswith("folder: rewinds/a-step-17_2\n")
 
 
@@ -95,7 +97,7 @@ def test_a_run_without_checkpoints_is_entered_at_its_beginning_and_compared_with
     call(*RUN, "--without", "checkpoint", "--out", "plain")
     text = call("rewind", "plain", "--to", 14, "--plugin", "norms:every_steps=7")
     assert "plain is entered at its beginning: it has no checkpoint before step 14, so 13 steps before it are made" in text
-    assert "the same run: 2 evaluations equal to the bit" in text
+    assert "the same run: 2 evaluations are equal to the bit" in text
     assert {row["step"] for row in rows(Path("rewinds/plain-step-14/norms.csv"))} == {"1", "7", "14"}
     text = call("rewind", "plain", "--to", 25, status=2)
     assert "step 25 is beyond the end of plain, which is planned for 24 steps; choose an earlier one" in text
@@ -115,6 +117,36 @@ def test_the_best_checkpoint_is_a_place_to_enter_too(a):
     for file in folder.glob("step-*.pt"):
         file.unlink()
     assert "a is entered after step 12, in a/checkpoints/best.pt" in call("rewind", a, "--to", 14)
+
+
+def test_a_damaged_tape_or_log_is_left_out(a, caplog):
+    for name in ("run.tape", "metrics.csv"):
+        (a / name).write_bytes(b"\xff\n")
+    assert "the same run: 1 checkpoint is equal to the bit" in call("rewind", a, "--to", 17, "--steps", 2)
+    assert re.findall(r"a/(run.tape|metrics.csv) .*it is left out", caplog.text) == ["run.tape", "metrics.csv"]
+
+
+def test_a_step_after_an_early_end_is_refused_when_the_end_is_reached(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(*RUN[:-3], "early_stopping:patience=1,min_delta=9", "--without", "progress", "--without", "checkpoint", "--out", "f")
+    text = call("rewind", "f", "--to", 20, "--plugin", "norms", status=2)
+    assert "step 20 was not reached: f ends at step 12 (val_loss has not improved on" in text
+    assert not Path("rewinds").exists()
+
+
+def test_a_checkpoint_of_the_end_of_an_epoch_is_compared_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("""
+from loopctl import hookimpl
+
+class Shrink:
+    @hookimpl
+    def epoch_end(self, run):
+        for parameter in run.model.parameters():
+            parameter.data.mul_(0.99)
+""")
+    call(*RUN, *SAVING, "--plugin", "mine.py:Shrink", "--out", "g")
+    assert "the same run: 1 checkpoint and 1 evaluation are equal to the bit" in call("rewind", "g", "--to", 18)
 
 
 @pytest.fixture
@@ -190,7 +222,7 @@ class Remote:
     before = hashes(tmp_path)
     text = call("rewind", "c", "--to", 18, "--steps", 3, "--out", "found")
     assert "entered after step 16, in" in text
-    assert "the same run: 2 checkpoints and 1 evaluation equal to the bit" in text
+    assert "the same run: 2 checkpoints and 1 evaluation are equal to the bit" in text
     assert "folder: found with spikes.csv" in text
     after = hashes(tmp_path)
     assert {name: after[name] for name in before} == before
@@ -206,7 +238,7 @@ def test_a_plugin_that_goes_back_to_checkpoints_finds_those_of_the_run(tmp_path,
     assert any(step >= 17 for step in spikes), spikes
     text = call("rewind", "d", "--to", 13, "--steps", 9)
     assert "entered after step 12" in text
-    assert "the same run: 3 checkpoints, 1 evaluation and 10 updates of its tape equal to the bit" in text
+    assert "the same run: 3 checkpoints, 1 evaluation and 10 updates of its tape are equal to the bit" in text
     assert hashes(Path("d")) == before
 
 
@@ -241,10 +273,11 @@ def test_a_replay_leaves_the_settings_of_torch_as_they_were_and_prints_nothing(t
     (["a", "--to", "9", "--out", "runs/b"], ["--out runs/b is the folder of a run and is not overwritten; choose another folder"]),
     (["a", "--to", "9", "--plugin", "norms:path={tmp}/a/norms.csv"], ["a/norms.csv is in a, which is left as it is"]),
     (["runs/b", "--to", "3"], ["no data is called 'digitz'"]),
+    (["odd", "--to", "3"], ["odd/run.toml: 'epoch' is not a key of a configuration; did you mean 'epochs'?"]),
     (["two", "--to", "3"], ["two is a run of 2 processes; only a run of one process can be replayed"]),
 ])
 def test_wrong_input_is_refused_in_one_line_and_leaves_nothing_behind(a, tmp_path, words, parts):
-    for name, old, new in (("runs/b", '"digits"', '"digitz"'), ("two", "epochs =", 'devices = "0,1"\nepochs =')):
+    for name, old, new in (("odd", "epochs =", "epoch ="), ("runs/b", '"digits"', '"digitz"'), ("two", "epochs =", 'devices = "0,1"\nepochs =')):
         Path(name).mkdir(parents=True)
         Path(name, "run.toml").write_text((a / "run.toml").read_text().replace(old, new, 1))
     Path("full").mkdir()

@@ -488,13 +488,28 @@ PLANTED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def tape_of(tmp_path_factory):
+    """A function that returns the tape of a loop; each is trained once."""
+    folder, known = tmp_path_factory.mktemp("tapes"), {}
+
+    def tape(loop):
+        key = repr(loop)
+        if key not in known:
+            known[key] = folder / f"{len(known)}.tape"
+            loop.train(known[key])
+        return known[key]
+
+    return tape
+
+
 @pytest.mark.parametrize(("planted", "plain", "cause", "update"), PLANTED,
                          ids=[f"{type(planted).__name__}-{cause}" for planted, _, cause, _ in PLANTED])
-def test_the_update_and_the_cause_of_a_planted_difference_are_named(planted, plain, cause, update, tmp_path):
-    for loop, name in ((planted, "a"), (plain, "b")):
-        loop.train(tmp_path / name)
-    for files in (("a", "b"), ("b", "a")):
-        found = explain_difference(*(tmp_path / name for name in files))
+def test_the_update_and_the_cause_of_a_planted_difference_are_named(planted, plain, cause, update, tmp_path, tape_of):
+    planted.train(tmp_path / "planted")
+    files = tmp_path / "planted", tape_of(plain)
+    for pair in (files, files[::-1]):
+        found = explain_difference(*pair)
         assert (found.cause, found.update) == (cause, update), found.text
         assert not found.plugins
 

@@ -6,9 +6,14 @@ import torch
 
 from loopctl import hookimpl
 from loopctl.testing import tiny_run
+from loopctl.testing.checks import EXAMPLES
 from loopctl.testing.tiny import tiny_model
 from loopctl.why.causes import CAUSES
 from loopctl.why.differences import explain_difference
+
+TRAINING = ["agc", "amp", "bf16", "constant", "cosine", "cyclic", "distill", "exponential", "freeze", "grad_centralize", "inverse_sqrt",
+            "lambda", "layerwise_lr", "linear", "multiplicative", "multistep", "onecycle", "polynomial", "prune", "selective_backprop",
+            "split", "step", "torch_scheduler", "trapezoidal"]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,14 @@ def test_a_plugin_in_one_of_two_runs_is_named(plain, plugin, cause, update, word
     assert words in found.text
     name = plugin.partition(":")[0] if isinstance(plugin, str) else {Halves: "halves"}.get(type(plugin), "shrinks_weights")
     assert set(found.plugins) <= {name}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_no_other_plugin_is_named_and_none_is_certain_without_proof(plain, name):
+    found = explained(plain, ":".join(filter(None, [name, EXAMPLES.get(name)])))
+    assert not found.same
+    assert found.plugins == (name,)
+    assert name in found.text.partition("The configurations differ")[0]
 
 
 @pytest.mark.parametrize("plugin", ["ema", "swa", "norms", "csv", "early_stopping", "clip:max_norm=inf"])

@@ -11,5 +11,5 @@ def train(work: Work, model, tape):
                 optimizer.zero_grad()
                 loss = work.loss(model(input), target)
                 loss.backward()
-                return loss
+                return loss.detach()
             optimizer.step(closure)

@@ -1,0 +1,12 @@
+"""An optimizer of torch with two groups, in `OptimWrapper`."""
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
+from works import Work
+
+
+def train(work: Work, model, tape):
+    optimizer = OptimWrapper(opt=work.make_optimizer(work.parameter_groups(model)))
+    data = DataLoaders(work.train_loader(), work.valid_loader(), device="cpu")
+    learn = Learner(data, model, work.loss, optimizer, work.lr)
+    learn.fit(work.epochs)
