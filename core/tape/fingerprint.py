@@ -14,7 +14,6 @@ import ctypes
 import random
 import zlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from itertools import islice
 from typing import Any
@@ -109,13 +108,6 @@ def weighed(elements: Tensor, weights: Tensor) -> list[Tensor]:
     return sums
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast computes nothing in half precision."""
-    kind = device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
-
-
 @torch.no_grad()
 def fingerprint(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
     """Return the fingerprints of `rows`, each of one tensor or of several together: int32, of shape (rows, 3).
@@ -131,32 +123,31 @@ def fingerprint(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -
     projections: list[Tensor] = []
     floats: list[Tensor] = []               # of each tensor, its elements
     lengths: list[int] = []                 # tensors of each row
-    with without_autocast(device):
-        for row in rows:
-            parts: list[Tensor] = []        # of the chunks of its tensors
-            lines: list[Tensor] = []
-            count = len(floats)
-            for tensor in row:
-                if tensor is None or not (size := tensor.numel()):
-                    continue
-                if usual and size <= CHUNK and is_plain(tensor):
-                    number = tensor.detach().reshape(-1)            # the usual case, in few calls
-                    parts.append(torch.dot(number.view(torch.int32), first(odd, size)))
-                    lines.append(torch.dot(number, first(signs, size)))
-                else:
-                    tensor = tensor.to(device, non_blocking=True)
-                    number = numbers(tensor)
-                    parts += weighed(bits(tensor), odd)
-                    lines += weighed(number, signs)
-                floats.append(number)
-            lengths.append(len(floats) - count)
-            checksums.append(parts[0] if len(parts) == 1 else combined(parts, device))
-            lines = lines or [signs.new_zeros(())]
-            projections.append(lines[0] if len(lines) == 1 else torch.stack(lines).sum())
-        found = iter(torch._foreach_norm(floats) if floats else ())
-        norms = [norm_of([*islice(found, length)]) if length else signs.new_full((), MISSING) for length in lengths]
-        return torch.stack([torch.stack(checksums), torch.stack(norms).view(torch.int32),
-                            torch.stack(projections).view(torch.int32)], 1)
+    for row in rows:
+        parts: list[Tensor] = []        # of the chunks of its tensors
+        lines: list[Tensor] = []
+        count = len(floats)
+        for tensor in row:
+            if tensor is None or not (size := tensor.numel()):
+                continue
+            if usual and size <= CHUNK and is_plain(tensor):
+                number = tensor.detach().reshape(-1)            # the usual case, in few calls
+                parts.append(torch.dot(number.view(torch.int32), first(odd, size)))
+                lines.append(torch.dot(number, first(signs, size)))
+            else:
+                tensor = tensor.to(device, non_blocking=True)
+                number = numbers(tensor)
+                parts += weighed(bits(tensor), odd)
+                lines += weighed(number, signs)
+            floats.append(number)
+        lengths.append(len(floats) - count)
+        checksums.append(parts[0] if len(parts) == 1 else combined(parts, device))
+        lines = lines or [signs.new_zeros(())]
+        projections.append(lines[0] if len(lines) == 1 else torch.stack(lines).sum())
+    found = iter(torch._foreach_norm(floats) if floats else ())
+    norms = [norm_of([*islice(found, length)]) if length else signs.new_full((), MISSING) for length in lengths]
+    return torch.stack([torch.stack(checksums), torch.stack(norms).view(torch.int32),
+                        torch.stack(projections).view(torch.int32)], 1)
 
 
 def norm_of(norms: list[Tensor]) -> Tensor:
