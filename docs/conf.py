@@ -67,6 +67,7 @@ EXAMPLES = {
     "sam": "--plugin sam:rho=0.05",
     "spike": "--plugin spike:action=skip,deviations=6",
     "split": "--batch-size 256 --plugin split:into=4",
+    "tape": "--plugin tape:every_steps=10",
     "wandb": "--plugin wandb:project=digits",
 }
 # The arguments of the commands of gallery.md, without those that only draw, by the name of the picture.

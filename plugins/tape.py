@@ -173,8 +173,7 @@ class Tape(StepLogger, Watcher):
     def add_state(self, point: str) -> None:
         """Add weights, buffers and the optimizer's state."""
         assert self.now
-        self.now.table("weights", point, self.weights.names, self.weights.tensors)
-        self.now.table("buffers", point, self.buffers.names, self.buffers.tensors)
+        self.now.tables(point, {"weights": self.weights, "buffers": self.buffers})
         self.now.state(point, self.optimizers)
         self.versions = self.weights.versions()
 

@@ -237,6 +237,15 @@ def rooms_of_plugins():
     return sorted(found)
 
 
+
+def test_the_code_of_the_page_of_tapes_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / "why.md").read_text().partition("## Tapes")[2].partition("\n## ")[0], re.DOTALL):
+        exec(block, scope)
+    assert "['backward 1', 'update']" in capsys.readouterr().out
+
+
 API = (DOCS / "api.md").read_text()
 
 

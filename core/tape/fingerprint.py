@@ -14,8 +14,8 @@ import ctypes
 import random
 import zlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -108,13 +108,6 @@ def weighed(elements: Tensor, weights: Tensor) -> list[Tensor]:
     return sums
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast computes nothing in half precision."""
-    kind = device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
-
-
 @torch.no_grad()
 def fingerprint(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
     """Return the fingerprints of `rows`, each of one tensor or of several together: int32, of shape (rows, 3).
@@ -126,46 +119,52 @@ def fingerprint(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -
         return torch.empty(0, COLUMNS, dtype=torch.int32, device=device)
     odd, signs = constants(device)
     usual = in_one_kernel(device)
-    checksums: list[Tensor] = []
+    checksums: list[Tensor] = []            # of each row
     projections: list[Tensor] = []
-    floats: list[Tensor] = []
-    sizes: list[int] = []               # parts of each row: the chunks of its tensors
-    lengths: list[int] = []             # tensors of each row
-    factors: list[int] = []
-    with without_autocast(device):
-        for row in rows:
-            present = [tensor for tensor in row if tensor is not None and tensor.numel()]
-            count = len(checksums)
-            for tensor in present:
-                size = tensor.numel()
-                if usual and size <= CHUNK and is_plain(tensor):
-                    number = tensor.detach().reshape(-1)            # the usual case, in few calls
-                    checksums.append(torch.dot(number.view(torch.int32), first(odd, size)))
-                    projections.append(torch.dot(number, first(signs, size)))
-                else:
-                    tensor = tensor.to(device, non_blocking=True)
-                    number = numbers(tensor)
-                    checksums += weighed(bits(tensor), odd)
-                    projections += weighed(number, signs)
-                    projections += [projections[-1].new_zeros(())] * (len(checksums) - len(projections))
-                floats.append(number)
-            lengths.append(len(present))
-            sizes.append(len(checksums) - count)
-            factors += map(multiplier, range(sizes[-1]))
-        if not checksums:
-            table = torch.zeros(len(rows), COLUMNS, dtype=torch.float32, device=device)
-            table[:, 1] = MISSING
-            return table.view(torch.int32)
-        exact, linear = torch.stack(checksums), torch.stack(projections)
-        norms = torch.stack(torch._foreach_norm(floats))
-        if any(size != 1 for size in sizes):
-            exact *= torch.tensor(factors, dtype=torch.int32).to(device, non_blocking=True)
-            exact = torch.stack([part.sum(dtype=torch.int32) for part in exact.split(sizes)])
-            linear = torch.stack([part.sum() for part in linear.split(sizes)])
-        if any(length != 1 for length in lengths):
-            norms = torch.stack([torch.linalg.vector_norm(part) if length else part.new_full((), MISSING)
-                                 for part, length in zip(norms.split(lengths), lengths, strict=True)])
-        return torch.stack([exact, norms.view(torch.int32), linear.view(torch.int32)], 1)
+    floats: list[Tensor] = []               # of each tensor, its elements
+    lengths: list[int] = []                 # tensors of each row
+    for row in rows:
+        parts: list[Tensor] = []        # of the chunks of its tensors
+        lines: list[Tensor] = []
+        count = len(floats)
+        for tensor in row:
+            if tensor is None or not (size := tensor.numel()):
+                continue
+            if usual and size <= CHUNK and is_plain(tensor):
+                number = tensor.detach().reshape(-1)            # the usual case, in few calls
+                parts.append(torch.dot(number.view(torch.int32), first(odd, size)))
+                lines.append(torch.dot(number, first(signs, size)))
+            else:
+                tensor = tensor.to(device, non_blocking=True)
+                number = numbers(tensor)
+                parts += weighed(bits(tensor), odd)
+                lines += weighed(number, signs)
+            floats.append(number)
+        lengths.append(len(floats) - count)
+        checksums.append(parts[0] if len(parts) == 1 else combined(parts, device))
+        lines = lines or [signs.new_zeros(())]
+        projections.append(lines[0] if len(lines) == 1 else torch.stack(lines).sum())
+    found = iter(torch._foreach_norm(floats) if floats else ())
+    norms = [norm_of([*islice(found, length)]) if length else signs.new_full((), MISSING) for length in lengths]
+    return torch.stack([torch.stack(checksums), torch.stack(norms).view(torch.int32),
+                        torch.stack(projections).view(torch.int32)], 1)
+
+
+def norm_of(norms: list[Tensor]) -> Tensor:
+    """The norm of several tensors together, of those of each."""
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def combined(parts: list[Tensor], device: torch.device) -> Tensor:
+    """The checksum of a row of its parts, of which each has a factor; 0 of none."""
+    factors = multipliers(device, len(parts))
+    return (torch.stack(parts) * factors).sum(dtype=torch.int32) if parts else factors.sum(dtype=torch.int32)
+
+
+@lru_cache(1024)
+def multipliers(device: torch.device, count: int) -> Tensor:
+    """The first `count` multipliers."""
+    return torch.tensor([*map(multiplier, range(count))], dtype=torch.int32).to(device, non_blocking=True)
 
 
 @torch.no_grad()

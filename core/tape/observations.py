@@ -104,6 +104,13 @@ class Observations:
                 found.append({"group": group.get("name", index), "numbers": numbers})
         self.values["groups"] = found
 
+    def tables(self, point: str, rows: Mapping[str, Rows]) -> None:
+        """Add several tables, such as weights and buffers, whose fingerprints are computed together."""
+        table = fingerprint([row for each in rows.values() for row in each.tensors], self.device)
+        parts = table.split([len(each.names) for each in rows.values()])
+        for (what, each), part in zip(rows.items(), parts, strict=True):
+            self.fingerprints(what, point, each.names, part)
+
     def state(self, point: str, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Add the fingerprint of each kind of optimizer state, such as exp_avg, over all parameters."""
         kinds: dict[str, list[Tensor | None]] = {}

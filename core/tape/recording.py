@@ -275,8 +275,7 @@ class Recording:
 
     def add_state(self, now: Observations, point: str) -> None:
         assert self.weights
-        now.table("weights", point, self.weights.names, self.weights.tensors)
-        now.table("buffers", point, self.buffers.names, self.buffers.tensors)
+        now.tables(point, {"weights": self.weights, "buffers": self.buffers})
         now.state(point, self.optimizers.values())
 
     def add_gradients(self, point: str) -> None:
