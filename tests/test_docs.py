@@ -246,6 +246,15 @@ def test_the_code_of_the_page_of_tapes_runs(tmp_path, monkeypatch, capsys):
     assert "['backward 1', 'update']" in capsys.readouterr().out
 
 
+def test_the_commands_of_the_page_on_differences_print_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "why.md").read_text()
+    for command in re.findall(r"^\$ (loopctl .*)$", "".join(blocks(page, "console")), re.MULTILINE):
+        done = CliRunner().invoke(main, shlex.split(command)[1:])
+        assert done.exit_code == 0, done.output
+    assert done.stdout in page
+
+
 API = (DOCS / "api.md").read_text()
 
 

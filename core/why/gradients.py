@@ -360,8 +360,7 @@ def acted(name: str, side: str, before: Table, after: Table) -> Finding:
     """A plugin that changed the gradients of one of the two only."""
     cause, what = effect(before, after)
     if name:
-        return Finding(cause, f"the plugin {name} acted in {side} only ({what})",
-                       "Before it the gradients are equal.", plugins=(name,))
+        return Finding(cause, f"the plugin {name} acted in {side} only ({what})", plugins=(name,))
     fact = f"between the backward pass and the update something changes the gradients in {side} only ({what})"
     return Finding(cause, fact, "They are clipped by their norm." if cause == "clipping" else
                    "It is done by other code than torch's optimizers, such as clipping by value, or noise.",
