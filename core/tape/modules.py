@@ -94,9 +94,17 @@ class Modes:
         self.in_eval_mode: list[str] = []
 
     def observe(self, observed: Observations) -> None:
-        """Add a checksum of the modes, and the names of modules in evaluation mode, of the first 20."""
+        """Add a checksum of the modes, and the names of modules in evaluation mode, of 20 at most.
+
+        Those whose class is called after dropout or a normalization come first, for their mode matters.
+        """
         found = zlib.crc32(bytes(module.training for module in self.modules))
         if found != self.last:
-            self.in_eval_mode = [name or "model" for name, module in self.named.items() if not module.training][:20]
+            names = [name for name, module in self.named.items() if not module.training]
+            self.in_eval_mode = [name or "model" for name in sorted(names, key=self.has_no_mode)][:20]
         self.last = found
         observed.values |= {"modes": found, "in_eval_mode": self.in_eval_mode}
+
+    def has_no_mode(self, name: str) -> bool:
+        kind = type(self.named[name]).__name__
+        return "Drop" not in kind and "Norm" not in kind
