@@ -142,7 +142,8 @@ def explain_samples(ours: Path, theirs: Path, update: int) -> tuple[str, str]:
         return "length", f"{counted(len(tapes[0]), 'update')}, and the plain loop makes {len(tapes[1])}; those that " \
             "both make are the same"
     batches = [updates[update].values["micro_batches"] for updates in tapes]
-    if len([*theirs.parent.glob("*.tape")]) == 1 and batches[0] != batches[1]:
+    processes = len([*theirs.parent.glob("*.tape")])
+    if processes == 1 and batches[0] != batches[1]:
         return "grouping", f"update {update} is made from {counted(batches[0], 'batch')}, and that of the plain loop " \
             f"from {counted(batches[1], 'batch')}"
     expected, found = samples_of(ours.parent, update), samples_of(theirs.parent, update)
@@ -156,7 +157,8 @@ def explain_samples(ours: Path, theirs: Path, update: int) -> tuple[str, str]:
         return "data", f"{text}: {counted(more.total(), 'sample')} of others"
     if missing := expected - found:
         return "data missing", f"{text}: {counted(missing.total(), 'sample')} left out"
-    return "unknown", f"the weights differ after update {update}, which has the same samples"
+    text = f"the weights differ after update {update}, which has the same samples"
+    return ("weighting", f"{text}: they count by other weights") if processes > 1 else ("unknown", text)
 
 
 def compare(name: str, ours: Path, theirs: Path, results: dict[str, Any], outcome: dict[str, Any]) -> Cell:
