@@ -155,7 +155,7 @@ def test_it_equals_that_of_a_closure_by_hand(plain, batches, clone, tmp_path):
                 optimizer.zero_grad()
                 loss = cross_entropy(model(input), target)
                 loss.backward()
-                return loss
+                return loss.detach()
             optimizer.step(closure)
 
     hand = by_hand(tmp_path, other, loop)

@@ -218,7 +218,7 @@ def test_a_closure_that_is_called_several_times_is_one_update(plain, batches, tm
                 optimizer.zero_grad()
                 loss = cross_entropy(plain(input), target)
                 loss.backward()
-                return loss
+                return loss.detach()
             optimizer.step(closure)
 
     updates = recorded(tmp_path, steps)
@@ -251,7 +251,10 @@ def test_an_optimizer_that_steps_another_one_or_extends_one_makes_one_update(pla
             except ValueError:
                 plain.zero_grad()
 
-    assert [update.number for update in recorded(tmp_path, steps)] == [1, 2]
+    updates = recorded(tmp_path, steps)
+    assert [update.number for update in updates] == [1, 2]
+    assert [[point[1] for point in update.values["points"] if point[0] == "gradients"][-1:] for update in updates] == [["update"]] * 2
+    assert all(len(update.values["points"]) == len(update.observed) for update in updates)          # each is there once
 
 
 def test_several_optimizers_make_an_update_each(plain, batches, tmp_path):
