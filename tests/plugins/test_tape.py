@@ -292,6 +292,12 @@ def test_a_plugin_that_changes_only_the_average_is_not_named(plain, batches, val
     assert not any(update.values["changed_by"] for update in tape)
 
 
+def test_a_plugin_is_not_named_for_what_the_optimizer_does_between_closures(plain, batches, tmp_path):
+    tape = run_tape(tmp_path, plain, batches[:2], "clip:max_norm=0.1", optimizer=partial(torch.optim.LBFGS, lr=0.5, max_iter=3), epochs=1)
+    assert [update.values["changed_by"] for update in tape] == [[], []]
+    assert tape.updates[1].values["calls"] > 1
+
+
 def test_a_change_that_torch_does_not_count_is_in_the_weights_all_the_same(plain, batches, sgd, tmp_path):
     tape = run_tape(tmp_path, plain, batches, Scale("after_step", 3, counted=False), optimizer=sgd, epochs=1)
     for number in range(1, 8):
