@@ -24,8 +24,8 @@ from loopctl.errors import UsageError, counted, one_line
 from loopctl.tape.reading import TapeContent, read_tape
 from loopctl.why.differences import Explanation, configuration_differences, explain_tapes
 
-HOW_TO_RECORD = ("To find the update, record both: loopctl run with --plugin tape; other code inside "
-                 "`with loopctl.tape.record(FILE):`, or as a script, which loopctl why runs itself.")
+HOW_TO_RECORD = ("To find the update, record both: loopctl run with --plugin tape; other code inside `with "
+                 "loopctl.tape.record(FILE):`, or as a script, which loopctl why runs itself.")
 SEARCHED = ("direction", "dtype", "random numbers", "not finite", "unknown", "plugin", "rounding")  # modules tell more
 MOST_REPLAYED = 2000            # updates that are made again in the search for one
 SCRIPT = """
@@ -129,8 +129,7 @@ def search(a: Side, b: Side, found: Explanation, scratch: Path,
     first, last = narrowed(a.folder, b.folder, found.last_equal + 1, found.update)
     if last - first >= MOST_REPLAYED:
         return found, [found.text, f"It lies in the updates {first:,} to {last:,}, which are too many to make again; "
-                                   "run "
-                                   "with checkpoint:every_steps=N or tape:every_steps=N to come nearer."]
+                                   "run with checkpoint:every_steps=N or tape:every_steps=N to come nearer."]
     finer = []
     for side in (a, b):
         assert side.folder
@@ -142,8 +141,8 @@ def search(a: Side, b: Side, found: Explanation, scratch: Path,
             return found, [found.text, f"Its updates could not be made again to look closer: {one_line(error)}."]
         if done.differs:
             return found, [found.text, f"Its updates could not be made again to look closer: {side.name} runs "
-                                       "otherwise "
-                                       f"here than it did, from update {done.differs[0]} on ({done.differs[1]})."]
+                                       f"otherwise here than it did, from update {done.differs[0]} on "
+                                       f"({done.differs[1]})."]
         finer.append(read_tape(done.out / "replay.tape"))
     closer = explain_tapes(*finer)
     if closer.same:
@@ -226,8 +225,7 @@ def first_row(runs: list[RecordedRun]) -> tuple[int, str] | None:
             if name in other and other[name] != value and not (value != value and other[name] != other[name]):
                 step = int(min(one.get("step", 0), other.get("step", 0)))
                 return step, (f"Their curves part by update {step:,} (epoch {one.get('epoch', 0):g}): {name} is "
-                              f"{value:.7g} "
-                              f"in A and {other[name]:.7g} in B.")
+                              f"{value:.7g} in A and {other[name]:.7g} in B.")
     return None
 
 

@@ -41,7 +41,7 @@ def test_loopctl_makes_the_updates_of_the_plain_loop(acid, work, tmp_path, reque
     else:
         for part in (1, 2) if asked.stop_after else (0,):
             outcome = cell.train_cell("loopctl", work, tmp_path / "loopctl", part)
-    found = run.compare(work, tmp_path / "plain" / "tape-0.tape", tmp_path / "loopctl" / "tape-0.tape", plain["results"],
+    found = run.compare(work, tmp_path / "plain" / "updates.tape", tmp_path / "loopctl" / "updates.tape", plain["results"],
                         outcome)
     assert found.end == "same" or (found.end == "rounding" and asked.processes > 1), found.text
     assert set(plain["results"]) == set(asked.results)
@@ -51,7 +51,7 @@ def test_what_differs_is_found_and_said(acid, tmp_path):
     cell, run = acid("cell"), acid("run")
     clipped = cell.train_cell("plain", "clip_with_accumulation", tmp_path / "a")
     cell.train_cell("plain", "schedule_per_step_with_accumulation", tmp_path / "b")
-    tapes = tmp_path / "a" / "tape-0.tape", tmp_path / "b" / "tape-0.tape"
+    tapes = tmp_path / "a" / "updates.tape", tmp_path / "b" / "updates.tape"
     found = run.compare("clip_with_accumulation", *tapes, {"loss": 1.0}, clipped | {"results": {"loss": 1.1}})
     assert (found.end, found.update, found.results) == ("differs", 1, {"loss": [1.1, 1.0]})
     assert found.text.startswith("update 1: ")
@@ -59,7 +59,7 @@ def test_what_differs_is_found_and_said(acid, tmp_path):
     assert (found.end, found.update) == ("differs", None)
     longer = cell.train_cell("plain", "resume_in_mid_epoch", tmp_path / "c")
     assert longer["end"] == "trained"
-    assert run.first_difference(tmp_path / "c" / "tape-0.tape", tmp_path / "c" / "tape-0.tape") is None
+    assert run.first_difference(tmp_path / "c" / "updates.tape", tmp_path / "c" / "updates.tape") is None
 
 
 def test_the_page_is_that_of_the_results_and_every_library_has_a_short_script_for_every_work(acid):

@@ -53,7 +53,7 @@ def train_cell(library: str, name: str, folder: Path, part: int = 0, rank: int =
     try:
         train = load_script(library, name)
         seed()                  # after the imports, which may draw random numbers
-        with record(folder / f"tape-{rank}.tape", model, resume=part == 2) as tape:
+        with record(folder / "updates.tape", model, resume=part == 2) as tape:
             results = train(work, model, tape) or {}
     except tuple(ENDS) as end:
         return {"end": ENDS[type(end)], "text": str(end)}

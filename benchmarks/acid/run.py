@@ -128,7 +128,7 @@ def other_results(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any
 def samples_of(folder: Path, update: int) -> Counter[int]:
     """The samples of an update in all processes, as checksums."""
     found: Counter[int] = Counter()
-    for file in folder.glob("tape-*.tape"):
+    for file in folder.glob("*.tape"):
         if made := read_tape(file).updates.get(update):
             for point in made.points("samples"):
                 found.update(made.observed["samples", point])
@@ -137,12 +137,17 @@ def samples_of(folder: Path, update: int) -> Counter[int]:
 
 def explain_samples(ours: Path, theirs: Path, update: int) -> tuple[str, str]:
     """The cause and a text, by the batches and the samples of an update in all processes."""
-    batches = [made.values["micro_batches"] if (made := read_tape(file).updates.get(update)) else 0
-               for file in (theirs, ours)]
-    if not (theirs.parent / "tape-1.tape").exists() and batches[0] != batches[1]:
+    tapes = [read_tape(file).updates for file in (theirs, ours)]
+    if not all(update in updates for updates in tapes):
+        return "length", f"{counted(len(tapes[0]), 'update')}, and the plain loop makes {len(tapes[1])}; those that " \
+            "both make are the same"
+    batches = [updates[update].values["micro_batches"] for updates in tapes]
+    if len([*theirs.parent.glob("*.tape")]) == 1 and batches[0] != batches[1]:
         return "grouping", f"update {update} is made from {counted(batches[0], 'batch')}, and that of the plain loop " \
             f"from {counted(batches[1], 'batch')}"
     expected, found = samples_of(ours.parent, update), samples_of(theirs.parent, update)
+    if found.total() == expected.total() and found != expected:
+        return "data", f"update {update} has other samples than that of the plain loop"
     text = f"update {update} has {counted(found.total(), 'sample')}, and that of the plain loop {expected.total()}"
     if more := found - expected:
         before = sum((samples_of(ours.parent, number) for number in range(1, update)), Counter())
@@ -168,8 +173,10 @@ def compare(name: str, ours: Path, theirs: Path, results: dict[str, Any], outcom
                  if not isinstance(ours, list)] or [f"{key} differs" for key in other]
         return Cell("differs", cause="result", text="the updates are the same; " + "; ".join(shown), results=other)
     found = explain_difference(theirs, ours)
-    # With several processes the gradients are of a part of the samples, and some libraries keep them elsewhere.
-    if WORKS[name].processes > 1 or ((found.update or 0) < update and found.cause != "length"):
+    # With several processes the gradients are of a part of the samples; some libraries keep them elsewhere, or call the
+    # model before they load the weights of a checkpoint.
+    if (WORKS[name].processes > 1 or found.cause == "weights changed"
+            or ((found.update or 0) < update and found.cause != "length")):
         return Cell("differs", update, *explain_samples(ours, theirs, update), other)
     return Cell("differs", update, found.cause, found.text, other)
 
@@ -200,12 +207,14 @@ def main() -> None:
                         help="the folder with an environment for each library")
     parser.add_argument("--install", action="store_true", help="make the environments that are missing")
     parser.add_argument("--tapes", type=Path, help="keep the tapes and what was printed in this folder")
-    parser.add_argument("--results", type=Path, default=HERE / "results.json", help="the file with the results")
+    parser.add_argument("--results", type=Path, help="the file with the results, to which those of a library or a work "
+                        "are added; left out, results.json beside this file, and none for a single work")
     parser.add_argument("--page", action="store_true", help="write docs/acid.md from the results, without training")
     parser.add_argument("--jobs", type=int, default=1, help="how many works are trained at once")
     given = parser.parse_args()
+    file = given.results or HERE / "results.json"
     if given.page:
-        PAGE.write_text(page(json.loads(given.results.read_text()), NAMES))
+        PAGE.write_text(page(json.loads(file.read_text()), NAMES))
         return
     if given.tapes and given.tapes.exists() and any(given.tapes.iterdir()):
         parser.error(f"--tapes {given.tapes} is not empty; choose another folder")
@@ -234,7 +243,7 @@ def main() -> None:
                 return Cell("failed", text="there is no script")
             own = folder / library / name
             outcome = train_all_parts(library, name, own, pythons[library])
-            return compare(name, folder / "plain" / name / "tape-0.tape", own / "tape-0.tape",
+            return compare(name, folder / "plain" / name / "updates.tape", own / "updates.tape",
                            plain[name]["results"], outcome)
         waiting = {(library, name): threads.submit(one, library, name) for library in versions for name in names}
         cells: dict[str, dict[str, Any]] = {library: {} for library in versions}
@@ -243,11 +252,12 @@ def main() -> None:
             cells[library][name] = asdict(cell)
             where = f" at update {cell.update}" if cell.update else ""
             print(f"{library:12} {name:36} {cell.end}{where}{': ' * bool(cell.text)}{cell.text}", flush=True)
-    if not given.work:
-        kept = json.loads(given.results.read_text()) if given.library and given.results.exists() else {}
-        given.results.write_text(json.dumps({
-            "environment": environment(torch.device("cpu")), "versions": kept.get("versions", {}) | versions,
-            "cells": kept.get("cells", {}) | cells}, indent=1) + "\n")
+    if given.results or not given.work:
+        kept = json.loads(file.read_text()) if given.library and file.exists() else {"versions": {}, "cells": {}}
+        for library, own in cells.items():
+            kept["cells"][library] = kept["cells"].get(library, {}) | own
+        file.write_text(json.dumps({"environment": environment(torch.device("cpu")),
+                                    "versions": kept["versions"] | versions, "cells": kept["cells"]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from loopctl.why.pair import (
     batch_count,
     fraction,
     listed,
+    other_of,
     ratio_text,
     shown,
     with_suspects,
@@ -54,7 +55,7 @@ def compare_backward(pair: Pair) -> Finding | None:
     side = "A" if counts[0] == 0 else "B"
     return Finding("extra update", f"{side} steps its optimizer without a backward pass before it",
                    "Some libraries do so once, to create the optimizer's state before they load it; from here on its "
-                   "updates are those of the other, one number later.")
+                   "updates may be those of the other run, one number later.")
 
 
 def processes(tape: TapeContent) -> int:
@@ -73,8 +74,7 @@ def divided_batches(pair: Pair) -> Finding | None:
     return Finding("data repeated" if more == ("A" if processes(pair.a) == several else "B") else "data missing",
                    f"the update is made from {counts[0]} samples in A and from {counts[1]} in B, as far as one of "
                    f"{several} processes tells", "The sampler of several processes repeats samples or leaves some "
-                                                 "out, so "
-                   "that all have as many.", certain=False)
+                                                 "out, so that all have as many.", certain=False)
 
 
 def batches(update: Update) -> str:
@@ -95,11 +95,9 @@ def regrouped(pair: Pair) -> Finding | None:
             return None
         more = "A" if sizes[0] > sizes[1] else "B"
         return Finding("grouping", f"the update is made from {batches(pair.x)} in A and from {batches(pair.y)} in B; "
-                                   "the "
-                                   f"first {least} are the same, and {more} goes on with others",
+                                   f"the first {least} are the same, and {more} goes on with others",
                        "The last group of an epoch is filled from the next epoch in one, and is smaller in the other, "
-                       "or "
-                       "batches are left out after it.", certain=False)
+                       "or batches are left out after it.", certain=False)
     more, fewer = ("A", "B") if sizes[0] > sizes[1] else ("B", "A")
     meaning = "Both read the same batches in the same order. "
     if crosses_epoch(pair.a if fewer == "A" else pair.b, pair.number, max(sizes)):
@@ -185,14 +183,14 @@ def other_size(pair: Pair, which: str, sizes: list[int], samples: tuple[Samples,
              for tape in (pair.a, pair.b)]
     if few and not Counter(few) - Counter(many) and pair.before is not None:
         less = "A" if sizes[0] < sizes[1] else "B"
-        return Finding("data missing", fact, f"Those of {less} are in the other's too: {less} has no more, or cuts the "
-                       "batch.", certain=False)
+        return Finding("data missing", fact, f"Those of {less} are all in {other_of(less)}: {less} has no more, or "
+                                             "cuts the batch.", certain=False)
     if pair.before is not None and usual[0].most_common(1)[0][0] == usual[1].most_common(1)[0][0]:
         return position_in_data(pair, samples, fact) or Finding(
             "data missing", fact, "Other batches have the same size in both: an epoch ends elsewhere, as with "
                                   "drop_last.",
             certain=False)
-    return Finding("batch size", fact, "The batch size differs.")
+    return Finding("batch size", fact)
 
 
 def same_samples(pair: Pair, which: str, samples: tuple[Samples, Samples]) -> Finding | None:
@@ -207,17 +205,20 @@ def position_in_data(pair: Pair, samples: tuple[Samples, Samples], fact: str) ->
     """Where in the other's data the batches of one are: later, before, or nowhere in the same order."""
     sides = [("A", "B", pair.a, pair.b), ("B", "A", pair.b, pair.a)]
     for by in range(1, MOST_SHIFTED + 1):
-        for side, _, own, others in sides:
+        for side, other, own, others in sides:
             if is_shifted(pair, own, others, -by) and batch_key(own, pair.number) == batch_key(own, pair.number - by):
                 first = pair.number - by
                 if whole_epoch(pair, own, others, first):
                     return same_epoch(pair, fact)
-                return Finding("data repeated", f"{fact}: that of {side} is the one of its update {first} again",
-                               f"{side} trains on the same data again: a resume begins the epoch at its start, or some "
-                               "batches before where it was left.")
+                return Finding("data repeated", f"{fact}: {side} gets the batch of its update {first} again, and "
+                                                f"{other} a new "
+                                                "one", f"{side} trains on the same data again within the epoch. Most "
+                                                       "often a resume begins the epoch at its start, or some batches "
+                                                       "before where it was left.")
         for side, other, own, others in sides:
             if is_shifted(pair, own, others, by):
-                return Finding("data missing", f"{fact}: that of {side} comes at update {pair.number + by} in {other}",
+                return Finding("data missing", f"{fact}: {side} gets the batch that {other} gets at update "
+                                               f"{pair.number + by}",
                                f"{side} leaves out the data of {counted(by, 'update')} that {other} trains on.")
     return same_epoch(pair, fact)
 
@@ -254,12 +255,13 @@ def same_epoch(pair: Pair, fact: str) -> Finding | None:
     for side, own, other in (("A", sets[0], sets[1]), ("B", sets[1], sets[0])):
         again = {sample for sample, count in own.items() if count > other[sample] > 0}
         if again and not {sample for sample, count in other.items() if count > own[sample] > 0}:
-            return Finding("data repeated", f"{fact}: {len(again)} samples are in {epoch} of {side} more often than in "
-                                            "the other", "Samples are repeated, such as by a sampler that fills up the "
-                           "last batch, or that draws with replacement.")
+            return Finding("data repeated", f"{fact}: {len(again)} samples are in {epoch} of {side} more often than "
+                                            f"in that of {other_of(side)}",
+                           "Samples are repeated, such as by a sampler that fills up the last batch, or that draws "
+                           "with replacement.")
     if sets[0] == sets[1]:
-        return Finding("order", f"{fact}: {epoch} has the same {sum(sets[0].values()):,} samples in both, in another "
-                                "order", order_meaning(pair))
+        return Finding("order", f"{fact}; all in all {epoch} has the same {sum(sets[0].values()):,} samples in A and "
+                                "B, in another order", order_meaning(pair))
     if ended(pair):
         return Finding("order", f"{fact}: {shared:,} of the samples are in {epoch} of both",
                        order_meaning(pair), certain=False)
@@ -268,8 +270,7 @@ def same_epoch(pair: Pair, fact: str) -> Finding | None:
         return Finding("data missing", f"{fact}: {epoch} has {sum(sets[0].values()):,} samples in A and "
                                        f"{sum(sets[1].values()):,} in B, of which {shared:,} are the same",
                        f"{fewer} leaves samples out, such as a last batch that is dropped, or reads another part of "
-                       "the "
-                       "data.", certain=False)
+                       "the data.", certain=False)
     return Finding("order", f"{fact}: {shared:,} of {least:,} samples are in {epoch} of both", order_meaning(pair),
                    certain=False)
 
@@ -285,11 +286,11 @@ def order_meaning(pair: Pair) -> str:
         first = next((each for each in tape if each.number < pair.number
                       and identity(each, "1") == identity(update, "1")), None)
         if first is not None:
-            return (f"{side} reads the data in the order of update {first.number} again: it is not shuffled anew in "
-                    "each "
-                    "epoch (shuffle, or the sampler's set_epoch).")
+            return (f"{side} repeats the order that began with its update {first.number}, and {other_of(side)} has a "
+                    "new one: in it the data is not shuffled anew, because the sampler's set_epoch is not called, or "
+                    "a generator is seeded again in each epoch.")
     if pair.before is None:
-        return "The order of the data is drawn from another seed, or it is shuffled in one only."
+        return "The order of the data is drawn from another seed, or it is shuffled in only one of A and B."
     return "The sampler's random numbers differ from this epoch on."
 
 
@@ -313,7 +314,7 @@ def other_inputs(pair: Pair, which: str, a: Table, b: Table, names: list[str]) -
         exact = f" ({parts[0]}/{parts[1]})" if parts and min(parts) == 1 else ""
         return Finding("inputs", f"{which} has the same {listed(same)}, and {names[0]} in A is "
                                  f"{ratio_text(relation.ratio)}{exact} times that in B",
-                       "Inputs are scaled in one only, such as to 0..1.")
+                       "Inputs are scaled in only one of A and B, such as to 0..1.")
     if relation.kind == "rounding":
         return Finding("rounding", f"{names[0]} of {which} agrees to {relation.distance:.1g}, and not to the bit",
                        "It is decoded, resized or normalized by other code.", certain=False, minor=True)
@@ -321,8 +322,7 @@ def other_inputs(pair: Pair, which: str, a: Table, b: Table, names: list[str]) -
     return Finding("inputs", f"{which} has the same {listed(same)} and other values of {names[0]} (norm "
                              f"{shown(a.norms[row])} in A, {shown(b.norms[row])} in B)",
                    "They are the same samples after another transform: a random augmentation with other random "
-                   "numbers, "
-                   "or another normalization.", certain=False)
+                   "numbers, or another normalization.", certain=False)
 
 
 def other_data(pair: Pair, point: str, which: str, a: Table, b: Table,
@@ -335,8 +335,7 @@ def other_data(pair: Pair, point: str, which: str, a: Table, b: Table,
     if samples[0] and samples[1]:
         return Finding("data", f"{which} has no sample that the other has in this epoch {norms}",
                        "Other data, another part of it, or samples changed by random transforms; or its order differs "
-                       "and "
-                       "the tapes are too short to show it.", certain=False)
+                       "and the tapes are too short to show it.", certain=False)
     return Finding("data", f"{which} has other content {norms}", "The tapes do not have single samples of such a "
-                                                                 "batch, "
-                   "so whether its order or its data differs is not known.", certain=False)
+                                                                 "batch, so whether its order or its data differs is "
+                                                                 "not known.", certain=False)

@@ -11,7 +11,7 @@ from loopctl.errors import counted
 from loopctl.tape.reading import TapeContent, Update, read_tape
 from loopctl.why.data import compare_backward, compare_batches
 from loopctl.why.gradients import compare_gradients, compare_stages
-from loopctl.why.pair import Finding, Pair, listed
+from loopctl.why.pair import Finding, Pair, listed, other_of
 from loopctl.why.start import compare_modes, compare_random, compare_start, draws_in_forward
 from loopctl.why.tables import distance, only_in_one
 from loopctl.why.update import compare_end, compare_loss, compare_numbers, compare_skipped, compare_update
@@ -101,14 +101,20 @@ def explained(pair: Pair, found: Finding, equal: list[str], notes: list[tuple[in
                  and (note.cause == "mode" or found.cause == "inputs" or draws_in_forward(pair))][:1]:
         # Something that alone changes nothing explains what does.
         cause = found.cause if found.cause == "inputs" else note.cause
-        found = Finding(cause, f"{found.fact}; before that, {note.fact}", note.meaning,
-                        certain=note.certain and note.cause == "mode", fact_too=note.certain)
-        notes = [each for each in notes if each[1] is not note]
+        found = Finding(cause, f"{note.fact}; {found.fact}", note.meaning, note.certain and note.cause == "mode",
+                        note.certain)
+        follows = "random numbers" if note.cause == "mode" else note.cause
+        notes = [each for each in notes if each[1].cause not in (note.cause, follows)]
     lines = [f"{place(pair.x, pair.y)}: {found.fact}."]
     if found.meaning:
-        lines.append(found.meaning if found.certain or found.fact_too else f"It may mean: {lower(found.meaning)}")
+        prefix = "" if found.fact_too else "Cause: " if found.certain else "Possible cause: "
+        lines.append(prefix + (lower(found.meaning) if prefix else found.meaning))
+    rounded = any(note.cause == "rounding" for _, note in notes)
+    before = [f"updates 1 to {pair.number - 1}" if pair.number > 2 else "update 1"] * (pair.before is not None)
     if equal:
-        lines.append(f"Equal until then: {listed(equal, 5)}.")
+        before.append(f"of update {pair.number} the {listed(equal, 5)}")
+    if before:
+        lines.append(f"Equal before that{', but for rounding' * rounded}: {', and '.join(before)}.")
     number = pair.before.number if pair.before else 0
     if number < pair.number - 1:
         lines.append(f"The tapes have nothing between the updates {number} and {pair.number}." if number else
@@ -123,7 +129,8 @@ def explained(pair: Pair, found: Finding, equal: list[str], notes: list[tuple[in
 def lower(sentence: str) -> str:
     """A sentence to be put after a colon."""
     first = sentence.split()[0]
-    return sentence if first.isupper() or first in ("A", "B", "BatchNorm") else sentence[0].lower() + sentence[1:]
+    name = first in ("A", "B") or any(map(str.isupper, first[1:]))
+    return sentence if name else sentence[0].lower() + sentence[1:]
 
 
 def at_the_end(a: TapeContent, b: TapeContent, numbers: list[int],
@@ -131,7 +138,7 @@ def at_the_end(a: TapeContent, b: TapeContent, numbers: list[int],
     """The explanation where no update that both have differs by more than rounding."""
     if not numbers:
         return Explanation(False, None, "length", False, "The tapes have no update in common, so there is nothing to "
-                           "compare; record both with the same every_steps.")
+                                                         "compare; record both with the same every_steps.")
     last = numbers[-1]
     lines = []
     cause, update = "", None
@@ -151,7 +158,7 @@ def at_the_end(a: TapeContent, b: TapeContent, numbers: list[int],
         side, tape = ("A", a) if max(a.updates) == last else ("B", b)
         reason = (tape.end or {}).get("why") or ""
         how = f" ({reason})" if reason else "" if tape.end else ": its tape is cut off there"
-        lines.append(f"{side} ends after update {last}{how}, and the other goes on until update {longest}.")
+        lines.append(f"{side} ends after update {last}{how}, and {other_of(side)} goes on until update {longest}.")
         if not cause:
             cause, update = "length", last
             lines.insert(0, f"The same to the bit up to update {last}.")

@@ -12,13 +12,14 @@ from loopctl.why.pair import (
     final_gradients,
     fraction,
     listed,
+    other_of,
     ratio_text,
     raw_gradients,
     shown,
     suspects,
     with_suspects,
 )
-from loopctl.why.start import environment_difference
+from loopctl.why.start import environment_difference, places
 from loopctl.why.tables import Relation, fit, minus, relate
 
 
@@ -53,14 +54,14 @@ def compare_gradients(pair: Pair) -> Finding | None:
                 f"{ratio_text(min(relation.ratios))} to {ratio_text(max(relation.ratios))} times")
         return Finding("scale", f"the gradient of {listed(relation.rows)} is in A {what} that of B, in the same "
                                 "direction; " + others(relation),
-                       "Something scales the gradients of single tensors: a hook on a tensor, or a loss of its own.",
+                       "Some hook on a tensor, or code that changes the gradients of single tensors.",
                        certain=False)
     return other_direction(pair, relation)
 
 
 def others(relation: Relation) -> str:
     left = relation.count - len(relation.rows)
-    return f"that of the other {left} is equal" if left else "it is a factor of its own in every tensor"
+    return f"the other {left} tensors are equal" if left else "it is a factor of its own in every tensor"
 
 
 def missing(pair: Pair, relation: Relation) -> Finding:
@@ -73,7 +74,7 @@ def missing(pair: Pair, relation: Relation) -> Finding:
         found = Finding("missing gradients", fact, "They do not require gradients there: they are frozen.")
         return with_suspects(found, pair, "setup", "param_groups")
     return Finding("missing gradients", fact, "They are not used in that forward pass, or are cut off by detach() or "
-                   "no_grad().", certain=False)
+                                              "no_grad().", certain=False)
 
 
 def scaled(pair: Pair, relation: Relation) -> Finding | None:
@@ -85,8 +86,8 @@ def scaled(pair: Pair, relation: Relation) -> Finding | None:
         end = pair.related("gradients", pair.final_gradients())
         if end and end.kind in ("equal", "rounding"):
             return Finding("scale", f"the backward pass of {scale[0]} is made with the loss times {shown(scale[1])}, "
-                                    "and the "
-                                    "gradients are divided by that again", "That is the loss scale of half precision.",
+                                    "and the gradients are divided by that "
+                                    "again", "That is the loss scale of half precision.",
                            minor=True)
         if end and end.kind == "scaled" and isclose(end.ratio, ratio, rel_tol=1e-3):
             return Finding("unscale", f"{fact}, and that is what the update is made from",
@@ -101,23 +102,22 @@ def scaled(pair: Pair, relation: Relation) -> Finding | None:
             ratio if ratio < 1 else 1 / ratio, counts[0] / usual, rel_tol=1e-4):
         less = "A" if ratio < 1 else "B"
         meaning = (f"The update is made from {counts[0]} batch{'es' * (counts[0] > 1)}, the last of an epoch, and "
-                   "others "
-                   f"from {usual}: {less} divides this group by {usual}, not by {counts[0]}.")
+                   f"other updates from {usual}: {less} divides its gradient by {usual}, not by {counts[0]}.")
     elif counts[0] == counts[1] > 1 and parts in ((counts[0], 1), (1, counts[0])):
         more = "A" if ratio > 1 else "B"
-        meaning = f"{more} adds up the gradients of its {counts[0]} batches, and the other takes their mean."
+        meaning = f"{more} adds up the gradients of its {counts[0]} batches, and {other_of(more)} takes their mean."
     elif parts and max(parts) > 1 and min(parts) == 1 and max(parts) in (size := batch_sizes(pair)):
         more = "A" if ratio > 1 else "B"
-        meaning = (f"A batch has {max(parts)} samples: the loss is their sum in {more}, and their mean in the other."
+        meaning = (f"Batches have {max(parts)} samples: the loss is their sum in {more}, and their mean in "
+                   f"{other_of(more)}."
                    if size else "")
     elif parts and max(parts) in (pair.a.header.get("world_size"), pair.b.header.get("world_size")):
-        meaning = "It is the number of processes: gradients are added up in one, and averaged in the other."
+        meaning = "It is the number of processes: gradients are added up in one of A and B, and averaged in the other."
     if not meaning:
         certain = False
         meaning = ("The loss is multiplied or divided by another number" + (f", such as {max(parts)}" if parts
                    and max(parts) > 1 else "") + ": a mean over another count, a weight of the loss, or gradients "
-                                                 "that are "
-                   "clipped inside the backward pass.")
+                                                 "that are clipped inside the backward pass.")
     return Finding("scale", fact, meaning, certain=certain)
 
 
@@ -135,16 +135,16 @@ def clipped_while_scaled(pair: Pair, side: str, scale: float, end: Relation | No
     fact = f"the backward pass of {side} is made with the loss times {shown(scale)}"
     if 0 < ratio < 1:
         return Finding("clipping before unscale", f"{fact}; the gradient that it makes the update from is "
-                                                  f"{ratio_text(ratio)} times the other's",
-                       unscale_meaning(side, scale))
+                                                  f"{ratio_text(ratio)} times that of {other_of(side)}",
+                       unscale_meaning(side, scale), certain=False)
     return Finding("unknown", f"{fact}, and the gradients still differ when the update is made",
                    "What happens to them in between is not on the tapes.", certain=False, fact_too=True)
 
 
 def unscale_meaning(side: str, scale: float) -> str:
-    return (f"{side} clips the gradients while they are multiplied by the loss scale, so that the limit is "
-            f"{shown(scale)} "
-            "times as small; scaler.unscale_(optimizer) belongs before the clipping.")
+    return (f"{side} clips the gradients while they are multiplied by the loss scale, so that the limit is in effect "
+            f"{shown(scale)} times as small (scaler.unscale_(optimizer) belongs before the clipping); or it divides "
+            "by the loss scale twice.")
 
 
 def usual_batches(pair: Pair) -> int:
@@ -166,10 +166,10 @@ def added(pair: Pair, a: Table, b: Table) -> Finding | None:
         own = weights[0].projections
         if (factors := fit(difference, [own], noise)) and abs(factors[0]) < 1:
             side, value = ("A", factors[0]) if factors[0] > 0 else ("B", -factors[0])
-            return Finding("weight decay", f"the gradient of {side} is that of the other plus {shown(value)} times the "
+            return Finding("weight decay", f"the gradient of {side} is that of {other_of(side)} plus {shown(value)} "
+                                           "times the "
                                            "weights", "It is a penalty on the weights in the loss, or weight decay "
-                                                      "that is "
-                           "added to the gradient (L2).")
+                                                      "that is added to the gradient (L2).")
     if pair.consecutive and pair.before:
         for side, update, sign in (("A", pair.before.x, 1), ("B", pair.before.y, -1)):
             for last in (final_gradients(update), raw_gradients(update)):
@@ -178,11 +178,10 @@ def added(pair: Pair, a: Table, b: Table) -> Finding | None:
                 factors = fit([sign * value for value in difference], [last.projections], noise)
                 if factors and 0.05 < factors[0] < 20:
                     much = "" if isclose(factors[0], 1, rel_tol=1e-2) else f"{shown(factors[0])} times "
-                    return Finding("stale gradients", f"the gradient of {side} is that of the other plus {much}its own "
-                                                      f"gradient of update {pair.before.number}",
-                                   "The gradients of the update before were not cleared: zero_grad() is not called, "
-                                   "or it "
-                                   "is called at another place.")
+                    always = "" if pair.number == 2 else ", as it did before: a branch may leave out zero_grad()"
+                    return Finding("stale gradients", f"the gradient of {side} is that of {other_of(side)} plus "
+                                                      f"{much}the gradient of {side} in update {pair.before.number}",
+                                   f"{side} did not clear its gradients between these two updates{always}.")
     return None
 
 
@@ -202,12 +201,14 @@ def weighted(pair: Pair) -> Finding | None:
             return None
         ratios.append(factor)
     sizes = [each["samples"] for each in pair.x.values.get("batches", {}).values()]
-    fact = ("the gradients of the batches count by other weights: in A "
+    fact = ("the batches of the update have other shares in its gradient: in A "
             f"{listed([ratio_text(ratio) for ratio in ratios], 4)} times those in B")
     if len(sizes) == len(ratios) and len(set(sizes)) > 1:
-        return Finding("weighting", fact, f"The batches have {listed([str(size) for size in sizes], 4)} samples: one "
-                                          "counts "
-                       "each batch the same, the other each sample.")
+        shares = [ratio * size for ratio, size in zip(ratios, sizes, strict=True)]
+        alike = max(shares) - min(shares) < 1e-3 * max(shares)
+        side = "A" if alike else "B"
+        return Finding("weighting", fact, f"{side} gives each batch the same share, and {other_of(side)} each sample: "
+                                          f"they have {listed([str(size) for size in sizes], 4)} samples.")
     return Finding("weighting", fact, "The losses of the batches are divided by other numbers.", certain=False)
 
 
@@ -226,9 +227,7 @@ def micro_gradients(update: Update) -> list[list[float]]:
 
 def other_direction(pair: Pair, relation: Relation) -> Finding:
     """The gradients differ in another way."""
-    fact = ("the gradient differs " + ("in every tensor" if len(relation.rows) == relation.count
-                                       else f"in {listed(relation.rows)} only") + ", by "
-                                                                                  f"{shown(100 * relation.distance)} %")
+    fact = f"the gradient differs {places(relation, 'tensors')}, by {shown(100 * relation.distance)} % of its norm"
     if module := first_module(pair):
         fact += f"; {module}"
     forward = module.startswith("the first module")
@@ -377,10 +376,10 @@ def acted_otherwise(name: str, before_a: Table, after_a: Table, before_b: Table,
     fact = f"{who} changes the same gradients in another way: {causes[0][1]} in A, {causes[1][1]} in B"
     if causes[0][0] == causes[1][0] == "clipping" and (found := loss_scale_of(after_a.norm / after_b.norm)):
         side = "A" if found[0] == "B" else "B"
-        return Finding("clipping before unscale", fact, unscale_meaning(side, found[1]), plugins=(name,) * bool(name))
+        return Finding("clipping before unscale", fact, unscale_meaning(side, found[1]), certain=False,
+                       plugins=(name,) * bool(name))
     if causes[0][0] == causes[1][0] == "clipping":
         return Finding("clipping", fact, f"The limit of the norm is {shown(after_a.norm)} in A and "
-                                         f"{shown(after_b.norm)} in "
-                       "B.", plugins=(name,) * bool(name))
+                                         f"{shown(after_b.norm)} in B.", plugins=(name,) * bool(name))
     return Finding(cause, fact, "Its options or its random numbers differ." if name else "", certain=bool(name),
                    plugins=(name,) * bool(name))

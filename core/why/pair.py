@@ -107,6 +107,11 @@ def classes_of(pair: Pair) -> tuple[list[str], list[str]]:
     return one, other
 
 
+def other_of(side: str) -> str:
+    """The name of the other one."""
+    return "B" if side == "A" else "A"
+
+
 def raw_gradients(update: Update) -> Table | None:
     """The gradients after the last backward pass of the first closure call."""
     points = [point for point in update.points("gradients")

@@ -4,8 +4,8 @@ from __future__ import annotations
 from math import isclose, prod
 
 from loopctl.tape.reading import TapeContent, Update
-from loopctl.why.pair import Finding, Pair, classes_of, listed, ratio_text, shown, with_suspects
-from loopctl.why.tables import Relation
+from loopctl.why.pair import Finding, Pair, classes_of, listed, other_of, ratio_text, shown, with_suspects
+from loopctl.why.tables import Relation, relate
 
 
 def compare_start(pair: Pair) -> Finding | None:
@@ -41,17 +41,32 @@ def compare_weights(pair: Pair) -> Finding | None:
     where = f"between the updates {pair.before.number} and {pair.number}"
     who = f" by {' and '.join(each for _, each in plugins)}" if plugins else ""
     evaluated = [name for name, tape in (("A", pair.a), ("B", pair.b)) if evaluated_after(tape, pair.before.number)]
-    advice = ("Weights that were put in place for an evaluation, such as averaged ones, were not put back, or a "
-              "checkpoint was loaded." if evaluated and not plugins else
-              "It is done outside of the optimizer's step.")
-    return Finding("weights changed", f"the weights of {' and '.join(changed) or 'one'} were changed {where}{who}, "
-                                      f"{which}", advice, certain=bool(changed) and (bool(plugins) or not evaluated),
+    advice = ("" if plugins else "Weights that were put in place for an evaluation, such as averaged ones, were not "
+                                 "put back, or a checkpoint was loaded." if evaluated else
+              "Something changes them in place, after the optimizer's step and before the next forward pass: averaged "
+              "weights, a limit of their norm, load_state_dict.")
+    own = [change_between(pair.before, pair, side) for side in changed]
+    return Finding("weights changed", f"the weights of {' and '.join(changed) or 'one'} were changed {where}{who}"
+                   + (f", {own[0]}" if len(own) == 1 else f", {which}"), advice,
+                   certain=bool(changed) and (bool(plugins) or not evaluated),
                    plugins=tuple(name for name, _ in plugins))
 
 
-SEED = "Every tensor that is drawn at random differs: another seed, or a model that draws its weights in another order."
-PART = ("The others are equal, so the seed is: these were drawn after something else had drawn random numbers, or were "
-        "loaded.")
+SEED = "Another seed, or a model that draws its weights in another order: all that is drawn at random differs."
+PART = ("Something else drew random numbers before these, they are initialized in another way, or were loaded. The "
+        "other tensors are equal.")
+
+
+def change_between(before: Pair, pair: Pair, side: str) -> str:
+    """How the weights of one were changed after an update, in words."""
+    last, now = (before.x, pair.x) if side == "A" else (before.y, pair.y)
+    tables = last.table("weights", "end"), now.table("weights", "start")
+    if tables[0] is None or tables[1] is None:
+        return "to others"
+    relation = relate(tables[1], tables[0])
+    if relation.kind in ("scaled", "rows") and not relation.ratios:
+        return f"{places(relation, 'tensors')}, to {ratio_text(relation.ratio)} times what they were"
+    return f"{places(relation, 'tensors')}, by {shown(100 * min(relation.distance, 2.0))} % of their norm"
 
 
 def constant_tensors(pair: Pair) -> list[str]:
@@ -92,8 +107,7 @@ def compare_buffers(pair: Pair) -> Finding | None:
     return Finding("buffers", f"the buffers of {' and '.join(changed) or 'one'} were changed between the updates "
                               f"{pair.before.number} and {pair.number}, {described(relation, 'buffers')}",
                    "Running statistics change in every forward pass in training mode: an evaluation, or another "
-                   "forward "
-                   "pass, was made without model.eval().", certain=bool(changed))
+                   "forward pass, was made without model.eval().", certain=bool(changed))
 
 
 def compare_optimizer_state(pair: Pair) -> Finding | None:
@@ -104,13 +118,13 @@ def compare_optimizer_state(pair: Pair) -> Finding | None:
     if one is None or other is None:
         lacking = "A" if one is None else "B"
         has = one or other
-        return Finding("optimizer state", f"the optimizer of {lacking} has no state, and that of the other has "
-                                          f"{listed(has.names) if has else ''}",
-                       "A resume that does not load the optimizer's state, or an optimizer that was made anew.")
+        return Finding("optimizer state", f"the optimizer of {lacking} has no state, and that of {other_of(lacking)} "
+                                          f"has {listed(has.names) if has else ''}",
+                       "The state was not loaded in a resume, or the optimizer was made anew.")
     relation = pair.relation("state", "start")
     if relation is None:
-        return Finding("optimizer", f"the optimizers keep other state: {listed(one.names)} in A, {listed(other.names)} "
-                                    "in B", "They are other optimizers, or have other options.")
+        return Finding("optimizer", f"the optimizers keep other state: {listed(one.names)} in A, "
+                                    f"{listed(other.names)} in B", "They are other optimizers, or have other options.")
     if relation.same:
         return None
     if relation.kind == "rounding":
@@ -129,10 +143,10 @@ def compare_modes(pair: Pair) -> Finding | None:
         return None
     in_a, in_b = (set(modules_in_eval(pair.a, pair.x)), set(modules_in_eval(pair.b, pair.y)))
     side, extra = ("A", in_a - in_b) if in_a - in_b else ("B", in_b - in_a)
-    return Finding("mode", f"in {side} {listed(sorted(extra))} {'is' if len(extra) == 1 else 'are'} in evaluation "
-                           "mode, "
-                           "in the other in training mode",
-                   "Dropout and BatchNorm work in another way there: model.train() is not called again after an "
+    names = [name for name in modules_in_eval(pair.a if side == "A" else pair.b, pair.x) if name in extra]
+    return Finding("mode", f"in {side} the modules {listed(names)} are in evaluation mode, and in {other_of(side)} in "
+                           "training mode",
+                   "Dropout and BatchNorm work in another way there: model.train() was not called again after an "
                    "evaluation, or parts are kept in evaluation mode on purpose.", minor=True)
 
 
@@ -235,17 +249,24 @@ def environment_difference(pair: Pair) -> str:
                   for name in sorted((plugins[0] ^ plugins[1]) & kernels)]
     if found:
         return "Sums are made in another order or by other kernels: " + "; ".join(found) + "."
-    return ("Sums are made in another order: compile, another number of threads, a fused or foreach optimizer, another "
-            "way to write the same formula." + " The environments on the tapes are the same." * both)
+    return ("Sums are made in another order: compile, another number of threads, a fused or foreach optimizer, "
+            "another way to write the same formula." + " The environments on the tapes are the same." * both)
 
 
 def described(relation: Relation, noun: str) -> str:
     """How far two tables are apart, and where."""
-    which = "in every one" if len(relation.rows) == relation.count else f"in {listed(relation.rows)}"
+    which = places(relation, noun)
     if relation.kind == "missing":
         return f"and {relation.lacking} lacks {listed(relation.rows)}"
     if relation.kind == "not finite":
         return f"and {relation.lacking} has values that are not finite in {listed(relation.rows)}"
     if relation.kind == "scaled":
-        return f"{which} of {relation.count} {noun}: A has {ratio_text(relation.ratio)} times the other's"
-    return f"{which} of {relation.count} {noun}, by {shown(100 * min(relation.distance, 2.0))} %"
+        return f"{which}: those of A are {ratio_text(relation.ratio)} times those of B"
+    return f"{which}; the difference has {shown(100 * min(relation.distance, 2.0))} % of the norm of all"
+
+
+def places(relation: Relation, noun: str) -> str:
+    """In which of the tensors two tables differ."""
+    if len(relation.rows) == relation.count:
+        return f"in all {relation.count} {noun}" if relation.count > 1 else f"in {relation.rows[0]}"
+    return f"in {len(relation.rows)} of {relation.count} {noun} ({listed(relation.rows)})"

@@ -15,6 +15,7 @@ from loopctl.why.pair import (
     final_gradients,
     fraction,
     listed,
+    other_of,
     ratio_text,
     shown,
     with_suspects,
@@ -32,8 +33,8 @@ def compare_skipped(pair: Pair) -> Finding | None:
     gradients = final_gradients(pair.x if pair.x.skipped else pair.y)
     finite = gradients is None or all(norm == norm and abs(norm) != float("inf") for norm in gradients.norms)
     return Finding("skipped", f"the update was skipped in {side} only",
-                   "Its gradients are not finite." if not finite else "Its gradients are finite, so it was skipped for "
-                   "another reason.", certain=not finite)
+                   "Its gradients are not finite." if not finite else "Its gradients are finite, so it was skipped "
+                                                                      "for another reason.", certain=not finite)
 
 
 def compare_numbers(pair: Pair) -> Finding | None:
@@ -57,14 +58,15 @@ def other_optimizer(pair: Pair) -> Finding | None:
     """Whether the optimizers are of other classes."""
     classes = classes_of(pair)
     decays = any(numbers.get("weight_decay") for numbers in numbers_of(pair.x))
+    if not all(classes):                # updates that no optimizer of torch makes
+        return None
     if classes[0] == classes[1] or (set(classes[0] + classes[1]) == {"Adam", "AdamW"} and not decays):
         return None
     fact = f"the optimizer is {listed(classes[0])} in A and {listed(classes[1])} in B"
     if set(classes[0] + classes[1]) == {"Adam", "AdamW"}:
         return Finding("weight decay", fact, "AdamW decays the weights apart from the gradient; Adam adds the decay "
-                                             "to the "
-                                             "gradient (L2), where it is divided by its size.")
-    return Finding("optimizer", fact, "The same gradients make another update.")
+                                             "to the gradient (L2), where it is divided by its size.")
+    return Finding("optimizer", fact, "The same gradients make another update.", fact_too=True)
 
 
 def alike(one: float, other: float) -> bool:
@@ -123,16 +125,15 @@ def number_differs(pair: Pair, index: int, name: str, one: float, other: float, 
     constant = [len({float(f"{value:.9g}") for value in found.values()}) == 1 for found in series]
     if constant[0] != constant[1]:
         side = "A" if constant[0] else "B"
-        return Finding("schedule", fact, f"The rate of {side} is the same in every update; that of the other has a "
-                                         "schedule.")
+        return Finding("schedule", fact, f"The rate of {side} is the same in every update; that of {other_of(side)} "
+                                         "has a schedule.", fact_too=True)
     for side, ahead, behind in (("A", 0, 1), ("B", 1, 0)):
         for by in (1, 2):
             if is_ahead(series[ahead], series[behind], later, by):
-                return Finding("schedule", f"{fact}: that of {side} is the rate of the other at update "
-                                           f"{pair.number + by}",
-                               skip_meaning(pair, side) or f"The schedule of {side} is {by} update{'s' * (by > 1)} "
-                                                           "ahead: it "
-                               "is stepped once more, or it begins at another count.")
+                return Finding("schedule", f"{fact}, which is that of {other_of(side)} at update {pair.number + by}",
+                               skip_meaning(pair, side) or f"From here on {side} is {counted(by, 'update')} ahead: it "
+                                                           f"steps its schedule once too often, or {other_of(side)} "
+                                                           "leaves out a step.")
     if (found := stretched(series, pair.number)) and earlier:
         return Finding("schedule", fact, found)
     if len(later) > 2 and all(isclose(ratio, ratios[0], rel_tol=1e-4) for ratio in ratios) and ratios:
@@ -140,7 +141,7 @@ def number_differs(pair: Pair, index: int, name: str, one: float, other: float, 
         meaning = f"It is {ratio_text(ratios[0])} times that of B in every update from here on."
         if parts and 1 < max(parts) in (pair.a.header.get("world_size"), pair.b.header.get("world_size")):
             meaning += " That is the number of processes."
-        return Finding("rate", fact, meaning)
+        return Finding("rate", fact, meaning, fact_too=True)
     if len(later) < 3:
         return Finding("rate", fact, "")
     return Finding("schedule", fact, "Both change from update to update, in another way: another schedule, warmup or "
@@ -185,9 +186,8 @@ def stretched(series: list[dict[int, float]], number: int) -> str:
         gaps = [b - a for a, b in pairwise(few)]
         if len(many) > 2 * len(few) and ((gaps and min(gaps) > 1) or (few and not gaps)):
             every = f"every {gaps[0]} updates" if gaps and len(set(gaps)) == 1 else f"at update {few[0]}"
-            return (f"The rate of {side} changes {every} only, that of the other in each update: it is stepped once "
-                    "per "
-                    "epoch, or per group of batches, in one, and in each update in the other.")
+            return (f"The rate of {side} changes {every} only, that of {other_of(side)} in each update: it is stepped "
+                    f"once per epoch, or per group of batches, in {side}, and in each update in {other_of(side)}.")
     return ""
 
 
@@ -233,7 +233,7 @@ def compare_update(pair: Pair) -> Finding | None:
     if (factors := fit(difference, [starts[0].projections], noise)) and abs(factors[0]) < 0.5:
         side, amount = ("A", -factors[0]) if factors[0] < 0 else ("B", factors[0])
         return Finding("weight decay", f"the update of {side} also subtracts {shown(amount)} times the weights",
-                       "It decays the weights, apart from the gradient, and the other does not.")
+                       f"It decays the weights apart from the gradient, and that of {other_of(side)} does not.")
     if factor := same_direction(steps[0], steps[1], noise):
         return Finding("rate", f"the update of A is {ratio_text(factor)} times that of B, from the same gradients",
                        "The learning rate on the tapes is equal, so the optimizer uses another one, or scales its "
@@ -241,11 +241,10 @@ def compare_update(pair: Pair) -> Finding | None:
                        certain=False)
     if pair.consecutive and pair.before and (found := by_momentum(pair, difference, noise)):
         return found
-    return Finding("optimizer", f"the same gradients at the same learning rate make another update, "
+    return Finding("optimizer", "the same gradients at the same learning rate make another update, "
                                 f"{described(relation, 'tensors')}",
                    fused_difference(pair) or "The optimizer has another option or another state, which the tapes do "
-                                             "not "
-                   "show.", certain=False)
+                                             "not show.", certain=False)
 
 
 def update_distance(pair: Pair, ends: tuple[Table, Table]) -> float | None:
@@ -266,8 +265,8 @@ def fused_difference(pair: Pair) -> str:
         for key in ("fused", "foreach", "capturable"):
             values = [group["options"].get(key) for group in (one, other)]
             if values[0] != values[1]:
-                return (f"The optimizer has {key}={values[0]} in A and {key}={values[1]} in B, which rounds in another "
-                        "way.")
+                return (f"The optimizer has {key}={values[0]} in A and {key}={values[1]} in B, which rounds in "
+                        "another way.")
     return ""
 
 
@@ -324,12 +323,16 @@ def compare_end(pair: Pair) -> Finding | None:
         if still[0] != still[1]:
             side = "A" if still[0] else "B"
             names = modules_in_eval(pair.a if side == "A" else pair.b, pair.x)
-            return Finding("buffers", f"the forward pass of {side} does not change the buffers, and that of the other "
+            return Finding("buffers", f"the forward pass of {side} does not change the buffers, and that of "
+                                      f"{other_of(side)} "
                                       "does", f"BatchNorm of {side} is in evaluation mode, or has no running statistics"
                            + (f": {listed(names)}." if names else "."), certain=False)
-        return Finding("buffers", f"the buffers differ after the same forward pass, {described(relation, 'buffers')}",
-                       "The momentum of BatchNorm differs, or there is another number of forward passes in an update.",
-                       certain=False)
+        counter = [row for row, name in enumerate(ends[0].names) if name.endswith("num_batches_tracked")]
+        equal = bool(counter) and all(ends[0].checksums[row] == ends[1].checksums[row] for row in counter)
+        return Finding("buffers", f"the buffers differ after the update, {described(relation, 'buffers')}",
+                       "The momentum of BatchNorm differs. Only evaluations are affected." if equal else
+                       "The momentum of BatchNorm differs, or the number of forward passes in an "
+                       "update.", certain=False)
     if relation := pair.relation("state", "end"):
         if relation.kind == "rounding":
             return Finding("rounding", f"the optimizer's state agrees to {relation.distance:.1g} after the update",

@@ -87,7 +87,7 @@ def test_of_two_clips_the_limits_are_said(plain):
     one, other = (tiny_run("tape", f"clip:max_norm={norm}").out / "run.tape" for norm in (0.5, 0.25))
     found = explain_difference(one, other)
     assert (found.cause, found.plugins, found.certain) == ("clipping", ("clip",), True)
-    assert "The limit of the norm is 0.5 in A and 0.25 in B." in found.text
+    assert "Cause: the limit of the norm is 0.5 in A and 0.25 in B." in found.text
     assert "The configurations differ: clip with max_norm=0.5 in A, max_norm=0.25 in B." in found.text
 
 
@@ -101,7 +101,7 @@ def test_the_random_numbers_of_another_seed_are_named(plain):
 def test_a_shorter_run_is_the_same_up_to_its_end(plain):
     found = explained(plain, epochs=1)
     assert (found.cause, found.update) == ("length", 5)
-    assert "B ends after update 5, and the other goes on until update 10." in found.text
+    assert "B ends after update 5, and A goes on until update 10." in found.text
 
 
 def test_random_numbers_that_an_evaluation_draws_are_found_there(plain):
@@ -144,4 +144,4 @@ def test_micro_batches_that_count_otherwise_are_told_by_their_gradients(tmp_path
     one, other = (tiny_run("tape", "accumulate:every=3", *more).out / "run.tape" for more in ((), (EachBatchTheSame(),)))
     found = explain_difference(one, other)
     assert (found.cause, found.update) == ("weighting", 2), found.text
-    assert "The batches have 8 and 5 samples: one counts each batch the same, the other each sample." in found.text
+    assert "B gives each batch the same share, and A each sample: they have 8 and 5 samples." in found.text

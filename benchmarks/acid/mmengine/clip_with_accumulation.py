@@ -1,0 +1,23 @@
+"""OptimWrapper with accumulative_counts and clip_grad."""
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from works import Work
+
+
+class Classifier(BaseModel):
+    def __init__(self, work: Work, model):
+        super().__init__()
+        self.work, self.model = work, model
+
+    def forward(self, input, target, mode="tensor"):
+        output = self.model(input)
+        return {"loss": self.work.loss(output, target)} if mode == "loss" else (output, target)
+
+
+def train(work: Work, model, tape):
+    runner = Runner(
+        Classifier(work, model), work_dir=str(work.folder), train_dataloader=work.train_loader(),
+        train_cfg={"by_epoch": True, "max_epochs": work.epochs},
+        optim_wrapper={"optimizer": work.make_optimizer(model.parameters()), "accumulative_counts": work.accumulate,
+                       "clip_grad": {"max_norm": work.max_norm}})
+    runner.train()
