@@ -155,7 +155,7 @@ def test_it_equals_that_of_a_closure_by_hand(plain, batches, clone, tmp_path):
                 optimizer.zero_grad()
                 loss = cross_entropy(model(input), target)
                 loss.backward()
-                return loss
+                return loss.detach()
             optimizer.step(closure)
 
     hand = by_hand(tmp_path, other, loop)
@@ -290,6 +290,12 @@ def test_a_plugin_that_changes_the_weights_is_named_with_its_hook(plain, batches
 def test_a_plugin_that_changes_only_the_average_is_not_named(plain, batches, valid, sgd, tmp_path):
     tape = run_tape(tmp_path, plain, batches, "ema:decay=0.9", Scale("after_evaluate", 8), optimizer=sgd, valid=valid)
     assert not any(update.values["changed_by"] for update in tape)
+
+
+def test_a_plugin_is_not_named_for_what_the_optimizer_does_between_closures(plain, batches, tmp_path):
+    tape = run_tape(tmp_path, plain, batches[:2], "clip:max_norm=0.1", optimizer=partial(torch.optim.LBFGS, lr=0.5, max_iter=3), epochs=1)
+    assert [update.values["changed_by"] for update in tape] == [[], []]
+    assert tape.updates[1].values["calls"] > 1
 
 
 def test_a_change_that_torch_does_not_count_is_in_the_weights_all_the_same(plain, batches, sgd, tmp_path):
