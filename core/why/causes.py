@@ -20,6 +20,7 @@ CAUSES = {
     "loss": "the loss is computed in another way",
     "scale": "the gradient is a multiple: a mean divided by another count, a sum, the loss scale",
     "weighting": "micro-batches count by another weight in the sum of gradients",
+    "cleared gradients": "gradients are cleared between the batches of an update, so that only the last one counts",
     "stale gradients": "gradients of an update before were not cleared",
     "missing gradients": "tensors without gradient: frozen, or unused",
     "frozen": "tensors that the update does not change although they have a gradient",

@@ -186,43 +186,56 @@ def added(pair: Pair, a: Table, b: Table) -> Finding | None:
 
 
 def weighted(pair: Pair) -> Finding | None:
-    """Whether the gradients of the micro-batches are added up with other weights; of tapes that have each of them."""
-    parts = [micro_gradients(update) for update in (pair.x, pair.y)]
-    if len(parts[0]) != len(parts[1]) or len(parts[0]) < 2:
+    """Whether the gradients of the micro-batches are added up in another way; of tapes that have each of them."""
+    sums = [micro_sums(update) for update in (pair.x, pair.y)]
+    if len(sums[0]) != len(sums[1]) or len(sums[0]) < 2:
         return None
-    ratios = []
-    for one, other in zip(*parts, strict=True):
-        size = sum(value * value for value in other)
-        if len(one) != len(other) or not size:
-            return None
-        factor = sum(x * y for x, y in zip(one, other, strict=True)) / size
-        rest = sum((x - factor * y) ** 2 for x, y in zip(one, other, strict=True))
-        if rest > 1e-4 * sum(x * x for x in one) or not isfinite(factor):
-            return None
-        ratios.append(factor)
-    sizes = [each["samples"] for each in pair.x.values.get("batches", {}).values()]
+    parts = [[minus_one(now, last) for now, last in zip(each, [[0.0] * len(each[0]), *each], strict=False)]
+             for each in sums]
+    for side, own, others in (("A", sums[0], parts[1]), ("B", sums[1], parts[0])):
+        if multiples(own, others):
+            return Finding("cleared "
+                           "gradients", f"after each backward pass {side} has the gradient of that batch alone, and "
+                                        f"{other_of(side)} the sum so far",
+                           f"{side} clears the gradients before each batch, so only the last one of an update counts.")
+    if not (ratios := multiples(*parts)):
+        return None
     fact = ("the batches of the update have other shares in its gradient: in A "
             f"{listed([ratio_text(ratio) for ratio in ratios], 4)} times those in B")
+    sizes = [each["samples"] for each in pair.x.values.get("batches", {}).values()]
     if len(sizes) == len(ratios) and len(set(sizes)) > 1:
-        shares = [ratio * size for ratio, size in zip(ratios, sizes, strict=True)]
-        alike = max(shares) - min(shares) < 1e-3 * max(shares)
-        side = "A" if alike else "B"
-        return Finding("weighting", fact, f"{side} gives each batch the same share, and {other_of(side)} each sample: "
-                                          f"they have {listed([str(size) for size in sizes], 4)} samples.")
+        for side, shares in (("A", [ratio * size for ratio, size in zip(ratios, sizes, strict=True)]),
+                             ("B", [ratio / size for ratio, size in zip(ratios, sizes, strict=True)])):
+            if max(shares) - min(shares) < 1e-3 * max(shares):
+                return Finding("weighting", fact, f"{side} gives each batch the same share, and {other_of(side)} each "
+                                                  f"sample: they have {listed([*map(str, sizes)], 4)} samples.")
     return Finding("weighting", fact, "The losses of the batches are divided by other numbers.", certain=False)
 
 
-def micro_gradients(update: Update) -> list[list[float]]:
-    """The projections of what each backward pass added."""
-    points = [point for point in update.points("gradients") if point.startswith("backward ")]
-    before: list[float] = []
-    found = []
-    for point in points:
-        table = update.table("gradients", point)
-        now = list(table.projections) if table else []
-        found.append([x - y for x, y in zip(now, before or [0.0] * len(now), strict=False)])
-        before = now
-    return found
+def multiples(one: list[list[float]], other: list[list[float]]) -> list[float]:
+    """By which factor each of `one` is a multiple of that of `other`; empty where they are not."""
+    factors = []
+    for own, others in zip(one, other, strict=True):
+        size = sum(value * value for value in others)
+        if len(own) != len(others) or not size:
+            return []
+        factor = sum(x * y for x, y in zip(own, others, strict=True)) / size
+        rest = sum((x - factor * y) ** 2 for x, y in zip(own, others, strict=True))
+        if not isfinite(factor) or rest > 1e-4 * sum(x * x for x in own):
+            return []
+        factors.append(factor)
+    return factors
+
+
+def micro_sums(update: Update) -> list[list[float]]:
+    """The projections of the gradients after each backward pass, which are added up."""
+    tables = [update.table("gradients", point) for point in update.points("gradients") if point.startswith("backward ")]
+    return [list(table.projections) for table in tables if table]
+
+
+def minus_one(one: list[float], other: list[float]) -> list[float]:
+    """The difference of two lists of projections."""
+    return [x - y for x, y in zip(one, other, strict=True)]
 
 
 def other_direction(pair: Pair, relation: Relation) -> Finding:

@@ -254,6 +254,11 @@ class UnevenCountedByBatch(Uneven):
         return 1 / len(group)
 
 
+class ClearedBeforeEachBatch(Accumulated):
+    def before_backward(self, update):
+        self.optimizer.zero_grad()
+
+
 class NotCleared(Loop):
     def clear(self, optimizer, update):
         if update != 7:
@@ -449,6 +454,7 @@ PLANTED = [
     (LastGroupDividedByFour(), Accumulated(), "scale", 3),
     (GroupsAcrossEpochs(), Accumulated(), "grouping", 3),
     (UnevenCountedByBatch(), Uneven(), "weighting", 1),
+    (ClearedBeforeEachBatch(), Accumulated(), "cleared gradients", 1),
     (NotCleared(max_norm=None), Loop(max_norm=None), "stale gradients", 7),
     (NotClipped(), Loop(), "clipping", 1),
     (Loop(max_norm=0.25), Loop(), "clipping", 1),
