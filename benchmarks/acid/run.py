@@ -188,7 +188,9 @@ def install(library: str, environments: Path) -> None:
     folder = environments / library
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     packages = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
-    Path(packages, "below.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    # With what its own .pth files add, such as the folder of a package that is installed editable.
+    Path(packages, "below.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n"
+                                                   for path in site.getsitepackages()))
     constraints = folder / "constraints.txt"
     constraints.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
     subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--requirement",

@@ -143,11 +143,16 @@ class Recording:
     def watched_scaler_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(step)
         def watched(scaler: GradScaler, optimizer: Optimizer, *arguments: Any, **named: Any) -> Any:
-            before = self.updates
-            self.optimizers[id(optimizer)] = optimizer
-            scale = scaler.get_scale()
-            result = step(scaler, optimizer, *arguments, **named)
-            if self.updates == before:
+            before, scale = self.updates, scaler.get_scale()
+            if isinstance(optimizer, Optimizer):
+                self.optimizers[id(optimizer)] = optimizer
+                result = step(scaler, optimizer, *arguments, **named)
+                made = self.updates > before
+            else:                       # something else with a `step`, which may make the update later
+                with calls_of(optimizer, "step") as calls:
+                    result = step(scaler, optimizer, *arguments, **named)
+                made = bool(calls)
+            if not made:
                 self.finish(skipped=True, loss_scale=scale)
             return result
         return watched
@@ -327,6 +332,24 @@ class Recording:
         self.attempt(self.writer.add, {"kind": "end", "update": self.attempts,
                                        "why": type(self.error).__name__ if self.error else ""})
         self.attempt(self.writer.close)
+
+
+@contextmanager
+def calls_of(owner: Any, name: str) -> Generator[list[Any]]:
+    """Yield a list with an entry for each call of a method of one object inside the block."""
+    calls: list[Any] = []
+    method, own = getattr(owner, name), name in vars(owner)
+
+    @wraps(method)
+    def noted(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments)
+        return method(*arguments, **named)
+
+    setattr(owner, name, noted)
+    try:
+        yield calls
+    finally:
+        setattr(owner, name, method) if own else delattr(owner, name)
 
 
 def is_nested(optimizer: Optimizer) -> bool:

@@ -159,7 +159,7 @@ def at_the_end(a: TapeContent, b: TapeContent, numbers: list[int],
         reason = (tape.end or {}).get("why") or ""
         how = f" ({reason})" if reason else "" if tape.end else ": its tape is cut off there"
         lines.append(f"{side} ends after update {last}{how}, and {other_of(side)} goes on until update {longest}.")
-        if not cause:
+        if not rounding:
             cause, update = "length", last
             lines.insert(0, f"The same to the bit up to update {last}.")
     extra = extra_parameters(a, b)

@@ -414,3 +414,30 @@ def test_a_step_that_calls_the_one_it_overrides_is_one_update(tmp_path):
             model(torch.ones(1, 2)).sum().backward()
             optimizer.step()
     assert [*read_tape(tmp_path / "a.tape").updates] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("factor", "skipped"), [(1.0, [False, False]), (float("inf"), [True, True])])
+def test_a_scaler_may_be_given_something_that_makes_the_update_later(factor, skipped, tmp_path):
+    class Later:                        # as callbacks of fastai do
+        step_later = False
+
+        def __init__(self, optimizer):
+            self.param_groups = optimizer.param_groups
+
+        def step(self):
+            self.step_later = True
+
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler, later = torch.amp.GradScaler("cpu"), Later(optimizer)
+    with record(tmp_path / "a.tape", model):
+        for _ in range(2):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
+            later.step_later = False
+            scaler.step(later)
+            scaler.update()
+            if later.step_later:
+                optimizer.step()
+    assert [update.skipped for update in read_tape(tmp_path / "a.tape")] == skipped
+    assert "step" not in vars(later)
