@@ -23,7 +23,7 @@ from works import WORKS, Work  # noqa: E402
 
 from loopctl.tape import record  # noqa: E402
 
-ENDS = {works.NotOffered: "not offered", works.NeedsGpu: "needs a GPU", works.Refuses: "refuses"}
+ENDS = {works.NotOffered: "not offered", works.NeedsGpu: "needs a GPU"}
 
 
 def load_script(library: str, work: str) -> Any:

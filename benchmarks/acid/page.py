@@ -32,9 +32,8 @@ same here if its documentation shows how to write it.
   work asks for, to six digits.
 - **same, rounded**: the weights agree to five digits. So they do with two processes, where sums have another order.
 - **differs**: in brackets is the cause in one word, and [below](#library-by-library) in sentences.
-- **not offered**: the library has no such thing, and its documentation names no way to do it.
+- **not offered**: the library has no such thing or refuses it, and its documentation names no way to do it.
 - **needs a GPU**: the library does it, but not on a CPU, where this table was made.
-- **refuses**: the library says that it cannot do it.
 
 ## What is asked for
 

@@ -46,7 +46,7 @@ ROUNDING = 1e-5         # to which weights agree where sums or formulas have ano
 class Cell:
     """What came of one work with one library."""
 
-    end: str                    # same, rounding, differs, not offered, needs a GPU, refuses, or failed
+    end: str                    # same, rounding, differs, not offered, needs a GPU, or failed
     update: int | None = None   # the first update that differs
     cause: str = ""
     text: str = ""

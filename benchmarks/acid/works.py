@@ -9,7 +9,7 @@ which trains `model` as the documentation of the library says, with what `work` 
 the names that the work asks for, numbers and tensors of float32 to a relative 1e-6. `tape` is needed only where no
 optimizer of torch makes the updates: `with tape.update(lr=...)` around each.
 
-Where the library cannot do it the script raises NotOffered, NeedsGpu or Refuses, with a sentence that says so.
+Where the library cannot do it the script raises NotOffered or NeedsGpu, with a sentence that says so.
 
 The works `resume_in_mid_epoch` and `early_stopping_state` have two parts. `train` is called twice, each time in a new
 process with a new model: with `work.part` 1 it trains `work.stop_after` updates or epochs, and saves to `work.folder`;
@@ -35,15 +35,11 @@ INPUTS, CLASSES = 6, 3
 
 
 class NotOffered(Exception):
-    """The library has no such thing, also not by a hook that its documentation names for it."""
+    """The library has no such thing or refuses it, and its documentation names no way to do it."""
 
 
 class NeedsGpu(Exception):
     """The library does this on a GPU only."""
-
-
-class Refuses(Exception):
-    """The library refuses it, and says so; the text is what it says."""
 
 
 class Model(nn.Module):
