@@ -99,6 +99,7 @@ class Recording:
         self.weights: Rows | None = None            # from the first call of the model on
         self.now: Observations | None = None        # of the update that is being prepared, if it is recorded
         self.begun = False                          # whether something of that update was seen
+        self.versions: list[int] = []               # of the weights, when that began
         self.depth = 0                              # of calls of modules
         self.stepping: list[int] = []               # the optimizers inside of whose steps we are
         self.updates = 0
@@ -168,6 +169,10 @@ class Recording:
         if is_loss:                             # a loss function, which gets what the model returned
             self.target = given[1]
             return
+        if self.begun and not self.backwards and self.weights and self.versions != self.weights.versions():
+            self.begun = False                  # what was called before is no part of the update: weights were loaded
+            if self.seen:
+                self.seen.remove()
         self.begin()
         self.observe_modes()
         unnamed = arguments[0] if len(arguments) == 1 else arguments
@@ -249,7 +254,8 @@ class Recording:
             self.optimizers[id(optimizer)] = optimizer
         if self.begun or (self.weights is None and not self.find_weights(optimizer)):
             return
-        self.begun, self.backwards = True, 0
+        assert self.weights
+        self.begun, self.backwards, self.versions = True, 0, self.weights.versions()
         if self.steps.due(self.attempts + 1):
             self.now = Observations(self.device)
             self.now.random("start")

@@ -441,3 +441,16 @@ def test_a_scaler_may_be_given_something_that_makes_the_update_later(factor, ski
                 optimizer.step()
     assert [update.skipped for update in read_tape(tmp_path / "a.tape")] == skipped
     assert "step" not in vars(later)
+
+
+def test_weights_that_are_loaded_after_a_first_call_are_what_the_update_starts_from(tmp_path):
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with record(tmp_path / "a.tape", model, modules=True):
+        model(torch.ones(1, 2))                         # as libraries do that build a model by a call
+        model.load_state_dict(other.state_dict())
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    update = read_tape(tmp_path / "a.tape").updates[1]
+    assert update.table("weights", "start").norms == pytest.approx([float(each.detach().norm()) for each in other.parameters()])
+    assert update.table("outputs", "").names == ("model",)
