@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -136,9 +136,11 @@ def search(a: Side, b: Side, found: Explanation, scratch: Path,
         tell(f"making the updates {first:,} to {last:,} of {side.path} again, with a tape of every module")
         out = scratch / f"replay-{side.name}"
         try:
-            done = replay(side.folder, first, last, ["tape:modules=true,path=replay.tape"], out)
-        except (UsageError, OSError) as error:
-            return found, [found.text, f"Its updates could not be made again to look closer: {one_line(error)}."]
+            with redirect_stdout(sys.stderr):           # what the code of the run prints is no part of the answer
+                done = replay(side.folder, first, last, ["tape:modules=true,path=replay.tape"], out)
+        except Exception as error:                      # the code of the run may raise anything; what is known is said
+            reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+            return found, [found.text, f"Its updates could not be made again to look closer: {one_line(reason)}."]
         if done.differs:
             return found, [found.text, f"Its updates could not be made again to look closer: {side.name} runs "
                                        f"otherwise here than it did, from update {done.differs[0]} on "

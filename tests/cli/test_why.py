@@ -157,3 +157,18 @@ def test_a_damaged_record_is_counted_and_the_others_are_compared(tmp_path):
     text = call("why", "fine-plain", file, "--no-replay")
     assert "damaged.tape (tape of 22 updates, 3 records damaged)" in text or "records damaged" in text
     assert "could not be read" in text
+
+
+def test_where_the_code_of_a_run_is_gone_what_the_tapes_say_is_said(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                 # without net.py
+    text = call("why", trained / "fine-plain", trained / "fine-planted")
+    assert "update 17 (epoch 3, update 5 of it): the gradient differs in all 4 tensors" in text
+    assert "Its updates could not be made again to look closer: " in text
+    assert "net.py" in text
+
+
+def test_what_the_code_of_a_run_prints_is_no_part_of_the_answer(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(MODEL + "print('made')")
+    found = json.loads(call("why", trained / "fine-plain", trained / "fine-planted", "--json"))
+    assert "Found by making the updates 17 to 17 of both again." in found["text"]
