@@ -249,9 +249,13 @@ def same_epoch(pair: Pair, fact: str) -> Finding | None:
     sets = [Counter(all_samples(epoch_of(tape, update, pair))) for tape, update in ((pair.a, pair.x), (pair.b, pair.y))]
     shared = sum((sets[0] & sets[1]).values())
     least = min(sum(found.values()) for found in sets)
-    if not shared or shared < 0.5 * least:
+    if not shared:
         return None
     epoch = "the tape" if pair.x.epoch is None else f"epoch {pair.x.epoch + 1}"
+    if shared < 0.5 * least:
+        return Finding("order", f"{fact}: {shared:,} of the {least:,} samples of {epoch} are in both",
+                       f"{order_meaning(pair)} An epoch reads a part of the data only, or these are other parts.",
+                       certain=False)
     for side, own, other in (("A", sets[0], sets[1]), ("B", sets[1], sets[0])):
         again = {sample for sample, count in own.items() if count > other[sample] > 0}
         if again and not {sample for sample, count in other.items() if count > own[sample] > 0}:

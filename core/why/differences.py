@@ -37,7 +37,7 @@ STEPS: tuple[tuple[str, Callable[[Pair], Finding | None]], ...] = (
 
 # By the cause of a minor difference: of which later differences it may be the reason.
 EXPLAINED_BY = {"mode": ("direction", "forward pass", "buffers"),
-                "random numbers": ("direction", "forward pass", "inputs")}
+                "random numbers": ("direction", "forward pass", "inputs", "order")}
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ def remember_distances(pair: Pair, grown: dict[str, float]) -> None:
 def explained(pair: Pair, found: Finding, equal: list[str], notes: list[tuple[int, Finding]]) -> Explanation:
     """The explanation by the first difference that matters."""
     for note in [note for _, note in notes if found.cause in EXPLAINED_BY.get(note.cause, ())
-                 and (note.cause == "mode" or found.cause == "inputs" or draws_in_forward(pair))][:1]:
+                 and (note.cause == "mode" or found.cause in ("inputs", "order") or draws_in_forward(pair))][:1]:
         # Something that alone changes nothing explains what does.
-        cause = found.cause if found.cause == "inputs" else note.cause
+        cause = found.cause if found.cause in ("inputs", "order") else note.cause
         found = Finding(cause, f"{note.fact}; {found.fact}", note.meaning, note.certain and note.cause == "mode",
                         note.certain)
         follows = "random numbers" if note.cause == "mode" else note.cause

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from math import isclose
+from typing import Any
 
 from loopctl.tape.reading import Table, TapeContent, Update
 from loopctl.why.tables import ROUNDING, Relation, matched, relate
@@ -80,10 +81,16 @@ def acting_in_one(pair: Pair, *hooks: str) -> list[tuple[str, str, str]]:
         return []
     found = []
     for hook in hooks:
-        names = [header.get(hook, []) for header in headers]
+        names = [[name for name in header.get(hook, []) if hook != "setup" or not acts_later(header, name)]
+                 for header in headers]
         found += [(name, hook, "A") for name in names[0] if name not in names[1]]
         found += [(name, hook, "B") for name in names[1] if name not in names[0]]
     return found
+
+
+def acts_later(header: dict[str, Any], name: str) -> bool:
+    """Whether a plugin prepares something in `setup` for what it does at a later point of an update."""
+    return any(name in header.get(hook, []) for hook in ("after_backward", "grads_ready", "lr_scale", "group_batches"))
 
 
 def with_suspects(found: Finding, pair: Pair, *hooks: str) -> Finding:

@@ -175,6 +175,21 @@ class BatchesLeftOut(Loop):
         return [*found[:3], *found[5:]]
 
 
+class OrderFromTheGlobalGenerator(Loop):
+    def indices(self, epoch):
+        return torch.randperm(SAMPLES).split(SIZE)
+
+
+class OrderAfterAnEvaluation(OrderFromTheGlobalGenerator):
+    def after_epoch(self, model, epoch):
+        torch.randn(3)
+
+
+class PartOfTheData(Loop):
+    def indices(self, epoch):
+        return super().indices(epoch)[:4]
+
+
 class RepeatedSamples(Loop):
     def indices(self, epoch):
         found = list(super().indices(epoch))
@@ -440,6 +455,8 @@ PLANTED = [
     (Loop(order_seed=50), Loop(), "order", 1),
     (NotShuffled(), Loop(), "order", 1),
     (SameOrderEachEpoch(), Loop(), "order", 12),
+    (OrderAfterAnEvaluation(), OrderFromTheGlobalGenerator(), "order", 12),
+    (PartOfTheData(order_seed=50), PartOfTheData(), "order", 1),
     (OrderWithinBatch(), Loop(), "order", 5),
     (EpochBeginsAgain(), Loop(), "data repeated", 7),
     (BatchesLeftOut(), Loop(), "data missing", 4),
