@@ -193,11 +193,11 @@ def weighted(pair: Pair) -> Finding | None:
     parts = [[minus_one(now, last) for now, last in zip(each, [[0.0] * len(each[0]), *each], strict=False)]
              for each in sums]
     for side, own, others in (("A", sums[0], parts[1]), ("B", sums[1], parts[0])):
-        if multiples(own, others):
-            return Finding("cleared "
-                           "gradients", f"after each backward pass {side} has the gradient of that batch alone, and "
-                                        f"{other_of(side)} the sum so far",
-                           f"{side} clears the gradients before each batch, so only the last one of an update counts.")
+        if len(own[-1]) > 2 and multiples(own[-1:], others[-1:]):
+            return Finding("cleared gradients",
+                           f"the gradient of {side} is that of the last batch of the update alone, and that of "
+                           f"{other_of(side)} is the sum of {len(own)} batches",
+                           f"{side} clears the gradients before the last backward pass of an update.")
     if not (ratios := multiples(*parts)):
         return None
     fact = ("the batches of the update have other shares in its gradient: in A "
