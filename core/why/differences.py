@@ -140,28 +140,27 @@ def at_the_end(a: TapeContent, b: TapeContent, numbers: list[int],
         return Explanation(False, None, "length", False, "The tapes have no update in common, so there is nothing to "
                                                          "compare; record both with the same every_steps.")
     last = numbers[-1]
-    lines = []
+    longest = max(max(a.updates), max(b.updates))
+    rounding = [at for at, note in notes if note.cause == "rounding"]
     cause, update = "", None
-    for at, note in notes:
-        lines.append(f"Update {at}: {note.fact}. {note.meaning}".strip())
-    rounding = [(at, note) for at, note in notes if note.cause == "rounding"]
+    lines = [f"Update {at}: {note.fact}. {note.meaning}".strip() for at, note in notes if longest == last or rounding]
     if rounding:
-        update, cause = rounding[0][0], "rounding"
-        end = (tables := Pair(a, b, a.updates[last], b.updates[last]).tables("weights", "end")) and distance(*tables)
-        lines.insert(0, f"The same but for rounding in {counted(len(numbers), 'update')}, from update {update} on"
-                     + (f"; after update {last} the weights agree to {end:.1g}." if end else "."))
+        cause, update = "rounding", rounding[0]
+        tables = Pair(a, b, a.updates[last], b.updates[last]).tables("weights", "end")
+        end = f"; after update {last} the weights agree to {distance(*tables):.1g}" if tables else ""
+        lines.insert(0, f"The same but for rounding in {counted(len(numbers), 'update')}, from update {update} "
+                        f"on{end}.")
+    elif longest > last:
+        cause, update = "length", last
+        lines.append(f"The same to the bit up to update {last}.")
     elif notes:
         cause, update = notes[0][1].cause, notes[0][0]
         lines.insert(0, f"All {counted(len(numbers), 'update')} have the same weights, batches and gradients.")
-    longest = max(max(a.updates), max(b.updates))
     if longest > last:
         side, tape = ("A", a) if max(a.updates) == last else ("B", b)
         reason = (tape.end or {}).get("why") or ""
         how = f" ({reason})" if reason else "" if tape.end else ": its tape is cut off there"
         lines.append(f"{side} ends after update {last}{how}, and {other_of(side)} goes on until update {longest}.")
-        if not rounding:
-            cause, update = "length", last
-            lines.insert(0, f"The same to the bit up to update {last}.")
     extra = extra_parameters(a, b)
     if not cause and extra:
         cause, update = "unknown", numbers[0]
