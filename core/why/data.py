@@ -169,9 +169,15 @@ def compare_batch(pair: Pair, point: str) -> Finding | None:
         return Finding("targets", f"{which} has the same {a.names[0]} and another {listed(names)}",
                        "Labels that are numbered in another way, smoothed or mixed; or other targets for the samples.",
                        certain=True)
-    if samples[0] and samples[1] and (found := same_samples(pair, which, samples)):
-        return found
-    if len(a.names) > 1 and len(differing) < len(a.names):
+    same_targets = len(differing) < len(a.names)
+    if samples[0] and samples[1]:
+        if Counter(samples[0]) == Counter(samples[1]):
+            return Finding("order", f"{which} has the same samples in another order within it",
+                           "The batch is put together in another order: the sampler's seed, or several readers.")
+        some_alike = bool(Counter(samples[0]) & Counter(samples[1]))      # with these targets, others were transformed
+        if not (same_targets and some_alike) and (found := position_in_data(pair, f"{which} has other samples")):
+            return found
+    if same_targets:
         return other_inputs(pair, which, a, b, names)
     return other_data(pair, point, which, a, b, samples)
 
@@ -186,22 +192,14 @@ def other_size(pair: Pair, which: str, sizes: list[int], samples: tuple[Samples,
         return Finding("data missing", fact, f"Those of {less} are all in {other_of(less)}: {less} has no more, or "
                                              "cuts the batch.", certain=False)
     if pair.before is not None and usual[0].most_common(1)[0][0] == usual[1].most_common(1)[0][0]:
-        return position_in_data(pair, samples, fact) or Finding(
+        return position_in_data(pair, fact) or Finding(
             "data missing", fact, "Other batches have the same size in both: an epoch ends elsewhere, as with "
                                   "drop_last.",
             certain=False)
     return Finding("batch size", fact)
 
 
-def same_samples(pair: Pair, which: str, samples: tuple[Samples, Samples]) -> Finding | None:
-    """Where the two batches have samples in common, or the samples come at another update: what that means."""
-    if Counter(samples[0]) == Counter(samples[1]):
-        return Finding("order", f"{which} has the same samples in another order within it",
-                       "The batch is put together in another order: the sampler's seed, or several readers.")
-    return position_in_data(pair, samples, f"{which} has other samples")
-
-
-def position_in_data(pair: Pair, samples: tuple[Samples, Samples], fact: str) -> Finding | None:
+def position_in_data(pair: Pair, fact: str) -> Finding | None:
     """Where in the other's data the batches of one are: later, before, or nowhere in the same order."""
     sides = [("A", "B", pair.a, pair.b), ("B", "A", pair.b, pair.a)]
     for by in range(1, MOST_SHIFTED + 1):
@@ -211,10 +209,9 @@ def position_in_data(pair: Pair, samples: tuple[Samples, Samples], fact: str) ->
                 if whole_epoch(pair, own, others, first):
                     return same_epoch(pair, fact)
                 return Finding("data repeated", f"{fact}: {side} gets the batch of its update {first} again, and "
-                                                f"{other} a new "
-                                                "one", f"{side} trains on the same data again within the epoch. Most "
-                                                       "often a resume begins the epoch at its start, or some batches "
-                                                       "before where it was left.")
+                                                f"{other} a new one",
+                               f"{side} trains on the same data again within the epoch. Most often a resume begins the "
+                               "epoch at its start, or some batches before where it was left.")
         for side, other, own, others in sides:
             if is_shifted(pair, own, others, by):
                 return Finding("data missing", f"{fact}: {side} gets the batch that {other} gets at update "

@@ -110,7 +110,7 @@ def explained(pair: Pair, found: Finding, equal: list[str], notes: list[tuple[in
         prefix = "" if found.fact_too else "Cause: " if found.certain else "Possible cause: "
         lines.append(prefix + (lower(found.meaning) if prefix else found.meaning))
     rounded = any(note.cause == "rounding" for _, note in notes)
-    before = [f"updates 1 to {pair.number - 1}" if pair.number > 2 else "update 1"] * (pair.before is not None)
+    before = [earlier_updates(pair)] if pair.before else []
     if equal:
         before.append(f"of update {pair.number} the {listed(equal, 5)}")
     if before:
@@ -124,6 +124,14 @@ def explained(pair: Pair, found: Finding, equal: list[str], notes: list[tuple[in
     lines += configuration(pair.a, pair.b)
     return Explanation(False, pair.number, found.cause, found.certain, "\n".join(lines), found.plugins,
                        tuple(note for _, note in notes), number)
+
+
+def earlier_updates(pair: Pair) -> str:
+    """The updates before this one that both tapes have, in words."""
+    known = [number for number in pair.a.updates if number < pair.number and number in pair.b.updates]
+    if len(known) < pair.number - 1:
+        return f"the recorded updates up to {known[-1]}"
+    return "update 1" if pair.number == 2 else f"updates 1 to {pair.number - 1}"
 
 
 def lower(sentence: str) -> str:

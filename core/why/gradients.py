@@ -20,7 +20,7 @@ from loopctl.why.pair import (
     with_suspects,
 )
 from loopctl.why.start import environment_difference, places
-from loopctl.why.tables import Relation, fit, minus, relate
+from loopctl.why.tables import ROUNDING, Relation, fit, minus, near, relate
 
 
 def compare_gradients(pair: Pair) -> Finding | None:
@@ -288,8 +288,9 @@ def first_module(pair: Pair) -> str:
             ("output gradients", "all outputs are equal, and the first gradient of an output that differs is that of",
              "after it in the forward pass")):
         tables = pair.tables(what, "")
+        tolerance = max(ROUNDING, 30 * pair.grown.get("gradients", 0.0))       # a module that only rounds is none
         rows = [row for row, (one, other) in enumerate(zip(tables[0].checksums, tables[1].checksums, strict=True))
-                if one != other] if tables else []
+                if one != other and not near(*tables, row, 1.0, tolerance)] if tables else []
         if tables and rows:
             names = tables[0].names
             last = f"; the output of {names[rows[0] - 1]}, {before}, is equal" if rows[0] else ""

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import isclose
+from math import isclose, isfinite
 from typing import Any
 
 from loopctl.tape.reading import Table, TapeContent, Update
@@ -138,6 +138,8 @@ def batch_count(update: Update) -> int:
 
 def shown(number: float) -> str:
     """A number as it is read: three digits, without an exponent where it can do without."""
+    if not isfinite(number):
+        return "not finite"
     if isclose(number, round(number), rel_tol=1e-4) and abs(number) < 1e6:
         return f"{round(number):,}"
     return f"{number:.3g}"

@@ -44,7 +44,7 @@ def compare_numbers(pair: Pair) -> Finding | None:
     groups = numbers_of(pair.x), numbers_of(pair.y)
     if not groups[0] or not groups[1]:
         return None
-    if len(groups[0]) == len(groups[1]):
+    if same_groups(pair):
         for index, (one, other) in enumerate(zip(*groups, strict=True)):
             for name in one:
                 if name in other and not alike(one[name], other[name]):
@@ -52,6 +52,15 @@ def compare_numbers(pair: Pair) -> Finding | None:
                     return with_suspects(found, pair, "lr_scale") if name in RATES else found
         return same_options(pair)
     return compare_by_parameter(pair, groups)
+
+
+def same_groups(pair: Pair) -> bool:
+    """Whether the parameters are in the same groups in both, or have other names, so that only the order tells."""
+    groups = [[set(group["parameters"]) for group in tape.header.get("groups", [])] for tape in (pair.a, pair.b)]
+    if len(groups[0]) != len(groups[1]):
+        return False
+    named = set().union(*groups[0]) & set().union(*groups[1])
+    return not named or all(one & named == other & named for one, other in zip(*groups, strict=True))
 
 
 def other_optimizer(pair: Pair) -> Finding | None:

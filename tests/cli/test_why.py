@@ -103,6 +103,7 @@ def test_coarse_tapes_say_between_which_updates_it_lies():
     text = call("why", "coarse-plain", "coarse-planted", "--no-replay")
     assert "update 20 (epoch 4, update 2 of it): the weights differ before the update" in text
     assert "The tapes have nothing between the updates 15 and 20." in text
+    assert "Equal before that: the recorded updates up to 15." in text
 
 
 def test_equal_runs_are_the_same():

@@ -212,6 +212,11 @@ class Augmented(Loop):
         return inputs + 0.1 * torch.randn(inputs.shape), targets
 
 
+class SomeAugmented(Loop):
+    def batch(self, inputs, targets):
+        return torch.cat([inputs[:2], inputs[2:].flip(1)]), targets
+
+
 class OtherLabels(Loop):
     def batch(self, inputs, targets):
         return inputs, (targets + 1) % 3
@@ -328,6 +333,13 @@ class NoDecayOfBiases(Loop):
         others = [each for each in model.parameters() if each.ndim < 2]
         return torch.optim.SGD([{"params": decayed}, {"params": others, "weight_decay": 0}], lr=0.1, momentum=0.9,
                                weight_decay=0.01)
+
+
+class GroupsInAnotherOrder(NoDecayOfBiases):
+    def make_optimizer(self, model):
+        optimizer = super().make_optimizer(model)
+        optimizer.param_groups.reverse()
+        return optimizer
 
 
 class PenaltyOnWeights(Loop):
@@ -464,6 +476,7 @@ PLANTED = [
     (SmallerBatches(), Loop(), "batch size", 1),
     (ScaledInputs(), Loop(), "inputs", 1),
     (Augmented(), Loop(), "inputs", 1),
+    (SomeAugmented(), Loop(), "inputs", 1),
     (OtherLabels(), Loop(), "targets", 1),
     (HalfPrecision(), Loop(), "dtype", 1),
     (Double(), Loop(), "dtype", 1),
@@ -579,3 +592,25 @@ def test_a_step_without_a_backward_pass_is_named(tmp_path):
     found = explain_difference(tmp_path / "a", tmp_path / "b")
     assert (found.cause, found.update) == ("extra update", 3), found.text
     assert "A steps its optimizer without a backward pass before it" in found.text
+
+
+def test_groups_in_another_order_are_compared_by_their_parameters(tmp_path):
+    GroupsInAnotherOrder().train(tmp_path / "a")
+    NoDecayOfBiases().train(tmp_path / "b")
+    found = explain_difference(tmp_path / "a", tmp_path / "b")
+    assert found.cause in ("", "rounding"), found.text          # foreach steps groups one after the other
+
+
+def test_values_that_are_not_finite_in_both_are_described(tmp_path):
+    for name, value in (("a", float("nan")), ("b", float("inf"))):
+        model = nn.Linear(3, 2)
+        torch.nn.init.zeros_(model.weight)
+        torch.nn.init.zeros_(model.bias)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with record(tmp_path / name, model):
+            for _ in range(2):
+                optimizer.zero_grad()
+                (model(torch.ones(1, 3)) * value).sum().backward()
+                optimizer.step()
+    found = explain_difference(tmp_path / "a", tmp_path / "b")
+    assert (found.same, found.update) == (False, 1)
