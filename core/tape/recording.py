@@ -63,29 +63,38 @@ def record(file: str | Path, model: nn.Module | None = None, *, every_steps: int
     if every_steps < 1:
         raise UsageError(f"every_steps is at least 1, not {every_steps}")
     recording = Recording(path, model, every_steps, modules)
-    replaced: list[tuple[Any, str, Any]] = [(nn.Module, "__call__", recording.watched_call),
-                                            (torch.autograd, "backward", recording.watched_backward),
-                                            (GradScaler, "step", recording.watched_scaler_step)]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    handles = [register_optimizer_step_pre_hook(recording.before_update),
-               register_optimizer_step_post_hook(recording.after_update)]
     under_way = path
     try:
-        for owner, name, watched in replaced:
-            setattr(owner, name, watched(getattr(owner, name)))
-        yield recording
+        with watched_torch(recording):
+            yield recording
     except BaseException as error:
         recording.error = error
         raise
     finally:
         under_way = None
+        recording.close()
+        if not recording.attempts:
+            log.warning("record: no optimizer of torch has made an update, so %s was not written", path)
+
+
+@contextmanager
+def watched_torch(watcher: Any) -> Generator[None]:
+    """Have `watcher`, with the methods of a Recording, told of modules, backward passes and steps inside the block."""
+    replaced: list[tuple[Any, str, Any]] = [(nn.Module, "__call__", watcher.watched_call),
+                                            (torch.autograd, "backward", watcher.watched_backward),
+                                            (GradScaler, "step", watcher.watched_scaler_step)]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    handles = [register_optimizer_step_pre_hook(watcher.before_update),
+               register_optimizer_step_post_hook(watcher.after_update)]
+    try:
+        for owner, name, watched in replaced:
+            setattr(owner, name, watched(getattr(owner, name)))
+        yield
+    finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
         for handle in handles:
             handle.remove()
-        recording.close()
-        if not recording.attempts:
-            log.warning("record: no optimizer of torch has made an update, so %s was not written", path)
 
 
 class Recording:

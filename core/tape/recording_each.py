@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
 from loopctl.data.batch import iter_tensors
 from loopctl.tape.modules import in_backward
-from loopctl.tape.recording import Recording
+from loopctl.tape.recording import Recording, watched_torch
 
 
 @contextmanager
@@ -24,21 +24,10 @@ def record_each(folder: str | Path, *, modules: bool = False) -> Generator[list[
     Yields the list of these files, in the order in which the models are first trained; it is complete after the block.
     """
     every = Recordings(Path(folder), modules)
-    replaced: list[tuple[Any, str, Any]] = [(nn.Module, "__call__", every.watched_call),
-                                            (torch.autograd, "backward", every.watched_backward),
-                                            (GradScaler, "step", every.watched_scaler_step)]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    handles = [register_optimizer_step_pre_hook(every.before_update),
-               register_optimizer_step_post_hook(every.after_update)]
     try:
-        for owner, name, watched in replaced:
-            setattr(owner, name, watched(getattr(owner, name)))
-        yield every.files
+        with watched_torch(every):
+            yield every.files
     finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
-        for handle in handles:
-            handle.remove()
         every.close()
 
 
