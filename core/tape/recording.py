@@ -65,7 +65,7 @@ def record(file: str | Path, model: nn.Module | None = None, *, every_steps: int
     recording = Recording(path, model, every_steps, modules)
     under_way = path
     try:
-        with watched_torch(recording):
+        with OneRecording(recording).watch():
             yield recording
     except BaseException as error:
         recording.error = error
@@ -77,24 +77,95 @@ def record(file: str | Path, model: nn.Module | None = None, *, every_steps: int
             log.warning("record: no optimizer of torch has made an update, so %s was not written", path)
 
 
-@contextmanager
-def watched_torch(watcher: Any) -> Generator[None]:
-    """Have `watcher`, with the methods of a Recording, told of modules, backward passes and steps inside the block."""
-    replaced: list[tuple[Any, str, Any]] = [(nn.Module, "__call__", watcher.watched_call),
-                                            (torch.autograd, "backward", watcher.watched_backward),
-                                            (GradScaler, "step", watcher.watched_scaler_step)]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    handles = [register_optimizer_step_pre_hook(watcher.before_update),
-               register_optimizer_step_post_hook(watcher.after_update)]
-    try:
-        for owner, name, watched in replaced:
-            setattr(owner, name, watched(getattr(owner, name)))
-        yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
-        for handle in handles:
-            handle.remove()
+class TorchWatcher:
+    """Gives what happens in torch, inside of `watch`, to the recording that it belongs to."""
+
+    def __init__(self) -> None:
+        self.current: Recording | None = None       # of the model that was called last
+        self.depth = 0                              # of calls of modules
+
+    def of_model(self, module: nn.Module) -> Recording | None:
+        """The recording that the call of a module belongs to; None where that is the one of the call before."""
+        raise NotImplementedError
+
+    def of_optimizer(self, optimizer: Any) -> Recording:
+        """The recording that the step of an optimizer belongs to."""
+        raise NotImplementedError
+
+    @contextmanager
+    def watch(self) -> Generator[None]:
+        """Be told of calls of modules, backward passes and steps inside the block."""
+        replaced: list[tuple[Any, str, Any]] = [(nn.Module, "__call__", self.watched_call),
+                                                (torch.autograd, "backward", self.watched_backward),
+                                                (GradScaler, "step", self.watched_scaler_step)]
+        originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+        handles = [register_optimizer_step_pre_hook(self.before_update),
+                   register_optimizer_step_post_hook(self.after_update)]
+        try:
+            for owner, name, watched in replaced:
+                setattr(owner, name, watched(getattr(owner, name)))
+            yield
+        finally:
+            for owner, name, original in originals:
+                setattr(owner, name, original)
+            for handle in handles:
+                handle.remove()
+
+    def watched_call(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)
+        def watched(module: nn.Module, *arguments: Any, **named: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return call(module, *arguments, **named)
+            top = not self.depth and torch.is_grad_enabled() and module.training
+            if top:
+                self.current = self.of_model(module) or self.current
+            recording = self.current if top else None
+            if recording:
+                recording.before_call(module, arguments, named)
+            self.depth += 1
+            try:
+                result = call(module, *arguments, **named)
+            finally:
+                self.depth -= 1
+            if recording:
+                recording.after_call(result)
+            return result
+        return watched
+
+    def watched_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def watched(tensors: Any, *arguments: Any, **named: Any) -> None:
+            nested = in_backward()                  # in that of a part of the model, as in activation checkpointing
+            backward(tensors, *arguments, **named)
+            if self.current and not nested:
+                self.current.after_backward(next(iter_tensors(tensors), None))
+        return watched
+
+    def watched_scaler_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(step)
+        def watched(scaler: GradScaler, optimizer: Any, *arguments: Any, **named: Any) -> Any:
+            return self.of_optimizer(optimizer).scaler_step(step, scaler, optimizer, *arguments, **named)
+        return watched
+
+    def before_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return self.of_optimizer(optimizer).before_update(optimizer, arguments, named)
+
+    def after_update(self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.of_optimizer(optimizer).after_update(optimizer, arguments, named)
+
+
+class OneRecording(TorchWatcher):
+    """Gives everything to one recording."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.current = self.recording = recording
+
+    def of_model(self, module: nn.Module) -> Recording:
+        return self.recording
+
+    def of_optimizer(self, optimizer: Any) -> Recording:
+        return self.recording
 
 
 class Recording:
@@ -109,7 +180,6 @@ class Recording:
         self.now: Observations | None = None        # of the update that is being prepared, if it is recorded
         self.begun = False                          # whether something of that update was seen
         self.versions: list[int] = []               # of the weights, when that began
-        self.depth = 0                              # of calls of modules
         self.stepping: list[int] = []               # the optimizers inside of whose steps we are
         self.updates = 0
         self.failed = False                         # the file cannot be written
@@ -121,53 +191,23 @@ class Recording:
         self.backwards = 0
         self.seen: ModuleWatch | None = None
 
-    # What the functions inside the block are replaced by.
-
-    def watched_call(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(call)
-        def watched(module: nn.Module, *arguments: Any, **named: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return call(module, *arguments, **named)
-            top = not self.depth and torch.is_grad_enabled() and module.training
-            if top:
-                self.before_call(module, arguments, named)
-            self.depth += 1
-            try:
-                result = call(module, *arguments, **named)
-            finally:
-                self.depth -= 1
-            if top:
-                self.after_call(result)
-            return result
-        return watched
-
-    def watched_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(backward)
-        def watched(tensors: Any, *arguments: Any, **named: Any) -> None:
-            nested = in_backward()                  # in that of a part of the model, as in activation checkpointing
-            backward(tensors, *arguments, **named)
-            if not nested:
-                self.after_backward(next(iter_tensors(tensors), None))
-        return watched
-
-    def watched_scaler_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(step)
-        def watched(scaler: GradScaler, optimizer: Optimizer, *arguments: Any, **named: Any) -> Any:
-            before, scale = self.updates, scaler.get_scale()
-            if isinstance(optimizer, Optimizer):
-                self.optimizers[id(optimizer)] = optimizer
-                result = step(scaler, optimizer, *arguments, **named)
-                made = self.updates > before
-            else:                       # something else with a `step`, which may make the update later
-                with calls_of(optimizer, "step") as calls:
-                    result = step(scaler, optimizer, *arguments, **named)
-                made = bool(calls)
-            if not made:
-                self.finish(skipped=True, loss_scale=scale)
-            return result
-        return watched
-
     # What happens in the code inside the block.
+
+    def scaler_step(self, step: Callable[..., Any], scaler: GradScaler, optimizer: Any, *arguments: Any,
+                    **named: Any) -> Any:
+        """Have a scaler make a step, which is an update or is skipped."""
+        before, scale = self.updates, scaler.get_scale()
+        if isinstance(optimizer, Optimizer):
+            self.optimizers[id(optimizer)] = optimizer
+            result = step(scaler, optimizer, *arguments, **named)
+            made = self.updates > before
+        else:                       # something else with a `step`, which may make the update later
+            with calls_of(optimizer, "step") as calls:
+                result = step(scaler, optimizer, *arguments, **named)
+            made = bool(calls)
+        if not made:
+            self.finish(skipped=True, loss_scale=scale)
+        return result
 
     def before_call(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Called before a module at the top is called in training."""
