@@ -11,7 +11,7 @@ from loopctl.errors import counted
 from loopctl.tape.reading import TapeContent, Update, read_tape
 from loopctl.why.data import compare_backward, compare_batches
 from loopctl.why.gradients import compare_gradients, compare_stages
-from loopctl.why.pair import Finding, Pair, listed, other_of
+from loopctl.why.pair import Finding, Pair, has_gradients, listed, other_of
 from loopctl.why.start import compare_modes, compare_random, compare_start, draws_in_forward
 from loopctl.why.tables import distance, only_in_one
 from loopctl.why.update import compare_end, compare_loss, compare_numbers, compare_skipped, compare_update
@@ -74,7 +74,7 @@ def explain_tapes(a: TapeContent, b: TapeContent) -> Explanation:
         for what, compare in STEPS:
             found = compare(pair)
             if found is None:
-                equal += [what] if what else []
+                equal += [what] if what and (what != "gradients" or has_gradients(pair)) else []
             elif found.minor:
                 if all(note.cause != found.cause for _, note in notes):         # the first of each kind
                     notes.append((number, found))

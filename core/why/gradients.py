@@ -11,6 +11,7 @@ from loopctl.why.pair import (
     batch_count,
     final_gradients,
     fraction,
+    has_gradients,
     listed,
     other_of,
     ratio_text,
@@ -26,7 +27,7 @@ from loopctl.why.tables import ROUNDING, Relation, fit, minus, near, relate
 def compare_gradients(pair: Pair) -> Finding | None:
     """How the gradients differ after the backward passes of the same batches at the same weights."""
     tables = pair.gradients()
-    if tables is None:
+    if tables is None or not has_gradients(pair):
         return None
     a, b = tables
     relation = pair.related("gradients", tables)
@@ -301,7 +302,7 @@ def first_module(pair: Pair) -> str:
 def compare_stages(pair: Pair) -> Finding | None:
     """What plugins, or other code between backward pass and update, make of equal gradients."""
     ends = pair.final_gradients()
-    if ends is None:
+    if ends is None or not has_gradients(pair):
         return None
     stages = stage_effects(pair.x), stage_effects(pair.y)
     calls = [update.values.get("calls", 1) for update in (pair.x, pair.y)]

@@ -114,6 +114,11 @@ def classes_of(pair: Pair) -> tuple[list[str], list[str]]:
     return one, other
 
 
+def has_gradients(pair: Pair) -> bool:
+    """Whether optimizers of torch make the updates of both, so that these are made from the gradients on the tapes."""
+    return all(classes_of(pair))
+
+
 def other_of(side: str) -> str:
     """The name of the other one."""
     return "B" if side == "A" else "A"

@@ -14,6 +14,7 @@ from loopctl.why.pair import (
     classes_of,
     final_gradients,
     fraction,
+    has_gradients,
     listed,
     other_of,
     ratio_text,
@@ -243,6 +244,10 @@ def compare_update(pair: Pair) -> Finding | None:
         side, amount = ("A", -factors[0]) if factors[0] < 0 else ("B", factors[0])
         return Finding("weight decay", f"the update of {side} also subtracts {shown(amount)} times the weights",
                        f"It decays the weights apart from the gradient, and that of {other_of(side)} does not.")
+    if not has_gradients(pair):
+        return Finding("optimizer", f"the weights differ after the update, {described(relation, 'tensors')}",
+                       "No optimizer of torch makes the update of one of them, so how it is made is not on the tapes.",
+                       certain=False, fact_too=True)
     if factor := same_direction(steps[0], steps[1], noise):
         return Finding("rate", f"the update of A is {ratio_text(factor)} times that of B, from the same gradients",
                        "The learning rate on the tapes is equal, so the optimizer uses another one, or scales its "

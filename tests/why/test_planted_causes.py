@@ -614,3 +614,35 @@ def test_values_that_are_not_finite_in_both_are_described(tmp_path):
                 optimizer.step()
     found = explain_difference(tmp_path / "a", tmp_path / "b")
     assert (found.same, found.update) == (False, 1)
+
+
+def test_of_updates_that_no_optimizer_of_torch_makes_the_gradients_are_not_compared(tmp_path):
+    """As Keras does, which clears the gradients before each batch and adds them up elsewhere."""
+    inputs = torch.randn(6, 4, 3)
+
+    def train(file, own):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with record(file, model) as tape:
+            for start in (0, 3):
+                sums = [torch.zeros_like(each) for each in model.parameters()]
+                optimizer.zero_grad()
+                for number in range(start, start + 3):
+                    if own:
+                        optimizer.zero_grad()
+                    model(inputs[number]).square().mean().backward()
+                    sums = [total + each.grad for total, each in zip(sums, model.parameters(), strict=True)]
+                if not own:
+                    optimizer.step()
+                else:
+                    with tape.update(lr=0.1), torch.no_grad():
+                        for parameter, total in zip(model.parameters(), sums, strict=True):
+                            parameter -= (0.1 if start == 0 else 0.2) * total
+
+    train(tmp_path / "a", own=False)
+    train(tmp_path / "b", own=True)
+    found = explain_difference(tmp_path / "a", tmp_path / "b")
+    assert found.update == 2, found.text
+    assert not found.certain
+    assert "gradients" not in found.text.partition("Equal before that")[2]
